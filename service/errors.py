@@ -1,0 +1,121 @@
+"""Every error that crosses a room of the service. Code below `api/` raises these and knows no HTTP status;
+`api/errors.py` holds the one table from error to status. Messages say what was expected and what came.
+
+* ServiceError
+  - InvalidRequestError       an option or a body that we cannot accept
+    - UnsupportedImageError   not an image format that we read
+    - InvalidImageError       the right format, but the bytes do not decode
+    - TooLargeError           more bytes or pixels than the settings allow
+    - ModelNotFoundError      no model of that name or version
+  - OverloadedError           the queue is full; try again later
+  - NotReadyError             loading, draining, or the model is not loaded
+  - DeadlineExceededError     no answer within the request's time
+  - CancelledRequestError     the caller has gone; nobody waits for the answer
+  - InferenceError            the model failed on the batch that this image was in
+  - ModelStoreError           a model folder, its `model.toml` or its weights are not as they must be
+  - DatasetError              a data set that cannot be trained on or evaluated
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Base of all errors of this package. `code` is a stable machine-readable word for clients."""
+
+    code = "internal_error"
+
+
+class InvalidRequestError(ServiceError):
+    """The request cannot be accepted as it stands."""
+
+    code = "invalid_request"
+
+
+class UnsupportedImageError(InvalidRequestError):
+    """The bytes are not of an image format that we read."""
+
+    code = "unsupported_image"
+
+
+class InvalidImageError(InvalidRequestError):
+    """The bytes begin as an image that we read, but do not decode."""
+
+    code = "invalid_image"
+
+
+class TooLargeError(InvalidRequestError):
+    """More bytes or pixels than the settings allow; found out before the work is done."""
+
+    code = "too_large"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """No model of that name or version is known."""
+
+    code = "model_not_found"
+
+
+class OverloadedError(ServiceError):
+    """The queue is full.
+
+    Attributes:
+        retry_after_seconds: when a new try is likely to be accepted.
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NotReadyError(ServiceError):
+    """The service is loading, draining, or does not serve this model at the moment.
+
+    Attributes:
+        retry_after_seconds: when a new try may succeed.
+    """
+
+    code = "not_ready"
+
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceededError(ServiceError):
+    """The request's time has passed.
+
+    Attributes:
+        stage: where it was when that happened (`decode`, `queue`, `inference`, `encode`).
+    """
+
+    code = "deadline_exceeded"
+
+    def __init__(self, message: str, *, stage: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class CancelledRequestError(ServiceError):
+    """The caller has gone, so the work was not done."""
+
+    code = "cancelled"
+
+
+class InferenceError(ServiceError):
+    """The model failed on the batch that this image was in."""
+
+    code = "inference_failed"
+
+
+class ModelStoreError(ServiceError):
+    """A model folder, its `model.toml` or its weights are not as they must be."""
+
+    code = "model_store_error"
+
+
+class DatasetError(ServiceError):
+    """A data set that cannot be trained on or evaluated; the message lists every problem."""
+
+    code = "dataset_error"

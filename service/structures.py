@@ -1,0 +1,148 @@
+"""The nouns that travel between rooms: small frozen data classes that check themselves when created.
+NumPy only, so that rooms without torch (`api`, `batching`, `masks`, `imaging`) can hold them.
+
+Shapes: D detections of one image, M x M the mask head's output size, H x W the image. Boxes are (x1, y1, x2, y2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+Int64Array = NDArray[np.int64]
+UInt8Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """A decoded picture, upright.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB, C-contiguous.
+        orientation_applied: whether EXIF orientation turned or mirrored the stored pixels.
+    """
+
+    pixels: UInt8Array
+    orientation_applied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or self.pixels.dtype != np.uint8:
+            raise ValueError(f"expected (H, W, 3) uint8 pixels, got {self.pixels.shape} {self.pixels.dtype}")
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+
+@dataclass(frozen=True, slots=True)
+class DetectOptions:
+    """What one request asks of the model; None means the model's own default.
+
+    Attributes:
+        score_thresh: keep detections with a score above this, 0 to 1.
+        max_detections: at most this many, best first, 1 to 1000.
+        label_ids: keep only these classes (1-based; 0 is the background).
+        with_masks: run the mask head (ignored by a model that has none).
+    """
+
+    score_thresh: float | None = None
+    max_detections: int | None = None
+    label_ids: frozenset[int] | None = None
+    with_masks: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """One image and what is asked about it: the item that is batched."""
+
+    image: Image
+    options: DetectOptions = field(default_factory=DetectOptions)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """What was found in one image, in the frame of `Image.pixels`, sorted by falling score.
+
+    Attributes:
+        boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels, 0 <= x1 < x2 <= W.
+        labels: (D,) int64 class ids, 1-based; 0, the background, never occurs.
+        scores: (D,) float32, 0 to 1.
+        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked.
+    """
+
+    boxes: Float32Array
+    labels: Int64Array
+    scores: Float32Array
+    masks: Float32Array | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.boxes)
+        if self.boxes.shape != (n, 4) or self.labels.shape != (n,) or self.scores.shape != (n,):
+            raise ValueError(
+                f"expected boxes (D, 4), labels (D,), scores (D,), got {self.boxes.shape}, {self.labels.shape}, {self.scores.shape}"
+            )
+        if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) != n):
+            raise ValueError(f"expected masks ({n}, M, M), got {self.masks.shape}")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The model's answer for one image of a batch.
+
+    Attributes:
+        detections: what was found.
+        stage_seconds: time of the whole batch by stage (`preprocess, backbone, rpn, roi_heads, postprocess`).
+        batch_size: how many images shared the batch.
+        padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
+    """
+
+    detections: Detections
+    stage_seconds: Mapping[str, float]
+    batch_size: int
+    padding_ratio: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What callers may know of a loaded model.
+
+    Attributes:
+        labels: class names; `labels[i]` has the id i + 1.
+        score_thresh: the default threshold, 0 to 1.
+        max_detections: the default bound of detections an image.
+        has_masks: whether it is a Mask R-CNN.
+    """
+
+    name: str
+    version: int
+    architecture: str
+    backbone: str
+    roi_op: str
+    labels: tuple[str, ...]
+    score_thresh: float
+    max_detections: int
+    has_masks: bool
+    engine: str
+    precision: str
+    device: str
+
+    @property
+    def key(self) -> str:
+        """`name@version`, as requests may write it."""
+        return f"{self.name}@{self.version}"
