@@ -35,10 +35,12 @@ class Image:
 
     @property
     def height(self) -> int:
+        """In pixels."""
         return int(self.pixels.shape[0])
 
     @property
     def width(self) -> int:
+        """In pixels."""
         return int(self.pixels.shape[1])
 
     @property
@@ -92,7 +94,8 @@ class Detections:
         n = len(self.boxes)
         if self.boxes.shape != (n, 4) or self.labels.shape != (n,) or self.scores.shape != (n,):
             raise ValueError(
-                f"expected boxes (D, 4), labels (D,), scores (D,), got {self.boxes.shape}, {self.labels.shape}, {self.scores.shape}"
+                f"expected boxes (D, 4), labels (D,), scores (D,), "
+                f"got {self.boxes.shape}, {self.labels.shape}, {self.scores.shape}"
             )
         if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) != n):
             raise ValueError(f"expected masks ({n}, M, M), got {self.masks.shape}")

@@ -1,0 +1,32 @@
+"""RoIServe: images in over HTTP; boxes, labels, scores and masks out. The floor plan, in walking order.
+
+A request moves one room forward at a time: api, pipeline, imaging, batching, inference, then masks on the way out. The
+future that it waits on is the only way back. Training enters at `modeling` and never meets `api` or `batching`.
+
+service/
+├── __main__.py         `python -m service`
+├── cli.py              the `roiserve` command
+├── app.py              create_app(settings): the only place that wires rooms together
+├── pipeline.py         one request: decode, submit, encode
+├── api/                HTTP and JSON only: one file per resource, schemas, the error table, the web page
+├── imaging/            bytes to pixels; pixels to a picture with the detections drawn
+├── masks/              small mask and box to RLE or polygons, never a full-size canvas per object
+├── batching/           a function from n items to n results: queue and batcher
+├── inference/          one loaded model on one device: predictor, engines, warm-up
+├── model_store/        read, check and write model folders
+├── modeling/           the networks, the papers' nouns as files, parts from torchvision
+├── ops/                RoI Pool, RoI Align and their kin behind one interface
+├── training/           dataset, targets, loop, evaluation
+├── metrics.py          every metric, declared once
+├── logs.py             events with keys, one line a request
+├── settings.py         every setting: environment variable, flag and help in one
+├── structures.py       the nouns that travel between rooms
+└── errors.py           the error tree
+
+Imports go downwards only, and `tests/test_architecture.py` reads the two orders from here:
+
+    cli > app | training > api > pipeline > batching | imaging | masks | inference > model_store > modeling > ops
+        > metrics > structures > settings | logs > errors
+
+`api` and `batching` never import torch; `modeling` never imports `settings`.
+"""
