@@ -1,0 +1,112 @@
+"""Backbones: a trunk and its feature pyramid, with torchvision's attribute names (`body`, `fpn`). Called by `build.py`.
+Knows convolutions and strides; knows nothing of boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torchvision.models import mobilenet, resnet
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from service.modeling.config import BackboneConfig, Norm
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class Backbone(NamedTuple):
+    """A trunk with its pyramid, and where the RoI heads may pool.
+
+    Attributes:
+        module: (N, 3, H, W) -> feature maps by name, finest first.
+        pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
+    """
+
+    module: BackboneWithFPN
+    pooled_strides: dict[str, int]
+
+
+class NarrowResNet18(nn.Module):
+    """ResNet-18 (He et al. 2015) with `width` channels in its first stage instead of 64, and no classifier.
+
+    Names of parts are those of `torchvision.models.resnet18`.
+    """
+
+    def __init__(self, *, width: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(width, width, stride=1, norm_layer=norm_layer)
+        self.layer2 = _stage(width, width * 2, stride=2, norm_layer=norm_layer)
+        self.layer3 = _stage(width * 2, width * 4, stride=2, norm_layer=norm_layer)
+        self.layer4 = _stage(width * 4, width * 8, stride=2, norm_layer=norm_layer)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 8 * width, H / 32, W / 32)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]  # nn.Module's call
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """Build the trunk and pyramid that `config` names, with random weights."""
+    norm_layer = _norm_layer(config.norm)
+    if config.name == "mobilenet_v3_large_fpn":
+        return _mobilenet_fpn(norm_layer, config.out_channels)
+    if config.name == "narrow_resnet18_fpn":
+        assert config.width is not None  # BackboneConfig says so
+        trunk: nn.Module = NarrowResNet18(width=config.width, norm_layer=norm_layer)
+        first_stage_channels = config.width
+    else:
+        trunk = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=norm_layer)
+        first_stage_channels = trunk.inplanes // 8
+    return _resnet_fpn(trunk, first_stage_channels, config.out_channels)
+
+
+def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, out_channels: int) -> Backbone:
+    module = BackboneWithFPN(
+        trunk,
+        return_layers={f"layer{stage}": str(stage - 1) for stage in (1, 2, 3, 4)},
+        in_channels_list=[first_stage_channels * factor for factor in (1, 2, 4, 8)],
+        out_channels=out_channels,
+        extra_blocks=LastLevelMaxPool(),
+    )
+    return Backbone(module, {"0": 4, "1": 8, "2": 16, "3": 32})
+
+
+def _mobilenet_fpn(norm_layer: NormLayer, out_channels: int) -> Backbone:
+    trunk = mobilenet.mobilenet_v3_large(weights=None, norm_layer=norm_layer).features
+    strided = [index for index, block in enumerate(trunk) if getattr(block, "_is_cn", False)]
+    stages = [strided[-1], len(trunk) - 1]
+    module = BackboneWithFPN(
+        trunk,
+        return_layers={str(index): str(level) for level, index in enumerate(stages)},
+        in_channels_list=[trunk[index].out_channels for index in stages],
+        out_channels=out_channels,
+        extra_blocks=LastLevelMaxPool(),
+    )
+    # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
+    return Backbone(module, {"0": 32})
+
+
+def _stage(in_channels: int, channels: int, *, stride: int, norm_layer: NormLayer) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or in_channels != channels:
+        downsample = nn.Sequential(resnet.conv1x1(in_channels, channels, stride), norm_layer(channels))
+    return nn.Sequential(
+        resnet.BasicBlock(in_channels, channels, stride, downsample, norm_layer=norm_layer),
+        resnet.BasicBlock(channels, channels, norm_layer=norm_layer),
+    )
+
+
+def _norm_layer(norm: Norm) -> NormLayer:
+    return FrozenBatchNorm2d if norm == "frozen_batch_norm" else partial(nn.BatchNorm2d)

@@ -1,0 +1,85 @@
+"""`build_model`: the whole network as one nested expression, from torchvision's parts. Called by `inference` and
+`training`. Names of parts are torchvision's, so its published state dicts load with `strict=True`.
+"""
+
+from __future__ import annotations
+
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from service.modeling.backbone import Backbone, build_backbone
+from service.modeling.config import ModelConfig, RPNConfig
+from service.modeling.generalized_rcnn import GeneralizedRCNN
+from service.modeling.poolers import RoIPooler
+from service.modeling.roi_heads import RoIHeads
+from service.modeling.transform import SIZE_DIVISIBLE, Transform
+
+BOX_REGRESSION_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+"""Scales of (dx, dy, dw, dh), from Fast R-CNN's normalised targets."""
+
+
+def build_model(config: ModelConfig) -> GeneralizedRCNN:
+    """Build the network that `config` describes, with random weights, in training mode."""
+    backbone = build_backbone(config.backbone)
+    return GeneralizedRCNN(
+        backbone=backbone.module,
+        rpn=_build_rpn(config, config.rpn),
+        roi_heads=_build_roi_heads(config, backbone),
+        transform=Transform(
+            min_size=config.transform.min_size,
+            max_size=config.transform.max_size,
+            image_mean=list(config.transform.mean),
+            image_std=list(config.transform.std),
+            size_divisible=SIZE_DIVISIBLE,
+        ),
+    )
+
+
+def _build_rpn(config: ModelConfig, rpn: RPNConfig) -> RegionProposalNetwork:
+    anchor_generator = AnchorGenerator(
+        sizes=config.anchors.sizes,
+        aspect_ratios=(config.anchors.aspect_ratios,) * len(config.anchors.sizes),
+    )
+    return RegionProposalNetwork(
+        anchor_generator=anchor_generator,
+        head=RPNHead(
+            config.backbone.out_channels,
+            anchor_generator.num_anchors_per_location()[0],
+            conv_depth=rpn.head_conv_depth,
+        ),
+        fg_iou_thresh=rpn.fg_iou_thresh,
+        bg_iou_thresh=rpn.bg_iou_thresh,
+        batch_size_per_image=rpn.batch_size_per_image,
+        positive_fraction=rpn.positive_fraction,
+        pre_nms_top_n={"training": rpn.pre_nms_top_n_train, "testing": rpn.pre_nms_top_n_test},
+        post_nms_top_n={"training": rpn.post_nms_top_n_train, "testing": rpn.post_nms_top_n_test},
+        nms_thresh=rpn.nms_thresh,
+        score_thresh=rpn.score_thresh,
+    )
+
+
+def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
+    roi, channels = config.roi, config.backbone.out_channels
+    heads = RoIHeads(
+        box_roi_pool=RoIPooler(roi=roi, output_size=roi.box_output_size, strides=backbone.pooled_strides),
+        box_head=TwoMLPHead(channels * roi.box_output_size**2, roi.box_head_channels),
+        box_predictor=FastRCNNPredictor(roi.box_head_channels, config.num_classes),
+        fg_iou_thresh=roi.fg_iou_thresh,
+        bg_iou_thresh=roi.bg_iou_thresh,
+        batch_size_per_image=roi.batch_size_per_image,
+        positive_fraction=roi.positive_fraction,
+        bbox_reg_weights=BOX_REGRESSION_WEIGHTS,
+        score_thresh=config.detections.score_thresh,
+        nms_thresh=config.detections.nms_thresh,
+        detections_per_img=config.detections.detections_per_img,
+    )
+    if config.has_masks:
+        mask_channels = roi.mask_head_channels
+        heads.mask_roi_pool = RoIPooler(
+            roi=roi.mask_branch(), output_size=roi.mask_output_size, strides=backbone.pooled_strides
+        )
+        heads.mask_head = MaskRCNNHeads(channels, mask_channels, dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], config.num_classes)
+    return heads

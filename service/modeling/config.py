@@ -1,0 +1,205 @@
+"""`ModelConfig`: everything that is needed to rebuild a network, as `model.toml` writes it down. Read by `build.py`,
+checked and stored by `service/model_store`. Defaults are torchvision's for `fasterrcnn_resnet50_fpn` unless said.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Architecture = Literal["faster_rcnn", "mask_rcnn"]
+BackboneName = Literal[
+    "resnet18_fpn", "resnet34_fpn", "resnet50_fpn", "resnet101_fpn", "narrow_resnet18_fpn", "mobilenet_v3_large_fpn"
+]
+Norm = Literal["batch_norm", "frozen_batch_norm"]
+RoIOp = Literal["roi_pool", "roi_align"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
+Channels = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Triple = tuple[float, float, float]
+
+FPN_LEVELS: dict[str, int] = {"mobilenet_v3_large_fpn": 3}
+"""Feature maps that the RPN sees, the extra max-pooled one included; 5 where not named."""
+
+
+class _Table(BaseModel):
+    """A table of `model.toml`: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(_Table):
+    """Which trunk makes the feature maps.
+
+    Attributes:
+        name: torchvision's trunk with its feature pyramid, or `narrow_resnet18_fpn`: ResNet-18 with `width` channels
+            in its first stage instead of 64.
+        out_channels: channels of every feature map of the pyramid.
+        width: channels of the first stage, for the narrow trunk only.
+        norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
+            keeps those that were loaded (fine-tuning with few images a step).
+    """
+
+    name: BackboneName
+    out_channels: Channels = 256
+    width: Channels | None = None
+    norm: Norm = "frozen_batch_norm"
+
+    @model_validator(mode="after")
+    def _width_belongs_to_the_narrow_trunk(self) -> Self:
+        if (self.width is not None) != self.name.startswith("narrow_"):
+            raise ValueError(f"'width' is for narrow_resnet18_fpn, which needs it; got name={self.name!r}, width={self.width}")
+        return self
+
+    @property
+    def num_levels(self) -> int:
+        """Feature maps that the RPN sees."""
+        return FPN_LEVELS.get(self.name, 5)
+
+
+class TransformConfig(_Table):
+    """How pixels become the network's input: scaled to 0..1, normalised, and resized so that the shorter side is
+    `min_size` pixels unless the longer one would then exceed `max_size`.
+    """
+
+    min_size: Pixels = 800
+    max_size: Pixels = 1333
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _min_is_not_above_max(self) -> Self:
+        if self.min_size > self.max_size:
+            raise ValueError(f"expected min_size <= max_size, got {self.min_size} > {self.max_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"expected std > 0, got {self.std}")
+        return self
+
+
+class AnchorsConfig(_Table):
+    """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios."""
+
+    sizes: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    aspect_ratios: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
+
+    @field_validator("sizes")
+    @classmethod
+    def _same_number_on_every_level(cls, sizes: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        # One RPN head serves every level, so its number of anchors per place must be one number.
+        if not sizes or len({len(level) for level in sizes}) != 1 or not sizes[0]:
+            raise ValueError(f"expected the same number of sizes (at least 1) for every level, got {sizes}")
+        return sizes
+
+
+class RPNConfig(_Table):
+    """Region proposal network: proposals kept before and after non-maximum suppression, and how it is trained."""
+
+    pre_nms_top_n_train: Count = 2000
+    pre_nms_top_n_test: Count = 1000
+    post_nms_top_n_train: Count = 2000
+    post_nms_top_n_test: Count = 1000
+    nms_thresh: Probability = 0.7
+    score_thresh: Probability = 0.0
+    fg_iou_thresh: Probability = 0.7
+    bg_iou_thresh: Probability = 0.3
+    batch_size_per_image: Count = 256
+    positive_fraction: Probability = 0.5
+    head_conv_depth: Annotated[int, Field(ge=1, le=8)] = 1
+
+
+class RoIBranchConfig(_Table):
+    """What the mask branch does differently from `[roi]`; None means the same."""
+
+    op: RoIOp | None = None
+    sampling_ratio: Annotated[int, Field(ge=0, le=16)] | None = None
+    aligned: bool | None = None
+
+
+class RoIConfig(_Table):
+    """The RoI head: which operator cuts the features of each proposal, and the small networks behind it.
+
+    Attributes:
+        op: the operator of the box branch, and of the mask branch unless `mask.op` says otherwise.
+        sampling_ratio: points a bin side of `roi_align`; 0 adapts to the box. Not used by `roi_pool`.
+        aligned: half-pixel shift of `roi_align` (detectron2's); torchvision's models have false.
+        box_output_size: side of the patch for the box head.
+        mask_output_size: side of the patch for the mask head; its masks have twice that.
+        box_head_channels: width of the two hidden layers of the box head.
+        mask_head_channels: output channels of each 3 x 3 convolution of the mask head.
+        mask: what the mask branch does differently.
+        fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: how proposals are sampled in training.
+    """
+
+    op: RoIOp = "roi_align"
+    sampling_ratio: Annotated[int, Field(ge=0, le=16)] = 2
+    aligned: bool = False
+    box_output_size: Annotated[int, Field(ge=1, le=64)] = 7
+    mask_output_size: Annotated[int, Field(ge=1, le=64)] = 14
+    box_head_channels: Channels = 1024
+    mask_head_channels: tuple[Channels, ...] = (256, 256, 256, 256)
+    mask: RoIBranchConfig = RoIBranchConfig()
+    fg_iou_thresh: Probability = 0.5
+    bg_iou_thresh: Probability = 0.5
+    batch_size_per_image: Count = 512
+    positive_fraction: Probability = 0.25
+
+    def mask_branch(self) -> RoIConfig:
+        """This configuration with the operator that the mask branch uses."""
+        return self.model_copy(update=self.mask.model_dump(exclude_none=True))
+
+
+class DetectionsConfig(_Table):
+    """Which of the classified boxes are answered, unless the request says otherwise."""
+
+    score_thresh: Probability = 0.05
+    nms_thresh: Probability = 0.5
+    detections_per_img: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class ModelConfig(_Table):
+    """A whole network.
+
+    Attributes:
+        architecture: `faster_rcnn` (boxes) or `mask_rcnn` (boxes and masks).
+        labels: class names without the background; `labels[i]` has the id i + 1.
+
+    Raises:
+        pydantic.ValidationError: on an unknown key, a value out of range, or parts that do not fit each other.
+    """
+
+    architecture: Architecture
+    labels: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(min_length=1)
+    backbone: BackboneConfig
+    transform: TransformConfig = TransformConfig()
+    anchors: AnchorsConfig = AnchorsConfig()
+    rpn: RPNConfig = RPNConfig()
+    roi: RoIConfig = RoIConfig()
+    detections: DetectionsConfig = DetectionsConfig()
+
+    @field_validator("labels")
+    @classmethod
+    def _no_label_twice(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"expected every label once, got twice: {', '.join(twice)}")
+        return labels
+
+    @model_validator(mode="after")
+    def _anchors_fit_the_pyramid(self) -> Self:
+        if len(self.anchors.sizes) != self.backbone.num_levels:
+            raise ValueError(
+                f"expected anchors.sizes for the {self.backbone.num_levels} feature maps of {self.backbone.name}, "
+                f"got {len(self.anchors.sizes)}"
+            )
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """Classes with the background."""
+        return len(self.labels) + 1
+
+    @property
+    def has_masks(self) -> bool:
+        return self.architecture == "mask_rcnn"

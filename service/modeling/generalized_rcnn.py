@@ -1,0 +1,86 @@
+"""A whole detector: transform, backbone, RPN, RoI heads. `detect` is the map of one batch; torchvision's own `forward`
+trains, and is the reference that tests hold `detect` to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import generalized_rcnn
+from torchvision.models.detection.transform import resize_boxes
+
+from service.modeling.roi_heads import RoIHeads, Selection
+from service.modeling.transform import Transform
+
+StageTimer = Callable[[str], AbstractContextManager[None]]
+"""Gives a context that measures the stage it is named after."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageDetections:
+    """What was found in one image, on the device, best first.
+
+    Attributes:
+        boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels of the original image.
+        labels: (D,) int64, 1-based.
+        scores: (D,) float32.
+        masks: (D, M, M) float32 probabilities spread over the box; None where not asked for.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None
+
+
+class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
+    """torchvision's detector, with an inference path of our own over the same modules."""
+
+    transform: Transform
+    roi_heads: RoIHeads
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Tensor],
+        selections: Sequence[Selection],
+        *,
+        with_masks: Sequence[bool],
+        timed: StageTimer = lambda stage: nullcontext(),
+    ) -> list[ImageDetections]:
+        """Detect objects in a batch.
+
+        Args:
+            images: (H, W, 3) uint8 RGB each, of any sizes, on the network's device. One image's answer is independent
+                of the others' if all have one `transform.padded_size`.
+            selections: which detections each image keeps.
+            with_masks: whether each image's masks are wanted.
+            timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`.
+        """
+        with timed("preprocess"):
+            batch = self.transform.prepare(images)
+            sizes = batch.image_sizes
+        with timed("backbone"):
+            features = self.backbone(batch.tensors)
+        with timed("rpn"):
+            proposals, _ = self.rpn(batch, features)
+        with timed("roi_heads"):
+            found = self.roi_heads.detect_boxes(features, proposals, sizes, selections)
+            masks: list[Tensor | None] = [None] * len(found)
+            wanted = [index for index, wants in enumerate(with_masks) if wants and self.roi_heads.has_mask()]
+            if wanted:
+                # The pooler finds an image's features by its place in the batch, so the others take part with no boxes.
+                asked = [one if index in wanted else one.none() for index, one in enumerate(found)]
+                predicted = self.roi_heads.detect_masks(features, asked, sizes)
+                masks = [predicted[index] if index in wanted else None for index in range(len(found))]
+        with timed("postprocess"):
+            return [
+                ImageDetections(
+                    resize_boxes(one.boxes, size, (image.shape[0], image.shape[1])), one.labels, one.scores, mask
+                )
+                for one, size, image, mask in zip(found, sizes, images, masks, strict=True)
+            ]

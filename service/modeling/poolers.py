@@ -1,0 +1,60 @@
+"""RoI poolers: cut a fixed-size patch of features for every proposal. Called by torchvision's `RoIHeads`.
+Knows feature maps and boxes; knows nothing of classes or losses.
+
+Shapes: R proposals of the whole batch, C channels, S x S output size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torchvision.ops
+from torch import Tensor, nn
+
+from service.modeling.config import RoIConfig
+from service.ops.multi_scale import multi_scale
+
+
+class RoIPooler(nn.Module):
+    """Pool every box from the pyramid level that suits its size, with the operator that the configuration names.
+
+    torchvision's `MultiScaleRoIAlign` infers the scales from the first batch that it sees, which is wrong for tiny
+    images; here they are given.
+
+    Args:
+        roi: the operator and its parameters.
+        output_size: S.
+        strides: stride of each feature map to pool from, by name, finest first.
+    """
+
+    def __init__(self, *, roi: RoIConfig, output_size: int, strides: Mapping[str, int]) -> None:
+        super().__init__()
+        self.roi = roi
+        self.output_size = output_size
+        self.strides = dict(strides)
+        if roi.op == "roi_pool":
+            self._op = torchvision.ops.roi_pool
+        else:
+            self._op = partial(torchvision.ops.roi_align, sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)
+
+    def forward(
+        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Pool all boxes of a batch.
+
+        Args:
+            features: (N, C, H / stride, W / stride) by name.
+            boxes: (L, 4) for each image, in pixels of the resized image.
+            image_sizes: not needed; torchvision's heads hand it over.
+
+        Returns:
+            (R, C, S, S), the boxes of all images in order.
+        """
+        maps = [features[name] for name in self.strides]
+        scales = [1 / stride for stride in self.strides.values()]
+        return multi_scale(self._op, maps, boxes, self.output_size, scales)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"op={self.roi.op}, output_size={self.output_size}, strides={self.strides}"
