@@ -1,0 +1,50 @@
+# One image for CPU and CUDA: PyTorch's Linux wheels carry their CUDA libraries, and the host's NVIDIA runtime adds the
+# driver when the container is started with GPUs. `docs/deployment.md` tells how to run it.
+
+FROM python:3.13.9-slim-bookworm AS build
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/roiserve
+ENV PATH=/opt/roiserve/bin:$PATH
+WORKDIR /build
+
+# The dependencies first and without the code, so that a change of the code keeps their layer of several gigabytes.
+COPY pyproject.toml constraints.txt ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+
+COPY README.md LICENSE ./
+COPY service service
+RUN pip install --no-deps .
+
+
+FROM python:3.13.9-slim-bookworm
+
+RUN groupadd --gid 10001 roiserve \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/cache/roiserve roiserve \
+    && install -d -o roiserve -g roiserve /var/cache/roiserve
+
+COPY --from=build /opt/roiserve /opt/roiserve
+COPY docker/healthcheck.py /opt/roiserve/healthcheck.py
+COPY model_store /srv/model_store
+
+# Numba compiles its kernels at the first start and keeps them here; a volume keeps them over a rollout.
+ENV PATH=/opt/roiserve/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    NUMBA_CACHE_DIR=/var/cache/roiserve/numba \
+    ROISERVE_HOST=0.0.0.0 \
+    ROISERVE_PORT=8000 \
+    ROISERVE_MODEL_STORE=/srv/model_store
+VOLUME /var/cache/roiserve
+
+USER 10001:10001
+WORKDIR /srv
+EXPOSE 8000
+
+# /healthz, not /readyz: a container that loads or drains is not ready, and must not be killed for it.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "/opt/roiserve/healthcheck.py"]
+
+# As a list, so that the server itself and not a shell gets SIGTERM, and drains.
+CMD ["roiserve", "serve"]
