@@ -1,0 +1,166 @@
+"""`model.toml`: what a stored model is. A `ModelConfig` (how to rebuild the network), `[weights]` (which file, and its
+hash) and `[provenance]` (where it came from). Reads it with one error that names every problem, and writes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from service.errors import ModelStoreError
+from service.model_store.toml_writer import write_toml
+from service.modeling.config import ModelConfig
+
+MODEL_TOML = "model.toml"
+WEIGHTS_FILE = "weights.safetensors"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Figure = int | float
+
+
+class WeightsTable(BaseModel):
+    """`[weights]`: the file beside `model.toml` that holds the weights.
+
+    Attributes:
+        file: a file name, without folders.
+        sha256: hash of the whole file, lower-case hexadecimal.
+        dtype: how floating-point weights are stored; the server's `precision` says how they are computed with.
+        source: where they came from (a URL, a file name).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")] = WEIGHTS_FILE
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    dtype: Dtype = "float32"
+    source: str | None = None
+
+
+class ProvenanceTable(BaseModel):
+    """`[provenance]`: where the model came from, for whoever has to answer for it. All optional.
+
+    Attributes:
+        data: what it was trained on.
+        licence: of the weights.
+        attribution: whom to name when it is used.
+        command: the command line that made it.
+        created: when.
+        software: versions, such as `torch = "2.14.1"`.
+        metrics: figures, or tables of figures: `AP50 = 0.91`, `box = {AP = 0.6}`.
+        notes: anything else.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | None = None
+    licence: str | None = None
+    attribution: str | None = None
+    command: str | None = None
+    created: datetime | date | None = None
+    software: dict[str, str] = {}
+    metrics: dict[str, Figure | dict[str, Figure]] = {}
+    notes: str | None = None
+
+
+class ModelToml(ModelConfig):
+    """The whole of a stored model's `model.toml`; it can be used wherever a `ModelConfig` is expected."""
+
+    weights: WeightsTable
+    provenance: ProvenanceTable = ProvenanceTable()
+
+
+_Config = TypeVar("_Config", bound=ModelConfig)
+
+
+def read_model_toml(path: Path) -> ModelToml:
+    """Read and check a stored model's `model.toml`.
+
+    Raises:
+        ModelStoreError: not readable, not TOML, or not valid; names the file and every wrong key at once.
+    """
+    return _validate(path, _read_document(path), ModelToml)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read the network's part of a `model.toml`, with or without `[weights]` and `[provenance]`.
+
+    Raises:
+        ModelStoreError: as `read_model_toml`.
+    """
+    document = _read_document(path)
+    return _validate(path, {key: document[key] for key in document.keys() - {"weights", "provenance"}}, ModelConfig)
+
+
+def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:
+    """Write a stored model's `model.toml`, defaults included: should a later release change them, the model stays."""
+    document = config.model_dump(include=set(ModelConfig.model_fields))
+    document |= {"weights": weights.model_dump(), "provenance": provenance.model_dump()}
+    path.write_text(write_toml(_without_empty_tables(document)), encoding="utf-8")
+
+
+def _without_empty_tables(table: Mapping[str, object]) -> dict[str, object]:
+    pruned = {key: _without_empty_tables(item) if isinstance(item, Mapping) else item for key, item in table.items()}
+    return {key: item for key, item in pruned.items() if item is not None and item != {}}
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelStoreError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
+
+
+def _validate(path: Path, document: dict[str, Any], model: type[_Config]) -> _Config:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = [_describe(problem, model) for problem in error.errors()]
+        raise ModelStoreError("\n  ".join([f"{path}: {_count(len(problems), 'problem')}", *problems])) from error
+
+
+def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """One line: the key as one would look for it in the file, what was expected, what came."""
+    *table, key = problem["loc"] or ("(whole file)",)
+    place = ".".join(str(part) for part in (*table, key))
+    if problem["type"] == "missing":
+        return f"{place}: required, but missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key; {_known_keys(str(key), _fields_at(model, table))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{place}: {message}" if "got" in message else f"{place}: {message}; got {_shorten(repr(problem['input']))}"
+
+
+def _known_keys(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+def _fields_at(model: type[BaseModel], table: list[int | str]) -> list[str]:
+    for name in table:
+        field_type = model.model_fields[str(name)].annotation
+        assert isinstance(field_type, type)
+        assert issubclass(field_type, BaseModel)
+        model = field_type
+    return list(model.model_fields)
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,216 @@
+"""The model store: a folder of models, `<name>/<version>/`. Lists what is there, broken or not, finds a model by the
+name that a request or a setting gives, and writes new ones so that nobody ever sees half a model.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from service.errors import ModelNotFoundError, ModelStoreError
+from service.model_store.model_toml import (
+    MODEL_TOML,
+    WEIGHTS_FILE,
+    Dtype,
+    ModelToml,
+    ProvenanceTable,
+    WeightsTable,
+    read_model_toml,
+    write_model_toml,
+)
+from service.model_store.weights import check_safetensors, load_weights, save_weights
+from service.modeling.config import ModelConfig
+
+README = "README.md"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One version of a model: a folder `<name>/<version>`, which may be broken.
+
+    Attributes:
+        path: the folder.
+    """
+
+    name: str
+    version: int
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """`name@version`, which `ModelStore.find` understands."""
+        return f"{self.name}@{self.version}"
+
+    @cached_property
+    def model_toml(self) -> ModelToml:
+        """What the model is, read and checked at first use.
+
+        Raises:
+            ModelStoreError: `model.toml` is missing or not valid.
+        """
+        return read_model_toml(self.path / MODEL_TOML)
+
+    @property
+    def weights_path(self) -> Path:
+        """The weights file.
+
+        Raises:
+            ModelStoreError: as `model_toml`.
+        """
+        return self.path / self.model_toml.weights.file
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the folder, None if nothing is. Leaves the weights' hash to `load_weights`."""
+        try:
+            check_safetensors(self.weights_path)
+        except ModelStoreError as error:
+            return str(error)
+        return None
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The weights in float32 on the CPU, checked against the sha256 in `model.toml`.
+
+        Raises:
+            ModelStoreError: `model.toml` or the weights are not as they must be.
+        """
+        return load_weights(self.weights_path, self.model_toml.weights.sha256)
+
+
+class ModelStore:
+    """A folder of models.
+
+    Args:
+        root: the folder; it is created by the first `write_model`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def list(self) -> list[StoredModel]:
+        """Every version of every model, broken ones included, by name and rising version.
+
+        Raises:
+            ModelStoreError: the store's folder is missing or cannot be read.
+        """
+        stored = [
+            StoredModel(name=name_folder.name, version=int(folder.name), path=folder)
+            for name_folder in _folders(self.root)
+            if _NAME.fullmatch(name_folder.name)
+            for folder in _folders(name_folder)
+            if _VERSION.fullmatch(folder.name)
+        ]
+        return sorted(stored, key=lambda model: (model.name, model.version))
+
+    def misplaced(self) -> Sequence[str]:
+        """A line for every folder that is no `<name>/<version>`, so that nobody wonders why it is not listed.
+
+        Raises:
+            ModelStoreError: the store's folder is missing or cannot be read.
+        """
+        lines = []
+        for name_folder in _folders(self.root):
+            if not _NAME.fullmatch(name_folder.name):
+                lines.append(f"{name_folder}: {_expected_name(name_folder.name)}")
+                continue
+            versions = [folder.name for folder in _folders(name_folder)]
+            wrong = [version for version in versions if not _VERSION.fullmatch(version)]
+            lines += [f"{name_folder / version}: {_expected_version(version)}" for version in wrong]
+            if not versions:
+                lines.append(f"{name_folder}: expected a folder for each version, such as '1', got none")
+        return lines
+
+    def find(self, reference: str) -> StoredModel:
+        """The model of that name.
+
+        Args:
+            reference: `name` (its highest version) or `name@version`.
+
+        Raises:
+            ModelNotFoundError: lists the known ones.
+            ModelStoreError: the store's folder is missing or cannot be read.
+        """
+        name, at, version = reference.partition("@")
+        models = self.list()
+        matches = [model for model in models if model.name == name and (not at or str(model.version) == version)]
+        if not matches:
+            known = ", ".join(model.key for model in models) or "none"
+            raise ModelNotFoundError(f"no model {reference!r} in {self.root}; known: {known}")
+        return matches[-1]
+
+    def next_version(self, name: str) -> int:
+        """The version to write next: one above the highest there is, 1 for a new name."""
+        versions = [model.version for model in self.list() if model.name == name] if self.root.exists() else []
+        return max(versions, default=0) + 1
+
+    def write_model(
+        self,
+        name: str,
+        version: int,
+        *,
+        config: ModelConfig,
+        state_dict: Mapping[str, Tensor],
+        provenance: ProvenanceTable,
+        readme: str,
+        dtype: Dtype = "float32",
+        source: str | None = None,
+    ) -> StoredModel:
+        """Write a model's folder, whole or not at all.
+
+        Args:
+            readme: the model card, Markdown.
+            dtype: how floating-point weights are stored.
+            source: where the weights came from, for `[weights]`.
+
+        Raises:
+            ModelStoreError: a bad name or version, one that exists already, or weights that cannot be stored.
+        """
+        if not _NAME.fullmatch(name):
+            raise ModelStoreError(_expected_name(name))
+        if not _VERSION.fullmatch(str(version)):
+            raise ModelStoreError(_expected_version(str(version)))
+        path = self.root / name / str(version)
+        # A neighbour on the same disk with a name that `list` passes over, renamed when it is complete.
+        unfinished = path.with_name(f".unfinished-{version}-{secrets.token_hex(4)}")
+        try:
+            unfinished.mkdir(parents=True)
+            sha256 = save_weights(unfinished / WEIGHTS_FILE, state_dict, dtype=dtype)
+            weights = WeightsTable(sha256=sha256, dtype=dtype, source=source)
+            write_model_toml(unfinished / MODEL_TOML, config, weights, provenance)
+            (unfinished / README).write_text(readme, encoding="utf-8")
+            if path.exists():
+                raise ModelStoreError(f"{path} exists already; a stored model is never overwritten")
+            unfinished.rename(path)
+        except OSError as error:
+            raise ModelStoreError(f"{path}: cannot be written: {error.strerror}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return StoredModel(name=name, version=version, path=path)
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """The folders in a folder, hidden ones left out, in order of name."""
+    try:
+        entries = sorted(path.iterdir())
+    except FileNotFoundError:
+        raise ModelStoreError(f"no model store at {path}: no such folder") from None
+    except OSError as error:
+        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    yield from (entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _expected_name(name: str) -> str:
+    return f"expected a model name of a-z, 0-9, '.', '_' and '-' that starts with a letter or a digit, got {name!r}"
+
+
+def _expected_version(version: str) -> str:
+    return f"expected a version number such as 1, 2, 3, got {version!r}"

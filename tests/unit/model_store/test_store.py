@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.errors import ModelNotFoundError, ModelStoreError
+from service.model_store.model_toml import ProvenanceTable
+from service.model_store.store import ModelStore, StoredModel
+from service.modeling.config import BackboneConfig, ModelConfig
+
+CONFIG = ModelConfig(architecture="faster_rcnn", labels=("cell",), backbone=BackboneConfig(name="resnet18_fpn"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "store")
+
+
+def write(store: ModelStore, name: str, version: int = 1, *, weight: float = 1.0) -> StoredModel:
+    return store.write_model(
+        name,
+        version,
+        config=CONFIG,
+        state_dict={"weight": torch.tensor([weight])},
+        provenance=ProvenanceTable(data="none"),
+        readme=f"# {name}\n",
+    )
+
+
+def test_a_written_model_is_found_and_holds_what_was_written(store: ModelStore) -> None:
+    write(store, "cells", weight=3.0)
+    model = store.find("cells")
+    assert (model.key, model.problem) == ("cells@1", None)
+    assert model.model_toml.labels == ("cell",)
+    assert model.load_weights()["weight"].item() == 3.0
+    assert (model.path / "README.md").read_text() == "# cells\n"
+
+
+def test_a_name_alone_means_its_highest_version_by_number(store: ModelStore) -> None:
+    for version in (2, 9, 10):
+        write(store, "cells", version)
+    assert store.find("cells").version == 10
+    assert store.find("cells@2").version == 2
+    assert store.next_version("cells") == 11
+    assert store.next_version("other") == 1
+
+
+def test_models_are_listed_by_name_and_version(store: ModelStore) -> None:
+    for name, version in (("b", 10), ("b", 9), ("a", 1)):
+        write(store, name, version)
+    assert [model.key for model in store.list()] == ["a@1", "b@9", "b@10"]
+
+
+@pytest.mark.parametrize(
+    "reference", ["other", "cells@2", "cells@", "cells@01", "cells@1@1", "../store/cells", "", "Cells"]
+)
+def test_an_unknown_model_is_answered_with_the_known_ones(store: ModelStore, reference: str) -> None:
+    write(store, "cells")
+    with pytest.raises(ModelNotFoundError, match=r"known: cells@1$"):
+        store.find(reference)
+
+
+def test_a_broken_model_is_listed_with_its_problem_and_leaves_the_others_alone(store: ModelStore) -> None:
+    write(store, "good")
+    (write(store, "half").path / "model.toml").write_text("architecture = ")
+    (write(store, "empty").path / "weights.safetensors").unlink()
+    problems = {model.name: model.problem for model in store.list()}
+    assert problems["good"] is None
+    assert "not valid TOML" in str(problems["half"])
+    assert "weights.safetensors: no such file" in str(problems["empty"])
+    with pytest.raises(ModelStoreError, match="not valid TOML"):
+        store.find("half").load_weights()
+
+
+def test_folders_that_are_no_model_are_named(store: ModelStore) -> None:
+    write(store, "cells")
+    for folder in ("Cells/1", "cells/v2", "loose", ".git/1"):
+        (store.root / folder).mkdir(parents=True)
+    (store.root / "README.md").touch()
+    assert [model.key for model in store.list()] == ["cells@1"]
+    first, second, third = store.misplaced()
+    assert first.startswith(f"{store.root}/Cells: expected a model name")
+    assert second == f"{store.root}/cells/v2: expected a version number such as 1, 2, 3, got 'v2'"
+    assert third.startswith(f"{store.root}/loose: expected a folder for each version")
+
+
+def test_a_missing_store_is_said_to_be_missing(store: ModelStore) -> None:
+    with pytest.raises(ModelStoreError, match="no model store at"):
+        store.list()
+
+
+def test_a_stored_model_is_never_overwritten(store: ModelStore) -> None:
+    write(store, "cells", weight=1.0)
+    with pytest.raises(ModelStoreError, match="exists already"):
+        write(store, "cells", weight=2.0)
+    assert store.find("cells").load_weights()["weight"].item() == 1.0
+
+
+def test_a_failed_write_leaves_nothing_behind(store: ModelStore) -> None:
+    with pytest.raises(ModelStoreError, match="finite"):
+        write(store, "cells", weight=float("nan"))
+    assert list((store.root / "cells").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [("../cells", 1), ("Cells", 1), ("", 1), ("a/b", 1), (".a", 1), ("cells", 0)]
+)
+def test_names_that_leave_the_store_or_could_not_be_found_are_refused(
+    store: ModelStore, name: str, version: int
+) -> None:
+    with pytest.raises(ModelStoreError, match=r"expected a (model name|version number)"):
+        write(store, name, version)
+    assert not store.root.exists()
