@@ -1,0 +1,51 @@
+"""Crops, the region extractor of R-CNN: every box is cut from the image itself, with context, and warped to one size.
+Called by the R-CNN of `modeling`, which runs each crop through its network alone; knows images and boxes only.
+
+Shapes: see `rois.py`, a cell being an image pixel here; h x w is the output size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+from service.ops.rois import Boxes, as_pair, as_rois, at_least_float32
+
+
+def crop(
+    input: Tensor, boxes: Boxes, output_size: int | Sequence[int], spatial_scale: float = 1.0, padding: int = 16
+) -> Tensor:
+    """Cut every box with its context and warp it to the output size, whatever its shape (R-CNN, appendix A, "warp").
+
+    The box is enlarged so that after warping exactly `padding` pixels of context surround it, then read bilinearly, one
+    point an output pixel, without smoothing (R-CNN's code does the same). What lies outside the image is 0: the mean
+    colour, if the images are normalised. Unlike R-CNN's code the enlarged box is not rounded to whole pixels.
+
+    Args:
+        input: (N, 3, H, W) images (any number of channels will do).
+        boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
+        output_size: (h, w), or one number for both; R-CNN's is 227.
+        spatial_scale: pixels of the input a unit of the boxes; 1 unless boxes are in another frame.
+        padding: pixels of context on each side of the output.
+
+    Returns:
+        (K, 3, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+
+    Raises:
+        ValueError: see `as_rois` and `as_pair`, or a padding that leaves no room for the box.
+    """
+    height, width = as_pair(output_size)
+    if padding < 0 or 2 * padding >= min(height, width):
+        raise ValueError(f"expected a padding from 0 to less than half of {(height, width)}, got {padding}")
+    rois = as_rois(boxes, input, spatial_scale)
+    indices, starts, ends = torch.split(rois, [1, 2, 2], dim=1)
+    shares = rois.new_tensor([padding / (width - 2 * padding), padding / (height - 2 * padding)])
+    context = (ends - starts) * shares
+    enlarged = torch.cat([indices, starts - context, ends + context], dim=1)
+    crops: Tensor = torchvision.ops.roi_align(
+        at_least_float32(input), enlarged, (height, width), sampling_ratio=1, aligned=True
+    )
+    return crops.to(input.dtype)

@@ -1,0 +1,93 @@
+"""The multi-level form of every RoI operator: each box is pooled from the one feature level that suits its size.
+Called by the RoI poolers of `modeling`; knows boxes and feature maps, nothing of classes, losses or networks.
+
+Shapes: L boxes of one image, K boxes of the whole batch. Boxes are (x1, y1, x2, y2) in pixels of the resized image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from service.ops.rois import rois_of
+
+
+def assign_levels(
+    boxes: Sequence[Tensor], *, min_level: int, max_level: int, canonical_scale: float = 224, canonical_level: int = 4
+) -> Tensor:
+    """Choose the feature level from which each box is pooled: equation (1) of the FPN paper.
+
+    `level = floor(canonical_level + log2(sqrt(width * height) / canonical_scale))`, level k having the stride `2 ** k`.
+
+    Args:
+        boxes: (L, 4) for each image.
+        min_level: the finest level there is, `log2` of its stride.
+        max_level: the coarsest.
+        canonical_scale: side in pixels of a box that belongs on `canonical_level` (ImageNet's picture size).
+        canonical_level: see above.
+
+    Returns:
+        (K,) int64 in [0, max_level - min_level], the boxes of all images in order. Boxes too large or too small use the
+        nearest level; empty and inside-out ones the finest.
+    """
+    x1, y1, x2, y2 = torch.cat(list(boxes)).unbind(dim=1)
+    # The root of a negative area, an inside-out box's, is NaN, with which torchvision would choose no level at all.
+    sides = torch.nan_to_num(((x2 - x1) * (y2 - y1)).sqrt())
+    # The 1e-6 is torchvision's: a box of exactly the canonical scale must not fall one level short by rounding.
+    levels = torch.floor(canonical_level + torch.log2(sides / canonical_scale) + torch.tensor(1e-6, dtype=sides.dtype))
+    return levels.clamp(min_level, max_level).to(torch.int64) - min_level
+
+
+def multi_scale(
+    op: Callable[..., Tensor],
+    features: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    output_size: int | Sequence[int],
+    scales: Sequence[float],
+    *,
+    canonical_scale: float = 224,
+    canonical_level: int = 4,
+) -> Tensor:
+    """Pool each box from its level with any operator of this room.
+
+    Args:
+        op: `op(feature, rois, output_size, spatial_scale)`: `roi_pool`, or `partial(roi_align, sampling_ratio=2)`.
+        features: (N, C, H_k, W_k) for each level k, finest first.
+        boxes: (L, 4) for each image, one image at least.
+        output_size: handed to `op` as it stands.
+        scales: `1 / stride` of each level.
+        canonical_scale: see `assign_levels`.
+        canonical_level: see `assign_levels`.
+
+    Returns:
+        (K, C, h, w), the boxes of all images in order.
+
+    Raises:
+        ValueError: not one scale a level, or scales that name more levels than there are.
+    """
+    if not features or len(features) != len(scales):
+        raise ValueError(f"expected one scale a feature level, got {len(features)} levels and scales {list(scales)}")
+    rois = rois_of(boxes)
+    if len(features) == 1:
+        return op(features[0], rois, output_size, scales[0])
+    min_level, max_level = round(-math.log2(scales[0])), round(-math.log2(scales[-1]))
+    # MobileNetV3's two levels share one stride, so less than one level a feature map is right; the others stay unused.
+    if not 0 <= max_level - min_level < len(features):
+        raise ValueError(f"expected scales from fine to coarse, each at most half of the last, got {list(scales)}")
+    levels = assign_levels(
+        boxes,
+        min_level=min_level,
+        max_level=max_level,
+        canonical_scale=canonical_scale,
+        canonical_level=canonical_level,
+    )
+    order = torch.argsort(levels, stable=True)
+    parts = torch.split(rois[order], torch.bincount(levels, minlength=len(features)).tolist())
+    pooled = [
+        op(feature, part, output_size, scale) for feature, part, scale in zip(features, parts, scales, strict=True)
+    ]
+    # `cat` has the boxes level by level; the inverse permutation puts them back in the caller's order.
+    return torch.cat(pooled)[torch.argsort(order)]

@@ -1,0 +1,81 @@
+"""RoI Align with the maximum over a bin's points, as the first description of it in Mask R-CNN's text allows.
+Called by the RoI poolers of `modeling` through `multi_scale`; knows feature maps and boxes only.
+
+Shapes: see `rois.py`; h x w is the output size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from service.ops.rois import Boxes, as_pair, as_rois, at_least_float32, check_adaptive
+
+# Points are held in memory before their maximum is taken; 2 ** 26 float32 values are 256 MiB.
+_MAX_VALUES_AT_ONCE = 2**26
+
+
+def roi_align_max(
+    input: Tensor,
+    boxes: Boxes,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    aligned: bool = False,
+) -> Tensor:
+    """Take the largest of the bilinearly interpolated values at regular points of every bin of every box.
+
+    The points are `roi_align`'s. The gradient of a bin goes to the four cells around its largest point; boxes get none.
+
+    Args:
+        input: (N, C, H, W) features.
+        boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
+        output_size: (h, w), or one number for both.
+        spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
+        sampling_ratio: points a side of a bin; 0 (or less) as many as the bin has cells, rounded up.
+        aligned: see `roi_align`.
+
+    Returns:
+        (K, C, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+
+    Raises:
+        ValueError: see `as_rois`, `as_pair` and, with adaptive sampling, `check_adaptive`.
+    """
+    rois = as_rois(boxes, input, spatial_scale)
+    size = as_pair(output_size)
+    features = at_least_float32(input)
+    if sampling_ratio > 0:
+        pooled = _largest_points(features, rois, size, (sampling_ratio, sampling_ratio), aligned)
+    else:
+        check_adaptive(rois, input)
+        pooled = _largest_adaptive_points(features, rois, size, aligned)
+    return pooled.to(input.dtype)
+
+
+def _largest_points(
+    features: Tensor, rois: Tensor, size: tuple[int, int], points: tuple[int, int], aligned: bool
+) -> Tensor:
+    # The points of an h x w output are the bin middles of a finer one, which RoI Align reads with one point a bin.
+    finer = (size[0] * points[0], size[1] * points[1])
+    at_once = max(1, _MAX_VALUES_AT_ONCE // (features.shape[1] * finer[0] * finer[1]))
+    parts = [
+        max_pool2d(torchvision.ops.roi_align(features, part, finer, sampling_ratio=1, aligned=aligned), points)
+        for part in torch.split(rois, at_once)
+    ]
+    return torch.cat(parts)
+
+
+def _largest_adaptive_points(features: Tensor, rois: Tensor, size: tuple[int, int], aligned: bool) -> Tensor:
+    bins = (rois[:, [4, 3]] - rois[:, [2, 1]]).clamp(min=0 if aligned else 1) / rois.new_tensor(size)
+    points = bins.ceil().to(torch.int64)
+    # An empty box has no points, and RoI Align says 0 of those.
+    pooled = features.new_zeros((len(rois), features.shape[1], *size))
+    for rows, columns in torch.unique(points[points.amin(dim=1) > 0], dim=0).tolist():
+        members = (points == points.new_tensor([rows, columns])).all(dim=1).nonzero().squeeze(1)
+        largest = _largest_points(features, rois[members], size, (rows, columns), aligned)
+        pooled = pooled.index_copy(0, members, largest)
+    return pooled

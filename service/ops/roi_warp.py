@@ -1,0 +1,53 @@
+"""RoI Warp, the operator of Multi-task Network Cascades (MNC): a box is rounded to the grid once, then resampled.
+Called by the RoI poolers of `modeling` through `multi_scale`; knows feature maps and boxes only.
+
+Shapes: see `rois.py`; h x w is the output size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+from service.ops.rois import Boxes, as_pair, as_rois, at_least_float32
+
+
+def roi_warp(
+    input: Tensor,
+    boxes: Boxes,
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 1,
+    aligned: bool = False,
+) -> Tensor:
+    """Round every box to whole cells and resample it bilinearly to the output grid (Dai et al., MNC, section 3.2).
+
+    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN tells the two apart. It differs from MNC
+    in that boxes get no gradient (rounding leaves none to pass on), and that no maximum over finer points follows.
+
+    Args:
+        input: (N, C, H, W) features.
+        boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
+        output_size: (h, w), or one number for both.
+        spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
+        sampling_ratio: points a side of an output element, averaged; 1 is plain bilinear resampling.
+        aligned: see `roi_align`.
+
+    Returns:
+        (K, C, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+
+    Raises:
+        ValueError: see `as_rois` and `as_pair`, or a sampling_ratio below 1.
+    """
+    if sampling_ratio < 1:
+        raise ValueError(f"expected a sampling_ratio of 1 or more, got {sampling_ratio}")
+    rois = as_rois(boxes, input, spatial_scale)
+    # Halves go away from zero, as in the kernels of RoI Pool and MNC; torch.round would send them to the even side.
+    rounded = torch.copysign((rois.abs() + 0.5).floor(), rois)
+    pooled: Tensor = torchvision.ops.roi_align(
+        at_least_float32(input), rounded, as_pair(output_size), sampling_ratio=sampling_ratio, aligned=aligned
+    )
+    return pooled.to(input.dtype)
