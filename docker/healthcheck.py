@@ -1,4 +1,4 @@
-"""Exits 0 if the service in this container answers /healthz with 200, else 1 and says why. Docker's HEALTHCHECK runs it."""
+"""Exits 0 if the service in this container answers /healthz with 200, else 1 and says why: Docker's HEALTHCHECK."""
 
 import http.client
 import os

@@ -23,10 +23,10 @@ service/
 ├── structures.py       the nouns that travel between rooms
 └── errors.py           the error tree
 
-Imports go downwards only, and `tests/test_architecture.py` reads the two orders from here:
+Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli > app | training > api > pipeline > batching | imaging | masks | inference > model_store > modeling > ops
-        > metrics > structures > settings | logs > errors
+    cli → app | training → api → pipeline → batching | imaging | masks | inference → model_store → modeling → ops
+    → metrics → structures → settings | logs → errors
 
-`api` and `batching` never import torch; `modeling` never imports `settings`.
+`api` and `batching` never import torch; `modeling` never imports `settings`; `training` never `api` or `batching`.
 """

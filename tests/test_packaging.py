@@ -1,0 +1,149 @@
+"""What the package is installed, started and shipped with: pins, Makefile, image, compose file, health check."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+}
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+def tool(name: str) -> str:
+    """The path of an installed program; skips the test without it."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run make as a person would, not as a child of the make that runs these tests."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run([tool("make"), *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def required(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
+    """What an installed package needs on this machine; nothing for one that is not installed."""
+    try:
+        requirements = distribution(name).requires or []
+    except PackageNotFoundError:
+        return
+    for requirement in map(Requirement, requirements):
+        if not requirement.marker or any(requirement.marker.evaluate({"extra": e}) for e in ["", *extras]):
+            yield requirement
+
+
+def test_every_direct_and_indirect_dependency_is_pinned() -> None:
+    optional = PROJECT["optional-dependencies"].values()
+    waiting = [Requirement(line) for lines in [PROJECT["dependencies"], *optional] for line in lines]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extras := frozenset(requirement.extras)) not in seen:
+            seen.add((name, extras))
+            waiting += required(name, extras)
+            assert requirement.specifier.contains(PINS[name], prereleases=True), f"{requirement} against {PINS[name]}"
+
+
+def test_makefile_says_which_python_it_needs(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    run = make("setup", "PYTHON=no-such-python", folder=tmp_path)
+    assert run.returncode != 0
+    assert "needs Python 3.11, 3.12 or 3.13" in run.stderr
+
+
+def test_make_serve_passes_on_only_what_was_chosen() -> None:
+    assert "roiserve serve --host '::1' --port '9000'" in make("-n", "serve", "HOST=::1", "PORT=9000").stdout
+    assert "--port" not in make("-n", "serve").stdout
+
+
+def test_dockerfile_passes_hadolint() -> None:
+    run = subprocess.run([tool("hadolint"), str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_dockerfile_copies_only_what_the_builder_is_sent() -> None:
+    """No Docker is needed to see that a COPY would fail: its source is missing, or kept out by .dockerignore."""
+    sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"}
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    sources = {source for line in copies for source in line.split()}
+    assert sources == sent
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_prometheus_accepts_its_configuration() -> None:
+    command = [tool("promtool"), "check", "config", str(ROOT / "docker/prometheus.yml")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_prometheus_scrapes_the_service_of_the_compose_file() -> None:
+    configuration = yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())
+    [target] = configuration["scrape_configs"][0]["static_configs"][0]["targets"]
+    name, port = target.split(":")
+    assert COMPOSE["services"][name]["ports"][0].endswith(f":{port}")
+    assert f"EXPOSE {port}" in (ROOT / "Dockerfile").read_text()
+
+
+def test_compose_mounts_what_exists_and_pins_what_it_pulls() -> None:
+    volumes = [volume.split(":")[0] for service in COMPOSE["services"].values() for volume in service["volumes"]]
+    assert all(
+        (ROOT / volume).exists() if volume.startswith(".") else volume in COMPOSE["volumes"] for volume in volumes
+    )
+    pulled = [service["image"] for service in COMPOSE["services"].values() if "build" not in service]
+    assert all(re.search(r":v?\d+\.\d+", image) for image in pulled)
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [(200, 0), (503, 1)])
+def test_health_check_follows_the_answer(status: int, exit_code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/healthz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        monkeypatch.setenv("ROISERVE_PORT", str(server.server_port))
+        assert health_check() == exit_code
+        thread.join()
+
+
+def test_health_check_fails_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        monkeypatch.setenv("ROISERVE_PORT", str(server.server_port))
+    assert health_check() == 1
+
+
+def health_check() -> int:
+    """Run `docker/healthcheck.py` as a container does; returns its exit status."""
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / "docker/healthcheck.py"), run_name="__main__")
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
