@@ -6,6 +6,7 @@ future that it waits on is the only way back. Training enters at `modeling` and 
 service/
 ├── __main__.py         `python -m service`
 ├── cli.py              the `roiserve` command
+├── commands/           its subcommands, a file each: words, tables and progress bars
 ├── app.py              create_app(settings): the only place that wires rooms together
 ├── pipeline.py         one request: decode, submit, encode
 ├── api/                HTTP and JSON only: one file per resource, schemas, the error table, the web page
@@ -20,13 +21,14 @@ service/
 ├── metrics.py          every metric, declared once
 ├── logs.py             events with keys, one line a request
 ├── settings.py         every setting: environment variable, flag and help in one
+├── jit.py              numeric loops to machine code, kept on disk
 ├── structures.py       the nouns that travel between rooms
 └── errors.py           the error tree
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli → app | training → api → pipeline → batching | imaging | masks | inference → model_store → modeling → ops
-    → metrics → structures → settings | logs → errors
+    cli → commands → app | training → api → pipeline → batching | imaging | masks | inference → model_store → modeling
+    → ops → metrics → structures → settings | logs | jit → errors
 
 `api` and `batching` never import torch; `modeling` never imports `settings`; `training` never `api` or `batching`.
 """

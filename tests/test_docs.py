@@ -1,0 +1,140 @@
+"""The documentation keeps up with the code: every setting and metric stands in its table, none that is gone does, links
+lead somewhere. `make test ARGS="tests/test_docs.py --update-docs"` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+from pydantic.fields import FieldInfo
+
+from service.metrics import Metrics
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
+BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
+
+
+def settings_table() -> str:
+    """A row for each setting: variable, flag, default, range and help."""
+    rows = ["| environment variable | flag of `serve` | default | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        meaning = f"{field.description}{bounds(field)}".replace("<", "&lt;").replace("|", "\\|")
+        rows.append(f"| `ROISERVE_{name.upper()}` | `{flag}` | {default(field)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def default(field: FieldInfo) -> str:
+    """As an operator would write it."""
+    if field.default_factory is not None or field.default in (None, ()):
+        return "unset"
+    return f"`{field.default}`"
+
+
+def bounds(field: FieldInfo) -> str:
+    """The range in words, or nothing."""
+    found = [
+        words.format(getattr(limit, key))
+        for limit in field.metadata
+        for key, words in BOUNDS.items()
+        if hasattr(limit, key)
+    ]
+    return f" Range: {' '.join(found)}." if found else ""
+
+
+def metric_objects() -> Iterator[MetricWrapperBase]:
+    """Every metric of an app, in the order of `service/metrics.py`."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    return (metric for metric in registry._collector_to_names if isinstance(metric, MetricWrapperBase))
+
+
+def metrics_table() -> str:
+    """A row for each metric: name, type, labels and help."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in metric_objects():
+        [family] = metric.describe()
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in metric._labelnames) or "–"
+        rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize(("page", "table"), [("configuration.md", settings_table), ("metrics.md", metrics_table)])
+def test_table_is_what_the_code_says(page: str, table: object, request: pytest.FixtureRequest) -> None:
+    path = ROOT / "docs" / page
+    assert callable(table)
+    fresh = re.sub(
+        r"(?<=<!-- table -->\n).*?(?=\n<!-- /table -->)", lambda _: table(), path.read_text(), flags=re.DOTALL
+    )
+    if request.config.getoption("--update-docs"):
+        path.write_text(fresh)
+    assert fresh == path.read_text(), (
+        f'docs/{page} is behind the code: make test ARGS="tests/test_docs.py --update-docs"'
+    )
+    assert "<!-- table -->\n| " in fresh
+
+
+def test_every_setting_that_is_spoken_of_exists() -> None:
+    known = {f"ROISERVE_{name.upper()}" for name in Settings.model_fields} | {"ROISERVE_PUBLISH"}  # of the compose file
+    spoken = {
+        (path.name, name) for path in texts() for name in re.findall(r"\bROISERVE_[A-Z_]+[A-Z]\b", path.read_text())
+    }
+    assert {(page, name) for page, name in spoken if name not in known} == set()
+
+
+def test_every_metric_that_is_spoken_of_exists() -> None:
+    known = {family.name for metric in metric_objects() for family in metric.describe()}
+    spoken = {
+        (path.name, name) for path in texts() for name in re.findall(r"\broiserve_[a-z_]+[a-z]\b", path.read_text())
+    }
+    assert {
+        (page, name) for page, name in spoken if re.sub(r"_(total|bucket|sum|count)$", "", name) not in known
+    } == set()
+
+
+def texts() -> list[Path]:
+    """Where settings and metrics are spoken of."""
+    return [*PAGES, ROOT / "Dockerfile", ROOT / "docker-compose.yml", *(ROOT / "docker").rglob("*.*")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files exist, headings exist; addresses on the internet are not asked."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        target, _, heading = link.partition("#")
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path = (page.parent / target) if target else page
+        if not path.exists() or (heading and heading not in anchors(path)):
+            broken.append(link)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings can be linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_tracked_files_name_no_machine_of_their_authors() -> None:
+    """No package registry's address and no folder of a developer's machine: the project must not depend on either."""
+    places = ["pypi" + ".org", "pythonhosted" + ".org", "deb.debian" + ".org", "npmjs" + ".org", "/" + "work/"]
+    run = subprocess.run(
+        ["git", "grep", "-I", "-n", "-F", *(word for place in places for word in ("-e", place))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert run.stdout == ""
