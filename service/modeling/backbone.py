@@ -5,16 +5,14 @@ Knows convolutions and strides; knows nothing of boxes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet, resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from service.modeling.config import BackboneConfig, Norm
+from service.modeling.config import BackboneConfig
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -59,40 +57,40 @@ class NarrowResNet18(nn.Module):
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Build the trunk and pyramid that `config` names, with random weights."""
-    norm_layer = _norm_layer(config.norm)
+    trunk_norm = norm_layer(config.norm, eps=config.norm_eps)
     if config.name == "mobilenet_v3_large_fpn":
-        return _mobilenet_fpn(norm_layer, config.out_channels)
+        return _mobilenet_fpn(trunk_norm, config)
     if config.name == "narrow_resnet18_fpn":
         assert config.width is not None  # BackboneConfig says so
-        trunk: nn.Module = NarrowResNet18(width=config.width, norm_layer=norm_layer)
-        first_stage_channels = config.width
-    else:
-        trunk = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=norm_layer)
-        first_stage_channels = trunk.inplanes // 8
-    return _resnet_fpn(trunk, first_stage_channels, config.out_channels)
+        narrow = NarrowResNet18(width=config.width, norm_layer=norm_layer)
+        return _resnet_fpn(narrow, config.width, config.out_channels)
+    trunk: resnet.ResNet = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=norm_layer)
+    return _resnet_fpn(trunk, trunk.inplanes // 8, config.out_channels)
 
 
-def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, out_channels: int) -> Backbone:
+def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, config: BackboneConfig) -> Backbone:
     module = BackboneWithFPN(
         trunk,
         return_layers={f"layer{stage}": str(stage - 1) for stage in (1, 2, 3, 4)},
         in_channels_list=[first_stage_channels * factor for factor in (1, 2, 4, 8)],
-        out_channels=out_channels,
+        out_channels=config.out_channels,
         extra_blocks=LastLevelMaxPool(),
+        norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     return Backbone(module, {"0": 4, "1": 8, "2": 16, "3": 32})
 
 
-def _mobilenet_fpn(norm_layer: NormLayer, out_channels: int) -> Backbone:
-    trunk = mobilenet.mobilenet_v3_large(weights=None, norm_layer=norm_layer).features
+def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
+    trunk = mobilenet.mobilenet_v3_large(weights=None, norm_layer=trunk_norm).features
     strided = [index for index, block in enumerate(trunk) if getattr(block, "_is_cn", False)]
     stages = [strided[-1], len(trunk) - 1]
     module = BackboneWithFPN(
         trunk,
         return_layers={str(index): str(level) for level, index in enumerate(stages)},
         in_channels_list=[trunk[index].out_channels for index in stages],
-        out_channels=out_channels,
+        out_channels=config.out_channels,
         extra_blocks=LastLevelMaxPool(),
+        norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
     return Backbone(module, {"0": 32})
@@ -108,5 +106,8 @@ def _stage(in_channels: int, channels: int, *, stride: int, norm_layer: NormLaye
     )
 
 
-def _norm_layer(norm: Norm) -> NormLayer:
-    return FrozenBatchNorm2d if norm == "frozen_batch_norm" else partial(nn.BatchNorm2d)
+def _stride_in_1x1(trunk: nn.Module) -> None:
+    """Move the stride of each strided bottleneck from its 3 x 3 to its first 1 x 1 convolution (He et al. 2015)."""
+    for module in trunk.modules():
+        if isinstance(module, resnet.Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride

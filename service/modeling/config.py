@@ -40,17 +40,32 @@ class BackboneConfig(_Table):
         width: channels of the first stage, for the narrow trunk only.
         norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
             keeps those that were loaded (fine-tuning with few images a step).
+        norm_eps: added to the variance in the trunk's norms; 0 in torchvision's published `*_resnet50_fpn` detectors.
+        fpn_norm: norm behind the pyramid's convolutions, which then have no bias; none if not named.
+        stride_in_1x1: the strided bottleneck of a stage strides in its first convolution, 1 x 1, as detectron2's MSRA
+            weights have it, not in its 3 x 3 as torchvision's.
     """
 
     name: BackboneName
     out_channels: Channels = 256
     width: Channels | None = None
     norm: Norm = "frozen_batch_norm"
+    norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-5
+    fpn_norm: Norm | None = None
+    stride_in_1x1: bool = False
+
+    @model_validator(mode="after")
+    def _stride_belongs_to_bottlenecks(self) -> Self:
+        if self.stride_in_1x1 and self.name not in ("resnet50_fpn", "resnet101_fpn"):
+            raise ValueError(f"'stride_in_1x1' is for resnet50_fpn and resnet101_fpn, got name={self.name!r}")
+        return self
 
     @model_validator(mode="after")
     def _width_belongs_to_the_narrow_trunk(self) -> Self:
         if (self.width is not None) != self.name.startswith("narrow_"):
-            raise ValueError(f"'width' is for narrow_resnet18_fpn, which needs it; got name={self.name!r}, width={self.width}")
+            raise ValueError(
+                f"'width' is for narrow_resnet18_fpn, which needs it; got name={self.name!r}, width={self.width}"
+            )
         return self
 
     @property
@@ -126,8 +141,10 @@ class RoIConfig(_Table):
         aligned: half-pixel shift of `roi_align` (detectron2's); torchvision's models have false.
         box_output_size: side of the patch for the box head.
         mask_output_size: side of the patch for the mask head; its masks have twice that.
-        box_head_channels: width of the two hidden layers of the box head.
+        box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
+        box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions.
         mask_head_channels: output channels of each 3 x 3 convolution of the mask head.
+        head_norm: norm behind the convolutions of both heads, which then have no bias; none if not named.
         mask: what the mask branch does differently.
         fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: how proposals are sampled in training.
     """
@@ -137,8 +154,10 @@ class RoIConfig(_Table):
     aligned: bool = False
     box_output_size: Annotated[int, Field(ge=1, le=64)] = 7
     mask_output_size: Annotated[int, Field(ge=1, le=64)] = 14
+    box_head_convs: tuple[Channels, ...] = ()
     box_head_channels: Channels = 1024
     mask_head_channels: tuple[Channels, ...] = (256, 256, 256, 256)
+    head_norm: Norm | None = None
     mask: RoIBranchConfig = RoIBranchConfig()
     fg_iou_thresh: Probability = 0.5
     bg_iou_thresh: Probability = 0.5
