@@ -5,14 +5,16 @@ Knows convolutions and strides; knows nothing of boxes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet, resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from service.modeling.config import BackboneConfig
+from service.modeling.config import BackboneConfig, Norm
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -62,10 +64,17 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         return _mobilenet_fpn(trunk_norm, config)
     if config.name == "narrow_resnet18_fpn":
         assert config.width is not None  # BackboneConfig says so
-        narrow = NarrowResNet18(width=config.width, norm_layer=norm_layer)
-        return _resnet_fpn(narrow, config.width, config.out_channels)
-    trunk: resnet.ResNet = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=norm_layer)
-    return _resnet_fpn(trunk, trunk.inplanes // 8, config.out_channels)
+        narrow = NarrowResNet18(width=config.width, norm_layer=trunk_norm)
+        return _resnet_fpn(narrow, config.width, config)
+    trunk: resnet.ResNet = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=trunk_norm)
+    if config.stride_in_1x1:
+        _stride_in_1x1(trunk)
+    return _resnet_fpn(trunk, trunk.inplanes // 8, config)
+
+
+def norm_layer(norm: Norm, *, eps: float = 1e-5) -> NormLayer:
+    """The norm that the configuration names, as a function of its channels."""
+    return partial(FrozenBatchNorm2d if norm == "frozen_batch_norm" else nn.BatchNorm2d, eps=eps)
 
 
 def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, config: BackboneConfig) -> Backbone:

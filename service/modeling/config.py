@@ -221,4 +221,5 @@ class ModelConfig(_Table):
 
     @property
     def has_masks(self) -> bool:
+        """Whether there is a mask branch."""
         return self.architecture == "mask_rcnn"
