@@ -1,0 +1,69 @@
+"""`roiserve evaluate`: COCO's average precision of a stored model on a data set. Words and tables only; the
+figures come from `service/training/evaluation.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from service.training.evaluation import Evaluation
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
+    data: Annotated[Path, typer.Option(help="COCO-format annotation file, such as DIR/val.json.")],
+    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_detections: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print a model's COCO AP, AP50, AP75 and AP by size, for boxes and masks.
+
+    Example: roiserve evaluate --model nuclei --data cells/val.json
+    """
+    import orjson
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from service.inference.loading import load_predictor
+    from service.model_store.store import ModelStore
+    from service.training.dataset import load_coco
+    from service.training.evaluation import evaluate as evaluate_predictor
+
+    predictor = load_predictor(ModelStore(store).find(model), device=device)
+    info = predictor.info
+    dataset = load_coco(data, labels=info.labels)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(info.key, total=len(dataset))
+        evaluation = evaluate_predictor(
+            predictor, dataset, max_detections=max_detections, advance=lambda: progress.advance(task)
+        )
+    if json:
+        typer.echo(
+            orjson.dumps({"model": info.key, "data": str(data), **asdict(evaluation)}, option=orjson.OPT_INDENT_2)
+        )
+    else:
+        _print_table(info.key, evaluation)
+
+
+def _print_table(model: str, evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{model}, {evaluation.num_images} pictures, at most {evaluation.max_detections} detections each"
+    columns = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+    table = Table("", *columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for kind, figures in evaluation.rows():
+        sizes = (figures.ap_small, figures.ap_medium, figures.ap_large)
+        table.add_row(kind, *(f"{value:.3f}" for value in (figures.ap, figures.ap50, figures.ap75, *sizes)))
+        if len(figures.ap_by_label) > 1:
+            for label, ap in figures.ap_by_label.items():
+                table.add_row(f"  {label}", f"{ap:.3f}", f"{figures.ap50_by_label[label]:.3f}")
+    Console().print(table)

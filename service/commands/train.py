@@ -1,0 +1,146 @@
+"""`roiserve train`: from a COCO-format folder to a model in the store. Words and progress bars only; the work is
+done by `service/training`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from service.training.evaluation import Evaluation
+    from service.training.loop import Best, Trainer
+    from service.training.loop import Progress as TrainingProgress
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Folder with train.json, val.json and images/ (COCO format).")],
+    model_config: Annotated[
+        Path, typer.Option(help="model.toml that describes the network; its weights do not count.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the model is written: STORE/NAME/VERSION.")],
+    start_from: Annotated[
+        Path | None, typer.Option(help="Folder of a stored model (STORE/NAME/VERSION) whose weights to fine-tune.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 20,
+    images_per_step: Annotated[int, typer.Option(min=1, help="Pictures in one optimiser step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's highest.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's.")] = 0.05,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps until the learning rate is reached.")] = 100,
+    crop_size: Annotated[
+        int, typer.Option(min=32, help="Side of the training pictures, in pixels after resizing.")
+    ] = 384,
+    min_scale: Annotated[float, typer.Option(min=0.1, help="Least random scale, as a factor.")] = 0.7,
+    max_scale: Annotated[float, typer.Option(max=10, help="Greatest random scale, as a factor.")] = 1.4,
+    flips: Annotated[bool, typer.Option(help="Mirror pictures and turn them by quarters.")] = True,
+    colour: Annotated[float, typer.Option(min=0, max=1, help="Strength of random colour changes.")] = 0.5,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Epochs between evaluations on val.json.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="A run with the same seed repeats.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of convolutions and matrix products; auto is bfloat16 on CUDA, else float32."),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads for the network; 0: one a core.")] = 0,
+    store_as: Annotated[Literal["float32", "float16"], typer.Option(help="Format of the weights on disk.")] = "float16",
+    drop_bad_annotations: Annotated[bool, typer.Option(help="Leave bad annotations out instead of refusing.")] = False,
+    data_name: Annotated[
+        str | None, typer.Option(help="For the model card: what the data are, with their source.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="For the model card: under which terms the weights are.")] = None,
+    attribution: Annotated[str | None, typer.Option(help="For the model card: whom to name.")] = None,
+) -> None:
+    """Train a model on COCO-format data, from scratch or from another model's weights.
+
+    An interrupted run goes on when the same command is given again. The checkpoint with the best validation AP (of
+    masks where there are any, else of boxes) becomes the model.
+
+    Example: roiserve train --data cells --model-config model_store/nuclei/1/model.toml --out model_store/cells/1
+    """
+    import torch
+
+    from service.inference.loading import choose_device
+    from service.model_store.model_toml import read_model_config
+    from service.training.dataset import load_coco
+    from service.training.export import export_model, load_initial_weights, target_of
+    from service.training.loop import TrainConfig, Trainer
+
+    if threads:
+        torch.set_num_threads(threads)
+    target = target_of(out)
+    config = read_model_config(model_config)
+    target_device = choose_device(device)
+    sets = {
+        split: load_coco(
+            data / f"{split}.json", labels=config.labels, needs_masks=config.has_masks, drop_bad=drop_bad_annotations
+        )
+        for split in ("train", "val")
+    }
+    if precision == "auto":
+        precision = "bfloat16" if target_device.type == "cuda" else "float32"
+    trainer = Trainer(
+        model_config=config,
+        train_config=TrainConfig(
+            epochs=epochs,
+            images_per_step=images_per_step,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            crop_size=crop_size,
+            scale_range=(min_scale, max_scale),
+            flips=flips,
+            colour=colour,
+            precision=precision,
+            evaluate_every=evaluate_every,
+            seed=seed,
+        ),
+        train=sets["train"],
+        val=sets["val"],
+        state_path=target.state_path,
+        device=target_device,
+        initial_weights=None if start_from is None else load_initial_weights(start_from, config),
+    )
+    best = _run_with_progress(trainer)
+    stored = export_model(
+        target,
+        config=config,
+        best=best,
+        val=sets["val"],
+        dtype=store_as,
+        data=data_name or str(data),
+        licence=licence,
+        attribution=attribution,
+        command=shlex.join(["roiserve", *sys.argv[1:]]),
+    )
+    typer.echo(f"{stored.key} is in {stored.path}, from epoch {best.epoch}")
+
+
+def _run_with_progress(trainer: Trainer) -> Best:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    averages: dict[str, float] = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=trainer.num_steps)
+
+        def on_step(now: TrainingProgress) -> None:
+            for name, loss in now.losses.items():
+                averages[name] = 0.95 * averages.get(name, loss) + 0.05 * loss
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
+            progress.update(task, completed=now.step, description=f"epoch {now.epoch}  {losses}")
+            if not console.is_terminal and now.step % 20 == 0:
+                console.print(f"step {now.step}/{now.num_steps}  epoch {now.epoch}  {losses}", soft_wrap=True)
+
+        def on_evaluation(epoch: int, evaluation: Evaluation) -> None:
+            figures = "  ".join(
+                f"{kind} AP {ap.ap:.3f} AP50 {ap.ap50:.3f} AP75 {ap.ap75:.3f}" for kind, ap in evaluation.rows()
+            )
+            console.print(f"epoch {epoch}: val {figures}", soft_wrap=True)
+
+        return trainer.run(on_step=on_step, on_evaluation=on_evaluation)

@@ -1,0 +1,67 @@
+"""From a stored model to a predictor: choose the device and the precision, build the network, load the weights.
+Called by `app.py` and by offline commands.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from service.errors import ServiceError
+from service.inference.predictor import Predictor
+from service.model_store.store import StoredModel
+from service.model_store.weights import load_into
+from service.modeling.build import build_model
+from service.structures import ModelInfo
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_predictor(stored: StoredModel, *, device: str = "auto", precision: str = "auto") -> Predictor:
+    """Load a model onto a device.
+
+    Args:
+        stored: the model's folder.
+        device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
+        precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; `auto` is float32.
+
+    Raises:
+        ModelStoreError: the folder, its configuration or its weights are not as they must be.
+        ServiceError: the device is not there.
+    """
+    config = stored.model_toml
+    target = choose_device(device)
+    model = build_model(config)
+    load_into(model, stored.load_weights(), source=str(stored.path))
+    return Predictor(
+        model.to(target),
+        info=ModelInfo(
+            name=stored.name,
+            version=stored.version,
+            architecture=config.architecture,
+            backbone=config.backbone.name,
+            roi_op=config.roi.op,
+            labels=config.labels,
+            score_thresh=config.detections.score_thresh,
+            max_detections=config.detections.detections_per_img,
+            has_masks=config.has_masks,
+            engine="eager",
+            precision="float32" if precision == "auto" else precision,
+            device=str(target),
+        ),
+        device=target,
+        autocast_dtype=DTYPES.get(precision),
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a setting means.
+
+    Raises:
+        ServiceError: it is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.device(device)
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ServiceError(f"no device {device!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return target

@@ -1,0 +1,212 @@
+"""From the best checkpoint of a run to a model in the store, with its card. Called by the `train` command."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.errors import ModelStoreError
+from service.inference.predictor import Predictor
+from service.model_store.model_toml import Dtype, ProvenanceTable
+from service.model_store.store import ModelStore, StoredModel
+from service.model_store.weights import load_into
+from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
+from service.structures import Image, Query
+from service.training.dataset import CocoDataset
+from service.training.evaluation import AveragePrecision, Evaluation, evaluate
+from service.training.loop import Best, evaluation_info
+
+TIMED_PICTURES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a run writes: `store/name/version`, and its state beside it, in a folder that the store passes over."""
+
+    store: ModelStore
+    name: str
+    version: int
+
+    @property
+    def state_path(self) -> Path:
+        """Where the run keeps what it needs to go on."""
+        return self.store.root / self.name / f".training-{self.version}" / "state.pt"
+
+
+def target_of(out: Path) -> Target:
+    """Read `STORE/NAME/VERSION`.
+
+    Raises:
+        ModelStoreError: it is not of that form, or exists already.
+    """
+    if not out.name.isdecimal() or not out.parent.name:
+        raise ModelStoreError(f"expected --out STORE/NAME/VERSION such as model_store/cells/1, got {out}")
+    if out.exists():
+        raise ModelStoreError(f"{out} exists already; a stored model is never overwritten")
+    return Target(ModelStore(out.parent.parent), out.parent.name, int(out.name))
+
+
+def load_initial_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a stored model that fit this network: with other classes the last layers do not, and start anew.
+
+    Raises:
+        ModelStoreError: the folder is not a good model, or none of its weights fits.
+    """
+    given = StoredModel(name=folder.parent.name, version=1, path=folder).load_weights()
+    expected = build_model(config).state_dict()
+    fitting = {key: value for key, value in given.items() if key in expected and expected[key].shape == value.shape}
+    if not fitting:
+        raise ModelStoreError(f"{folder}: none of its {len(given)} weights fits the network of the given model.toml")
+    return fitting
+
+
+def export_model(
+    target: Target,
+    *,
+    config: ModelConfig,
+    best: Best,
+    val: CocoDataset,
+    dtype: Dtype,
+    data: str,
+    licence: str | None,
+    attribution: str | None,
+    command: str,
+) -> StoredModel:
+    """Write the best checkpoint into the store, with a card that says what the weights reach as they are stored.
+
+    Raises:
+        ModelStoreError: it cannot be written, or is there already.
+    """
+    stored_dtype: torch.dtype = getattr(torch, dtype)
+    # Half precision rounds the weights: the figures are those of the rounded ones.
+    weights = {
+        key: value.to(stored_dtype).float() if value.is_floating_point() else value
+        for key, value in best.weights.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    predictor = _predictor(config, weights)
+    evaluation = evaluate(predictor, val)
+    provenance = ProvenanceTable(
+        data=data,
+        licence=licence,
+        attribution=attribution,
+        command=command,
+        created=datetime.date.today(),
+        software={"torch": torch.__version__, "torchvision": version("torchvision")},
+        metrics={kind: _figures(figures) for kind, figures in evaluation.rows()},
+    )
+    model = target.store.write_model(
+        target.name,
+        target.version,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        provenance=provenance,
+        readme=_card(
+            target.name,
+            config=config,
+            provenance=provenance,
+            evaluation=evaluation,
+            megabytes=sum(value.numel() for value in weights.values()) * stored_dtype.itemsize / 1e6,
+            milliseconds=_milliseconds_per_image(predictor, val),
+        ),
+    )
+    shutil.rmtree(target.state_path.parent, ignore_errors=True)
+    return model
+
+
+def _predictor(config: ModelConfig, weights: dict[str, Tensor]) -> Predictor:
+    model = build_model(config)
+    load_into(model, weights, source="the best checkpoint")
+    return Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
+
+
+def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:
+    """Median CPU time of one call, over pictures of the set's most common size."""
+    size, _ = Counter(sample.image_size for sample in val.samples).most_common(1)[0]
+    samples = [sample for sample in val.samples if sample.image_size == size][:TIMED_PICTURES]
+    milliseconds = []
+    for sample in samples:
+        query = Query(Image(np.ascontiguousarray(sample.read_pixels())))
+        started = time.perf_counter()
+        predictor.predict([query])
+        milliseconds.append((time.perf_counter() - started) * 1000)
+    return statistics.median(milliseconds)
+
+
+def _figures(figures: AveragePrecision) -> dict[str, int | float]:
+    """COCO's names, for `[provenance.metrics]`; what the data set has no object for is left out."""
+    named = {
+        "AP": figures.ap,
+        "AP50": figures.ap50,
+        "AP75": figures.ap75,
+        "AP_small": figures.ap_small,
+        "AP_medium": figures.ap_medium,
+        "AP_large": figures.ap_large,
+    }
+    if len(figures.ap_by_label) > 1:
+        named |= {f"AP_{label}": ap for label, ap in figures.ap_by_label.items()}
+        named |= {f"AP50_{label}": ap for label, ap in figures.ap50_by_label.items()}
+    return {name: round(value, 4) for name, value in named.items() if not math.isnan(value)}
+
+
+def _card(
+    name: str,
+    *,
+    config: ModelConfig,
+    provenance: ProvenanceTable,
+    evaluation: Evaluation,
+    megabytes: float,
+    milliseconds: float,
+) -> str:
+    """The model card, Markdown."""
+    tables = {kind: _figures(figures) for kind, figures in evaluation.rows()}
+    kinds = list(tables)
+    rows = [
+        f"| {figure} | "
+        + " | ".join(f"{tables[kind][figure]:.3f}" if figure in tables[kind] else "–" for kind in kinds)
+        for figure in tables[kinds[0]]
+    ]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"{config.architecture}, {config.backbone.name}, {config.roi.op}. Finds {', '.join(config.labels)}.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| data | {provenance.data} |",
+            f"| licence | {provenance.licence or 'not stated'} |",
+            f"| attribution | {provenance.attribution or 'not stated'} |",
+            f"| weights on disk | {megabytes:.1f} MB |",
+            f"| time per image | {milliseconds:.0f} ms, median, {torch.get_num_threads()} CPU thread(s) |",
+            f"| made by | torch {torch.__version__}, torchvision {version('torchvision')} |",
+            "",
+            f"## Validation, {evaluation.num_images} pictures",
+            "",
+            f"COCO figures, at most {evaluation.max_detections} detections an image, with the weights as stored.",
+            "",
+            f"| | {' | '.join(kinds)} |",
+            "|---|" + "---|" * len(kinds),
+            *(f"{row} |" for row in rows),
+            "",
+            "## Command",
+            "",
+            "```",
+            str(provenance.command),
+            "```",
+            "",
+        ]
+    )
