@@ -1,0 +1,20 @@
+"""What every reader of a container returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """An image file whose header has been read.
+
+    Attributes:
+        image_size: (height, width) in pixels as stored, before orientation is applied.
+        pixel_data: a valid file of the same format that holds the first picture and nothing else.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
+    """
+
+    image_size: tuple[int, int]
+    pixel_data: bytes
+    orientation: int = 1

@@ -1,0 +1,104 @@
+"""The directory of a TIFF file, which EXIF also is: a list of tags, each with a type, a count and a value or an offset.
+Classic TIFF has 32-bit offsets and entries of 12 bytes, BigTIFF 64-bit offsets and entries of 20.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.errors import InvalidImageError
+
+MAX_ENTRIES = 4096
+
+_HEADERS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
+_BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tag.
+
+    Attributes:
+        raw: the whole entry as it stands in the file, 12 or 20 bytes.
+        value_type: TIFF's number of the type; unknown ones have no size.
+        count: how many values.
+        value_offset: where in the file they are.
+    """
+
+    raw: bytes
+    value_type: int
+    count: int
+    value_offset: int
+
+    @property
+    def value_bytes(self) -> int:
+        """The size of all values in bytes."""
+        return self.count * _BYTES_OF_TYPE.get(self.value_type, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The first directory of a file.
+
+    Attributes:
+        data: the whole file.
+        byte_order: `<` or `>`, as `struct` writes it.
+        is_big: BigTIFF.
+        entries: by tag; of a repeated tag the first.
+    """
+
+    data: bytes
+    byte_order: str
+    is_big: bool
+    entries: Mapping[int, Entry]
+
+    def integers(self, tag: int) -> tuple[int, ...]:
+        """The values of a tag, empty if it is missing or not of a whole-number type.
+
+        Raises:
+            InvalidImageError: the values lie outside the file.
+        """
+        entry = self.entries.get(tag)
+        if entry is None or entry.value_type not in _INTEGER_TYPES:
+            return ()
+        if entry.value_offset + entry.value_bytes > len(self.data):
+            raise InvalidImageError(f"the values of TIFF tag {tag} lie outside the data")
+        kind = f"{self.byte_order}{entry.count}{_INTEGER_TYPES[entry.value_type]}"
+        return struct.unpack_from(kind, self.data, entry.value_offset)
+
+
+def read_directory(data: bytes) -> Directory:
+    """Read the first directory.
+
+    Raises:
+        InvalidImageError: not a TIFF header, or too many entries.
+        struct.error: the data end within the directory.
+    """
+    if data[:4] not in _HEADERS:
+        raise InvalidImageError("the data do not begin with a TIFF header")
+    byte_order, is_big = _HEADERS[data[:4]]
+    position, count = _first(data, byte_order, is_big)
+    if count > MAX_ENTRIES:
+        raise InvalidImageError(f"a TIFF directory of {count} entries; we read up to {MAX_ENTRIES}")
+    entry_bytes, layout = (20, "HHQQ") if is_big else (12, "HHII")
+    entries: dict[int, Entry] = {}
+    for start in range(position, position + count * entry_bytes, entry_bytes):
+        tag, value_type, num_values, offset = struct.unpack_from(byte_order + layout, data, start)
+        is_inline = num_values * _BYTES_OF_TYPE.get(value_type, 0) <= (8 if is_big else 4)
+        value_offset = start + (12 if is_big else 8) if is_inline else offset
+        entries.setdefault(tag, Entry(data[start : start + entry_bytes], value_type, num_values, value_offset))
+    return Directory(data, byte_order, is_big, entries)
+
+
+def _first(data: bytes, byte_order: str, is_big: bool) -> tuple[int, int]:
+    """Where the entries of the first directory begin, and how many there are."""
+    if is_big:
+        (offset,) = struct.unpack_from(byte_order + "Q", data, 8)
+        (count,) = struct.unpack_from(byte_order + "Q", data, offset)
+        return offset + 8, count
+    (offset,) = struct.unpack_from(byte_order + "I", data, 4)
+    (count,) = struct.unpack_from(byte_order + "H", data, offset)
+    return offset + 2, count

@@ -1,0 +1,82 @@
+"""JPEG (ITU T.81): a row of segments, each a marker and a length, and after each "start of scan" the coded data.
+
+Two attacks live here. Any number of `FF` fill bytes may stand before a marker, and Pillow takes up to 2 µs for each; we
+leave them out. And a progressive file may repeat scans: each scan of a few bytes goes over all the pixels again, so
+scans are counted.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+from service.errors import InvalidImageError
+from service.imaging.containers.container import Container
+from service.imaging.containers.exif import read_orientation
+
+# The usual encoders write up to 10 scans, the most eager optimisers about 20.
+MAX_SCANS = 32
+# Metadata come in segments of at most 64 KiB, so large ones need some hundreds.
+MAX_SEGMENTS = 4096
+
+_SOI = b"\xff\xd8"
+_SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
+# Besides: Huffman, arithmetic and quantisation tables, restart interval, what JFIF and Adobe say about the colours.
+_NEEDED = _FRAME_HEADERS | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _EOI}
+
+_FILL = re.compile(rb"\xff\xff+")
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # stuffed zeros and restart markers belong to the scan
+
+
+def read_jpeg(data: bytes) -> Container:
+    """Read the frame header and EXIF, count the scans, and keep only the segments that make the pixels."""
+    image_size: tuple[int, int] | None = None
+    orientation = 1
+    num_scans = 0
+    kept = [_SOI]
+    for marker, start, end in _segments(data):
+        if marker in _FRAME_HEADERS:
+            if image_size is not None:
+                raise InvalidImageError("the JPEG data hold two frame headers")
+            image_size = struct.unpack_from(">HH", data, start + 3)
+        elif marker == _SOS:
+            num_scans += 1
+        elif marker == _APP1 and data.startswith(b"Exif\0\0", start + 2):
+            orientation = read_orientation(data[start + 8 : end])
+        if marker == _SOS:
+            kept += (b"\xff", _FILL.sub(b"\xff", data[start - 1 : end]))
+        elif marker in _NEEDED:
+            kept += (b"\xff", data[start - 1 : end])
+    if image_size is None or num_scans == 0:
+        raise InvalidImageError("the JPEG data end before the first scan")
+    if num_scans > MAX_SCANS:
+        raise InvalidImageError(f"the JPEG data hold {num_scans} scans; we read up to {MAX_SCANS}")
+    return Container(image_size, b"".join(kept), orientation)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, where its length begins, where it ends), a scan with its coded data, until the image ends."""
+    position = len(_SOI)
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(data, position)
+        if found is None:
+            return  # without an end marker pixels may be missing; the decoder will see
+        marker, position = data[found.end() - 1], found.end()
+        if marker == _EOI:
+            yield marker, position, position
+            return
+        if marker in _WITHOUT_LENGTH:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        start, position = position, position + length
+        if length < 2 or position > len(data):
+            raise InvalidImageError("the JPEG data end within a segment")
+        if marker == _SOS:
+            after = _MARKER_AFTER_SCAN.search(data, position)
+            position = after.start() if after is not None else len(data)
+        yield marker, start, position
+    raise InvalidImageError(f"the JPEG data hold over {MAX_SEGMENTS} segments")
