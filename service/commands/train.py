@@ -134,7 +134,7 @@ def _run_with_progress(trainer: Trainer) -> Best:
                 averages[name] = 0.95 * averages.get(name, loss) + 0.05 * loss
             losses = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
             progress.update(task, completed=now.step, description=f"epoch {now.epoch}  {losses}")
-            if not console.is_terminal and now.step % 20 == 0:
+            if not console.is_terminal and now.step % 10 == 0:
                 console.print(f"step {now.step}/{now.num_steps}  epoch {now.epoch}  {losses}", soft_wrap=True)
 
         def on_evaluation(epoch: int, evaluation: Evaluation) -> None:

@@ -157,4 +157,4 @@ def _change_colours(pixels: UInt8Array, augmentation: Augmentation, rng: np.rand
     if augmentation.noise and rng.random() < 0.3:
         sigma = rng.uniform(0, augmentation.noise) / 255
         values = values + rng.normal(0, sigma, size=values.shape).astype(np.float32)
-    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.asarray(np.clip(values, 0, 1) * 255 + 0.5, dtype=np.uint8)

@@ -65,7 +65,7 @@ class Sample:
         """
         try:
             with PillowImage.open(self.path) as picture:
-                pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+                pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise DatasetError(f"{self.path}: expected an image, got {error}") from error
         if pixels.shape[:2] != self.image_size:

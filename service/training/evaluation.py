@@ -92,7 +92,7 @@ def evaluate(
     options = DetectOptions(score_thresh=0.0, max_detections=limit, with_masks=with_masks)
     results: list[dict[str, Any]] = []
     for sample in dataset.samples:
-        query = Query(Image(np.ascontiguousarray(sample.read_pixels())), options)
+        query = Query(Image(sample.read_pixels()), options)
         results += coco_results(predictor.predict([query])[0].detections, sample, dataset)
         advance()
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

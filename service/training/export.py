@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,7 +138,7 @@ def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:
     samples = [sample for sample in val.samples if sample.image_size == size][:TIMED_PICTURES]
     milliseconds = []
     for sample in samples:
-        query = Query(Image(np.ascontiguousarray(sample.read_pixels())))
+        query = Query(Image(sample.read_pixels()))
         started = time.perf_counter()
         predictor.predict([query])
         milliseconds.append((time.perf_counter() - started) * 1000)

@@ -165,7 +165,7 @@ class Trainer:
         *,
         on_step: Callable[[Progress], None] = lambda progress: None,
         on_evaluation: Callable[[int, Evaluation], None] = lambda epoch, evaluation: None,
-        save_every_steps: int = 50,
+        save_every_steps: int = 20,
     ) -> Best:
         """Train to the end, from the saved state if there is one.
 

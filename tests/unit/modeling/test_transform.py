@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from service.modeling.config import TransformConfig
+from service.modeling.transform import Transform
+
+CONFIG = TransformConfig(min_size=80, max_size=133)
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_sizes_are_those_that_torchvision_arrives_at(height: int, width: int) -> None:
+    theirs = GeneralizedRCNNTransform(CONFIG.min_size, CONFIG.max_size, list(CONFIG.mean), list(CONFIG.std)).eval()
+    ours = Transform(CONFIG)
+    if 133 * min(height, width) < max(height, width):
+        return  # torchvision cannot resize it: a side would be nothing
+    batch, _ = theirs([torch.zeros(3, height, width)])
+    assert ours.resized_size((height, width)) == tuple(batch.image_sizes[0])
+    assert ours.padded_size((height, width)) == tuple(batch.tensors.shape[-2:])
+
+
+def test_a_batch_holds_the_normalised_pixels_padded_with_zeros() -> None:
+    grey = torch.full((40, 60, 3), 255, dtype=torch.uint8)  # 40 -> 80, 60 -> 120; padded to 96 x 128
+    batch = Transform(CONFIG).eval().prepare([grey])
+    assert batch.tensors.shape == (1, 3, 96, 128)
+    assert batch.image_sizes == [(80, 120)]
+    red = (1 - CONFIG.mean[0]) / CONFIG.std[0]
+    assert batch.tensors[0, 0, :80, :120].min().item() == pytest.approx(red, abs=1e-5)
+    assert batch.tensors[0, :, 80:].abs().max().item() == 0
+    assert batch.tensors[0, :, :, 120:].abs().max().item() == 0

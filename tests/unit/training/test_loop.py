@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.errors import ServiceError
+from service.modeling.config import ModelConfig
+from service.training.dataset import load_coco
+from service.training.loop import LOSSES, Progress, TrainConfig, Trainer
+from tests.coco_folder import write_coco_folder
+
+TINY = ModelConfig.model_validate(
+    {
+        "architecture": "mask_rcnn",
+        "labels": ["disc"],
+        "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
+        "transform": {"min_size": 96, "max_size": 128},
+        "anchors": {"sizes": [[16], [24], [32], [64], [128]]},
+        "rpn": {"pre_nms_top_n_train": 100, "post_nms_top_n_train": 50},
+        "roi": {"box_head_channels": 32, "mask_head_channels": [16], "batch_size_per_image": 32},
+    }
+)
+CONFIG = TrainConfig(epochs=2, images_per_step=4, crop_size=96, warmup_steps=2, evaluate_every=2)
+
+
+def trainer(folder: Path, state: str, config: TrainConfig = CONFIG) -> Trainer:
+    if not folder.joinpath("train.json").exists():
+        write_coco_folder(folder)
+    return Trainer(
+        model_config=TINY,
+        train_config=config,
+        train=load_coco(folder / "train.json"),
+        val=load_coco(folder / "val.json"),
+        state_path=folder / state / "state.pt",
+        device=torch.device("cpu"),
+    )
+
+
+class Interrupted(Exception):
+    """Raised by a test in the middle of a run, as a kill would end it."""
+
+
+def test_losses_are_named_and_fall(tmp_path: Path) -> None:
+    totals: list[float] = []
+
+    def on_step(progress: Progress) -> None:
+        assert set(progress.losses) == set(LOSSES)
+        totals.append(sum(progress.losses.values()))
+
+    trainer(tmp_path / "data", "state", CONFIG.model_copy(update={"epochs": 15, "evaluate_every": 15})).run(
+        on_step=on_step
+    )
+    assert len(totals) == 30
+    assert sum(totals[-6:]) < 0.7 * sum(totals[:6])
+
+
+def test_a_run_that_was_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "data", "whole").run()
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "data", "killed").run(on_step=kill, save_every_steps=2)
+    second = trainer(tmp_path / "data", "killed")
+    steps: list[int] = []
+    resumed = second.run(on_step=lambda progress: steps.append(progress.step))
+    assert steps == [3, 4]
+    for key, value in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[key], value, msg=key)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "data", "a").run()
+    second = trainer(tmp_path / "data", "b", CONFIG.model_copy(update={"seed": 1})).run()
+    assert not torch.equal(first.weights["rpn.head.cls_logits.weight"], second.weights["rpn.head.cls_logits.weight"])
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "data", "state").run()
+    with pytest.raises(ServiceError, match="state of a run with another configuration"):
+        trainer(tmp_path / "data", "state", CONFIG.model_copy(update={"epochs": 3})).run()
+
+
+def test_a_learning_rate_out_of_bounds_ends_with_a_clear_error(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e8, "warmup_steps": 0, "epochs": 10})
+    with pytest.raises(ServiceError, match="no longer finite"):
+        trainer(tmp_path / "data", "state", config).run()
