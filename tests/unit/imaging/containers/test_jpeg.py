@@ -40,12 +40,13 @@ def test_metadata_are_left_out_and_pixels_stay() -> None:
 
 
 @pytest.mark.timeout(10)
-def test_fill_bytes_cost_next_to_nothing() -> None:
-    """Pillow alone takes 6 s for each of these on a fast machine."""
+def test_fill_bytes_are_left_out() -> None:
+    """Pillow takes 2 µs for each before a header segment, and libjpeg 0.3 µs within a scan."""
     fill = b"\xff" * 3_000_000
     plain = jpeg()
-    assert np.array_equal(pixels(plain[:2] + fill + plain[2:]), pixels(plain))
-    assert np.array_equal(pixels(plain[:-2] + fill + plain[-2:]), pixels(plain))
+    for filled in (plain[:2] + fill + plain[2:], plain[:-2] + fill + plain[-2:]):
+        assert len(read_jpeg(filled).pixel_data) <= len(plain) + 1
+        assert np.array_equal(pixels(filled), pixels(plain))
     with pytest.raises(InvalidImageError, match="before the first scan"):
         read_jpeg(b"\xff\xd8" + fill)
 
