@@ -1,7 +1,7 @@
 """JPEG (ITU T.81): a row of segments, each a marker and a length, and after each "start of scan" the coded data.
 
-Two attacks live here. Any number of `FF` fill bytes may stand before a marker, and a decoder takes up to 2 µs for each; we
-leave them out. And a progressive file may repeat scans: each scan of a few bytes goes over all the pixels again, so
+Two attacks live here. Any number of `FF` fill bytes may stand before a marker, and a decoder takes up to 2 µs for each;
+we leave them out. And a progressive file may repeat scans: each scan of a few bytes goes over all the pixels again, so
 scans are counted.
 """
 
