@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn.functional import pad
 
 from service.ops.rois import Boxes, as_pair, as_rois, at_least_float32
 
@@ -21,8 +22,8 @@ def crop(
     """Cut every box with its context and warp it to the output size, whatever its shape (R-CNN, appendix A, "warp").
 
     The box is enlarged so that after warping exactly `padding` pixels of context surround it, then read bilinearly, one
-    point an output pixel, without smoothing (R-CNN's code does the same). What lies outside the image is 0: the mean
-    colour, if the images are normalised. Unlike R-CNN's code the enlarged box is not rounded to whole pixels.
+    point an output pixel, without smoothing (R-CNN's code does the same). The image goes on as 0 on all sides: the mean
+    colour, if images are normalised. Unlike in R-CNN's code the enlarged box is not rounded to whole pixels.
 
     Args:
         input: (N, 3, H, W) images (any number of channels will do).
@@ -44,8 +45,8 @@ def crop(
     indices, starts, ends = torch.split(rois, [1, 2, 2], dim=1)
     shares = rois.new_tensor([padding / (width - 2 * padding), padding / (height - 2 * padding)])
     context = (ends - starts) * shares
-    enlarged = torch.cat([indices, starts - context, ends + context], dim=1)
-    crops: Tensor = torchvision.ops.roi_align(
-        at_least_float32(input), enlarged, (height, width), sampling_ratio=1, aligned=True
-    )
+    # RoI Align repeats the map's border for one cell; on a map with a frame of zeros it repeats those.
+    framed = pad(at_least_float32(input), (1, 1, 1, 1))
+    enlarged = torch.cat([indices, starts - context + 1, ends + context + 1], dim=1)
+    crops: Tensor = torchvision.ops.roi_align(framed, enlarged, (height, width), sampling_ratio=1, aligned=True)
     return crops.to(input.dtype)

@@ -72,10 +72,13 @@ def _largest_points(
 def _largest_adaptive_points(features: Tensor, rois: Tensor, size: tuple[int, int], aligned: bool) -> Tensor:
     bins = (rois[:, [4, 3]] - rois[:, [2, 1]]).clamp(min=0 if aligned else 1) / rois.new_tensor(size)
     points = bins.ceil().to(torch.int64)
+    # Boxes with the same number of points go together; one group at least, so that no boxes too have a gradient.
+    groups = torch.unique(points.clamp(min=1), dim=0).tolist() or [[1, 1]]
+    members = [(points.clamp(min=1) == points.new_tensor(group)).all(dim=1).nonzero().squeeze(1) for group in groups]
+    parts = [
+        _largest_points(features, rois[rows], size, (group[0], group[1]), aligned)
+        for rows, group in zip(members, groups, strict=True)
+    ]
+    pooled = torch.cat(parts)[torch.argsort(torch.cat(members))]
     # An empty box has no points, and RoI Align says 0 of those.
-    pooled = features.new_zeros((len(rois), features.shape[1], *size))
-    for rows, columns in torch.unique(points[points.amin(dim=1) > 0], dim=0).tolist():
-        members = (points == points.new_tensor([rows, columns])).all(dim=1).nonzero().squeeze(1)
-        largest = _largest_points(features, rois[members], size, (rows, columns), aligned)
-        pooled = pooled.index_copy(0, members, largest)
-    return pooled
+    return pooled.masked_fill((points == 0).any(dim=1).reshape(-1, 1, 1, 1), 0)

@@ -18,8 +18,8 @@ Boxes = Tensor | Sequence[Tensor]
 
 # From here on float32 cannot tell neighbouring cells apart, and the kernels' int32 arithmetic is not far from its end.
 _MAX_CELLS = 2.0**24
-# Boxes are clipped to the image, so the map holds them; a few times that leaves room for any augmentation.
-_MAX_ADAPTIVE_SIDE_IN_MAPS = 16
+# Boxes that are clipped to the image fit the map; four times its side leaves room for those that are not.
+_MAX_ADAPTIVE_SIDE_IN_MAPS = 4
 
 
 def as_rois(boxes: Boxes, input: Tensor, spatial_scale: float) -> Tensor:
@@ -33,7 +33,8 @@ def as_rois(boxes: Boxes, input: Tensor, spatial_scale: float) -> Tensor:
         spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
 
     Returns:
-        (K, 5) as (image index, x1, y1, x2, y2) in cells, of the type that `at_least_float32(input)` has.
+        (K, 5) as (image index, x1, y1, x2, y2) in cells, of the type that `at_least_float32(input)` has. Inside-out
+        boxes have become empty ones, at their (x1, y1).
 
     Raises:
         ValueError: shapes other than these, no such image, or a coordinate that is NaN, infinite or absurdly far away.
@@ -43,10 +44,12 @@ def as_rois(boxes: Boxes, input: Tensor, spatial_scale: float) -> Tensor:
     if not (math.isfinite(spatial_scale) and spatial_scale > 0):
         raise ValueError(f"expected a finite spatial_scale above 0, got {spatial_scale}")
     table = _as_table(boxes, input)
-    rois = torch.cat([table[:, :1], table[:, 1:] * spatial_scale], dim=1)
+    starts, ends = table[:, 1:3] * spatial_scale, table[:, 3:] * spatial_scale
+    rois = torch.cat([table[:, :1], starts, ends], dim=1)
     if len(rois):
         _check_values(rois, num_images=len(input))
-    return rois
+    # Adaptive sampling in torchvision's CPU kernel reserves a negative amount of memory for an inside-out box.
+    return torch.cat([rois[:, :3], torch.maximum(starts, ends)], dim=1)
 
 
 def rois_of(boxes: Sequence[Tensor]) -> Tensor:
@@ -123,7 +126,7 @@ def _check_values(rois: Tensor, *, num_images: int) -> None:
     if not furthest < _MAX_CELLS:
         wrong = ~(rois[:, 1:].abs() < _MAX_CELLS).all(dim=1)
         raise ValueError(
-            f"expected box coordinates that are finite and within {_MAX_CELLS:g} cells, got a box at "
+            f"expected box coordinates that are finite and within {_MAX_CELLS:.0f} cells, got a box at "
             f"{rois[wrong][0, 1:].tolist()} (in cells of the feature map)"
         )
 
