@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -12,7 +13,7 @@ import threading
 import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def test_every_direct_and_indirect_dependency_is_pinned() -> None:
             seen.add((name, extras))
             waiting += required(name, extras)
             assert requirement.specifier.contains(PINS[name], prereleases=True), f"{requirement} against {PINS[name]}"
+
+
+def test_everything_imported_is_declared() -> None:
+    """Packages that come along with others may leave with them; the lower halves of FastAPI and Pydantic will not."""
+    extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"]
+    lines = [line for lines in [PROJECT["dependencies"], *extras] for line in lines]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines} | {"starlette", "pydantic-core"}
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "service").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    outside = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"service"}
+    carriers = packages_distributions()
+    assert {
+        name for name in outside if not declared & {canonicalize_name(carrier) for carrier in carriers[name]}
+    } == set()
 
 
 def test_makefile_says_which_python_it_needs(tmp_path: Path) -> None:
