@@ -25,10 +25,12 @@ class Backbone(NamedTuple):
     Attributes:
         module: (N, 3, H, W) -> feature maps by name, finest first.
         pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
+        strides: stride of each map that the RPN sees, finest first.
     """
 
     module: BackboneWithFPN
     pooled_strides: dict[str, int]
+    strides: tuple[int, ...]
 
 
 class NarrowResNet18(nn.Module):
@@ -86,7 +88,7 @@ def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, config: BackboneCon
         extra_blocks=LastLevelMaxPool(),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
-    return Backbone(module, {"0": 4, "1": 8, "2": 16, "3": 32})
+    return Backbone(module, {"0": 4, "1": 8, "2": 16, "3": 32}, strides=(4, 8, 16, 32, 64))
 
 
 def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
@@ -102,7 +104,7 @@ def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
-    return Backbone(module, {"0": 32})
+    return Backbone(module, {"0": 32}, strides=(32, 32, 64))
 
 
 def _stage(in_channels: int, channels: int, *, stride: int, norm_layer: NormLayer) -> nn.Sequential:

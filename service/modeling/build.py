@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from service.modeling.backbone import Backbone, build_backbone
-from service.modeling.config import ModelConfig, RPNConfig
+from service.modeling.anchors import Detectron2AnchorGenerator
+from service.modeling.backbone import Backbone, build_backbone, norm_layer
+from service.modeling.config import AnchorsConfig, ModelConfig, RoIConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import RoIHeads
@@ -25,7 +29,7 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
     backbone = build_backbone(config.backbone)
     return GeneralizedRCNN(
         backbone=backbone.module,
-        rpn=_build_rpn(config, config.rpn),
+        rpn=_build_rpn(config, backbone),
         roi_heads=_build_roi_heads(config, backbone),
         transform=Transform(
             min_size=config.transform.min_size,
@@ -37,11 +41,8 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
     )
 
 
-def _build_rpn(config: ModelConfig, rpn: RPNConfig) -> RegionProposalNetwork:
-    anchor_generator = AnchorGenerator(
-        sizes=config.anchors.sizes,
-        aspect_ratios=(config.anchors.aspect_ratios,) * len(config.anchors.sizes),
-    )
+def _build_rpn(config: ModelConfig, backbone: Backbone) -> RegionProposalNetwork:
+    rpn, anchor_generator = config.rpn, _build_anchor_generator(config.anchors, backbone.strides)
     return RegionProposalNetwork(
         anchor_generator=anchor_generator,
         head=RPNHead(
@@ -60,11 +61,18 @@ def _build_rpn(config: ModelConfig, rpn: RPNConfig) -> RegionProposalNetwork:
     )
 
 
+def _build_anchor_generator(anchors: AnchorsConfig, strides: Sequence[int]) -> AnchorGenerator:
+    aspect_ratios = (anchors.aspect_ratios,) * len(anchors.sizes)
+    if anchors.style == "detectron2":
+        return Detectron2AnchorGenerator(anchors.sizes, aspect_ratios, strides=strides)
+    return AnchorGenerator(anchors.sizes, aspect_ratios)
+
+
 def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
     roi, channels = config.roi, config.backbone.out_channels
-    heads = RoIHeads(
+    heads = RoIHeads(  # type: ignore[no-untyped-call]  # torchvision has no annotation
         box_roi_pool=RoIPooler(roi=roi, output_size=roi.box_output_size, strides=backbone.pooled_strides),
-        box_head=TwoMLPHead(channels * roi.box_output_size**2, roi.box_head_channels),
+        box_head=_build_box_head(roi, channels),
         box_predictor=FastRCNNPredictor(roi.box_head_channels, config.num_classes),
         fg_iou_thresh=roi.fg_iou_thresh,
         bg_iou_thresh=roi.bg_iou_thresh,
@@ -80,6 +88,19 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
         heads.mask_roi_pool = RoIPooler(
             roi=roi.mask_branch(), output_size=roi.mask_output_size, strides=backbone.pooled_strides
         )
-        heads.mask_head = MaskRCNNHeads(channels, mask_channels, dilation=1)
+        heads.mask_head = MaskRCNNHeads(
+            channels, mask_channels, dilation=1, norm_layer=roi.head_norm and norm_layer(roi.head_norm)
+        )
         heads.mask_predictor = MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], config.num_classes)
     return heads
+
+
+def _build_box_head(roi: RoIConfig, in_channels: int) -> nn.Module:
+    if not roi.box_head_convs:
+        return TwoMLPHead(in_channels * roi.box_output_size**2, roi.box_head_channels)
+    return FastRCNNConvFCHead(
+        (in_channels, roi.box_output_size, roi.box_output_size),
+        list(roi.box_head_convs),
+        [roi.box_head_channels],
+        norm_layer=roi.head_norm and norm_layer(roi.head_norm),
+    )

@@ -94,8 +94,13 @@ class TransformConfig(_Table):
 
 
 class AnchorsConfig(_Table):
-    """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios."""
+    """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios.
 
+    Attributes:
+        style: `torchvision` rounds anchors to whole pixels and the strides of odd maps down, `detectron2` does neither.
+    """
+
+    style: Literal["torchvision", "detectron2"] = "torchvision"
     sizes: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...] = ((32,), (64,), (128,), (256,), (512,))
     aspect_ratios: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
 

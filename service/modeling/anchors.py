@@ -1,0 +1,53 @@
+"""Anchors as detectron2 lays them. Called by `build.py`; torchvision's own generator is used as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+
+class Detectron2AnchorGenerator(AnchorGenerator):
+    """torchvision's generator without its two roundings: of the anchors' corners to whole pixels, and of the maps'
+    strides, which it takes as image size // map size (800 // 13 = 61 for the coarsest map, whose stride is 64).
+
+    Args:
+        sizes: for every feature map the square roots of the anchors' areas, in pixels of the resized image.
+        aspect_ratios: for every feature map height / width.
+        strides: of every feature map.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[Sequence[float]],
+        *,
+        strides: Sequence[int],
+    ) -> None:
+        self.strides = strides
+        super().__init__(sizes, aspect_ratios)  # type: ignore[no-untyped-call]  # torchvision has no annotation
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """(len(aspect_ratios) * len(scales), 4) anchors about the origin."""
+        half_sides = torch.tensor(scales, dtype=dtype, device=device) / 2
+        roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        half_widths, half_heights = (half_sides / roots[:, None]).flatten(), (half_sides * roots[:, None]).flatten()
+        return torch.stack([-half_widths, -half_heights, half_widths, half_heights], dim=1)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        """The anchors of every feature map, (height * width * anchors per place, 4).
+
+        Args:
+            grid_sizes: (height, width) of every map.
+            strides: torchvision's guess, of which only the device is used.
+        """
+        device = strides[0][0].device
+        return super().grid_anchors(grid_sizes, [[torch.tensor(stride, device=device)] * 2 for stride in self.strides])
