@@ -8,12 +8,14 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic.fields import FieldInfo
 
+from service.api.options import DetectParameters, MaskFormat
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -81,6 +83,12 @@ def test_table_is_what_the_code_says(page: str, table: object, request: pytest.F
         f'docs/{page} is behind the code: make test ARGS="tests/test_docs.py --update-docs"'
     )
     assert "<!-- table -->\n| " in fresh
+
+
+def test_every_option_of_a_detection_stands_in_the_readme() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| .+ \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(DetectParameters.model_fields)
+    assert set(re.findall(r"`(\w+)`", dict(rows)["masks"])) == set(get_args(MaskFormat))
 
 
 def test_every_setting_that_is_spoken_of_exists() -> None:
