@@ -1,0 +1,258 @@
+"""The request queue: decides who is admitted and which entries make the next batch. Called by `batcher.py`.
+A synchronous data structure for one thread; the time is an argument, so it can be tested on integers.
+Knows nothing of futures, threads, images or models.
+
+* Two lines, one a priority; each has its own bounds, so neither can shut the other out.
+* A batch holds one group of one priority: the oldest entry of the line and its mates in order of age. Since the oldest
+  always goes, an entry with k older ones in its line is in one of the line's next k + 1 batches: nobody starves.
+* Interactive goes first, but while both wait, bulk gets `bulk_share` of the served cost, to within one batch.
+
+Cost is in pixels, times are in seconds of the caller's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+from service.errors import NotReadyError, OverloadedError
+
+T = TypeVar("T")
+
+# What a refused caller is told before the first batch was measured.
+UNMEASURED_RETRY_AFTER_SECONDS = 1.0
+
+# How much the measured rate remembers at each new batch: about the last ten batches count.
+_RATE_MEMORY = 0.9
+
+
+class Priority(StrEnum):
+    """Whether somebody waits for the answer, or it is one of many that may take their time."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Entry(Generic[T]):
+    """One item that waits. Two entries are never equal, even with equal items.
+
+    Attributes:
+        item: what `predict` gets.
+        group: only entries of equal group share a batch.
+        cost: at least 1, in pixels.
+        enqueued_at: when it came.
+        deadline: from this time on its answer is of no use; None for never.
+    """
+
+    item: T
+    group: Hashable
+    cost: int
+    enqueued_at: float
+    deadline: float | None = None
+    priority: Priority = Priority.INTERACTIVE
+
+    def __post_init__(self) -> None:
+        if self.cost < 1:
+            raise ValueError(f"expected a cost of at least 1, got {self.cost}")
+
+    def is_expired(self, now: float) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and self.deadline <= now
+
+
+class RequestQueue(Generic[T]):
+    """Bounded waiting lines from which batches are taken.
+
+    Args:
+        max_batch_size: items in a batch.
+        max_batch_cost: total cost of a batch; an entry that costs more goes alone.
+        max_queue_size: entries that may wait in each priority's line.
+        max_queue_cost: total cost that may wait in each priority's line; an entry that costs more is admitted
+            to an empty line, since it could never be served otherwise.
+        max_batch_wait_seconds: how long the oldest entry of a group may be held back for more mates; 0 for never.
+        bulk_share: part of the served cost that bulk is sure of while interactive entries wait too, 0 to 1 exclusive.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        max_batch_cost: int,
+        max_queue_size: int,
+        max_queue_cost: int,
+        max_batch_wait_seconds: float = 0.0,
+        bulk_share: float = 0.2,
+    ) -> None:
+        if min(max_batch_size, max_batch_cost, max_queue_size, max_queue_cost) < 1:
+            raise ValueError("expected batch and queue bounds of at least 1")
+        if not 0 < bulk_share < 1:
+            raise ValueError(f"expected a bulk_share between 0 and 1, got {bulk_share}")
+        self._max_batch_size = max_batch_size
+        self._max_batch_cost = max_batch_cost
+        self._max_queue_size = max_queue_size
+        self._max_queue_cost = max_queue_cost
+        self._max_batch_wait_seconds = max_batch_wait_seconds
+        self._bulk_per_interactive = bulk_share / (1 - bulk_share)
+        self._interactive: _Line[T] = _Line()
+        self._bulk: _Line[T] = _Line()
+        self._cost_owed_to_bulk = 0.0
+        self._last_batch_cost = 0
+        self._measured_cost = 0.0
+        self._measured_seconds = 0.0
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._interactive) + len(self._bulk)
+
+    @property
+    def cost(self) -> int:
+        """Total cost of all that waits, in pixels."""
+        return self._interactive.cost + self._bulk.cost
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new entries are refused for good."""
+        return self._is_closed
+
+    @property
+    def held_until(self) -> float | None:
+        """When the oldest entry will be held back no longer, whoever joins it; None for an empty queue."""
+        oldest = self._next_line().oldest
+        return None if oldest is None else oldest.enqueued_at + self._max_batch_wait_seconds
+
+    def admit(self, entry: Entry[T]) -> None:
+        """Let an entry wait.
+
+        Raises:
+            OverloadedError: its line is full; says when all that is here now will be done.
+            NotReadyError: the queue is closed.
+        """
+        if self._is_closed:
+            raise NotReadyError("the service is stopping and takes no new requests")
+        line = self._line(entry.priority)
+        if len(line) >= self._max_queue_size:
+            raise self._overloaded(f"{len(line)} {entry.priority} requests wait, the bound is {self._max_queue_size}")
+        if len(line) > 0 and line.cost + entry.cost > self._max_queue_cost:
+            total = line.cost + entry.cost
+            raise self._overloaded(f"{entry.priority} requests of {total} pixels, the bound is {self._max_queue_cost}")
+        line.add(entry)
+
+    def remove(self, entry: Entry[T]) -> bool:
+        """Drop an entry; whether it was still waiting."""
+        return self._line(entry.priority).remove(entry)
+
+    def expire(self, now: float) -> list[Entry[T]]:
+        """Drop and return the entries whose deadline has passed."""
+        expired = [entry for line in (self._interactive, self._bulk) for entry in line if entry.is_expired(now)]
+        for entry in expired:
+            self.remove(entry)
+        return expired
+
+    def take(self, now: float) -> list[Entry[T]]:
+        """Remove and return the next batch; call it when the device is free, after `expire`.
+
+        Returns:
+            Entries of one group and one priority, oldest first, led by the oldest of that priority. Empty when nothing
+            waits, or when the batch is held back for more mates until `held_until`.
+        """
+        line = self._next_line()
+        batch, is_full = self._fill_batch(line)
+        if not is_full and self._may_be_held(batch, now):
+            return []
+        for entry in batch:
+            line.remove(entry)
+        self._share_out(line, sum(entry.cost for entry in batch))
+        return batch
+
+    def measure(self, cost: int, seconds: float) -> None:
+        """Learn that a batch of this total cost kept the device busy for so long."""
+        self._measured_cost = _RATE_MEMORY * self._measured_cost + cost
+        self._measured_seconds = _RATE_MEMORY * self._measured_seconds + seconds
+
+    def close(self) -> None:
+        """Refuse new entries from now on, and hold nothing back: no more mates will come."""
+        self._is_closed = True
+
+    def _line(self, priority: Priority) -> _Line[T]:
+        return self._bulk if priority == Priority.BULK else self._interactive
+
+    def _next_line(self) -> _Line[T]:
+        bulk_is_due = len(self._interactive) == 0 or self._cost_owed_to_bulk > 0
+        return self._bulk if len(self._bulk) > 0 and bulk_is_due else self._interactive
+
+    def _fill_batch(self, line: _Line[T]) -> tuple[list[Entry[T]], bool]:
+        """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
+        that nobody is overtaken within its group. Scans the line: microseconds beside a prediction.
+        """
+        batch: list[Entry[T]] = []
+        cost = 0
+        for entry in line:
+            if batch and entry.group != batch[0].group:
+                continue
+            if batch and cost + entry.cost > self._max_batch_cost:
+                return batch, True
+            batch.append(entry)
+            cost += entry.cost
+            if len(batch) == self._max_batch_size or cost >= self._max_batch_cost:
+                return batch, True
+        return batch, False
+
+    def _may_be_held(self, batch: Sequence[Entry[T]], now: float) -> bool:
+        if self._is_closed or not batch:
+            return False
+        held_until = batch[0].enqueued_at + self._max_batch_wait_seconds
+        # Who would expire while the device idles goes now instead.
+        return now < held_until and not any(entry.is_expired(held_until) for entry in batch)
+
+    def _share_out(self, line: _Line[T], cost: int) -> None:
+        """Keep the account of what bulk is owed. Interactive work always pays off bulk's debt, but gives it credit
+        only while bulk waits: a share that was not wanted is not saved up.
+        """
+        if line is self._interactive:
+            self._cost_owed_to_bulk += cost * self._bulk_per_interactive
+            if len(self._bulk) == 0:
+                self._cost_owed_to_bulk = min(self._cost_owed_to_bulk, 0.0)
+        elif len(self._interactive) > 0:
+            self._cost_owed_to_bulk -= cost
+        self._last_batch_cost = cost
+
+    def _overloaded(self, reason: str) -> OverloadedError:
+        return OverloadedError(f"the queue is full: {reason}", retry_after_seconds=self._seconds_until_done())
+
+    def _seconds_until_done(self) -> float:
+        if self._measured_cost == 0:
+            return UNMEASURED_RETRY_AFTER_SECONDS
+        # A full queue means a busy device, so the batch taken last is still on it.
+        return (self.cost + self._last_batch_cost) * self._measured_seconds / self._measured_cost
+
+
+class _Line(Generic[T]):
+    """The entries of one priority, oldest first, and their total cost."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Entry[T], None] = {}  # a set that keeps the order of arrival
+        self.cost = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        return iter(self._entries)
+
+    @property
+    def oldest(self) -> Entry[T] | None:
+        return next(iter(self), None)
+
+    def add(self, entry: Entry[T]) -> None:
+        self._entries[entry] = None
+        self.cost += entry.cost
+
+    def remove(self, entry: Entry[T]) -> bool:
+        if entry not in self._entries:
+            return False
+        del self._entries[entry]
+        self.cost -= entry.cost
+        return True

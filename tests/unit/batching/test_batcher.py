@@ -1,0 +1,481 @@
+"""The promises of `Batcher`, with a fake `predict` that works only when the test lets it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batching.batcher import Answer, Batcher, BatchObserver
+from service.batching.queue import Priority
+from service.errors import DeadlineExceededError, InferenceError, NotReadyError, OverloadedError
+
+POISON = 13  # no model survives 13, 113, 213, ...
+OVER = 0.0  # a deadline on the standing clock that has passed
+SOON_SECONDS = 0.001  # a deadline on the real clock that passes while the device is kept busy
+
+
+class Device:
+    """From n integers to ten times each. Every call waits for a permit, unless the device is open."""
+
+    def __init__(self, *, is_open: bool = False) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[threading.Thread] = set()
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Queue[list[int]] = asyncio.Queue()
+        self._permits = threading.Semaphore(1000 if is_open else 0)
+
+    def predict(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        self.threads.add(threading.current_thread())
+        self._loop.call_soon_threadsafe(self._started.put_nowait, list(items))
+        assert self._permits.acquire(timeout=20), "the test never let this batch through"
+        if any(item % 100 == POISON for item in items):
+            raise ValueError("cannot digest this")
+        return [10 * item for item in items]
+
+    async def started(self) -> list[int]:
+        """Wait for the next batch to be on the device."""
+        return await self._started.get()
+
+    def let_through(self, batches: int = 1000) -> None:
+        self._permits.release(batches)
+
+
+class Recorder(BatchObserver):
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+        self.size_and_cost = (0, 0)
+
+    def queue_changed(self, size: int, cost: int) -> None:
+        self.size_and_cost = (size, cost)
+
+    def batch_started(self, queue_seconds: Sequence[float]) -> None:
+        self.events.append(("started", *queue_seconds))
+
+    def batch_failed(self, size: int, error: InferenceError) -> None:
+        self.events.append(("failed", size))
+
+    def cancelled(self, stage: str) -> None:
+        self.events.append(("cancelled", stage))
+
+    def expired(self, stage: str) -> None:
+        self.events.append(("expired", stage))
+
+    def rejected(self, reason: str) -> None:
+        self.events.append(("rejected", reason))
+
+
+class Clock:
+    """Stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_batcher(
+    predict: Callable[[Sequence[int]], Sequence[int]],
+    *,
+    max_batch_size: int = 4,
+    max_queue_size: int = 100,
+    max_batch_wait_seconds: float = 0.0,
+    observer: BatchObserver | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Batcher[int, int]:
+    return Batcher(
+        predict,
+        max_batch_size=max_batch_size,
+        max_batch_cost=100,
+        max_queue_size=max_queue_size,
+        max_queue_cost=10_000,
+        max_batch_wait_seconds=max_batch_wait_seconds,
+        observer=observer,
+        clock=clock,
+    )
+
+
+def submit(
+    batcher: Batcher[int, int],
+    item: int,
+    *,
+    group: str = "a",
+    deadline: float | None = None,
+    priority: Priority = Priority.INTERACTIVE,
+) -> asyncio.Task[Answer[int]]:
+    return asyncio.create_task(batcher.submit(item, group=group, cost=1, deadline=deadline, priority=priority))
+
+
+async def submit_to_busy_device(batcher: Batcher[int, int], device: Device, item: int) -> asyncio.Task[Answer[int]]:
+    task = submit(batcher, item)
+    assert await device.started() == [item]
+    return task
+
+
+async def settle() -> None:
+    """Let every task run that can, without letting time pass."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def outcomes(*tasks: asyncio.Task[Answer[int]]) -> list[object]:
+    """The result, or the type of the error, of each."""
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    return [answer.result if isinstance(answer, Answer) else type(answer) for answer in done]
+
+
+class TestBatching:
+    async def test_free_device_gets_the_first_item_at_once_and_groups_fill_while_it_is_busy(self) -> None:
+        device = Device()
+        async with make_batcher(device.predict) as batcher:
+            first = await submit_to_busy_device(batcher, device, 1)
+            rest = [submit(batcher, item, group=group) for item, group in [(2, "a"), (3, "b"), (4, "a")]]
+            await settle()
+            device.let_through()
+            assert await outcomes(first, *rest) == [10, 20, 30, 40]
+        assert device.batches == [[1], [2, 4], [3]]
+
+    async def test_items_submitted_together_share_the_first_batch(self) -> None:
+        device = Device(is_open=True)
+        async with make_batcher(device.predict) as batcher:
+            answers = await asyncio.gather(submit(batcher, 1), submit(batcher, 2))
+        assert [(answer.result, answer.batch_size) for answer in answers] == [(10, 2), (20, 2)]
+
+    async def test_answer_tells_how_long_it_waited_and_worked(self) -> None:
+        device, clock, recorder = Device(), Clock(), Recorder()
+        async with make_batcher(device.predict, clock=clock, observer=recorder) as batcher:
+            await submit_to_busy_device(batcher, device, 1)
+            answer = submit(batcher, 2)
+            await settle()
+            clock.now = 3
+            device.let_through(1)
+            await device.started()
+            clock.now = 5
+            device.let_through()
+            assert await answer == Answer(20, queue_seconds=3, inference_seconds=2, batch_size=1)
+        assert recorder.events == [("started", 0), ("started", 3)]
+
+    async def test_predict_runs_on_one_thread_that_is_not_the_event_loops_and_ends_with_stop(self) -> None:
+        device = Device(is_open=True)
+        async with make_batcher(device.predict, max_batch_size=1) as batcher:
+            await asyncio.gather(*(submit(batcher, item) for item in range(5)))
+        (thread,) = device.threads
+        thread.join(timeout=20)
+        assert thread is not threading.current_thread()
+        assert not thread.is_alive()
+
+    async def test_interactive_items_go_before_bulk(self) -> None:
+        device = Device()
+        async with make_batcher(device.predict) as batcher:
+            await submit_to_busy_device(batcher, device, 1)
+            bulk = submit(batcher, 2, priority=Priority.BULK)
+            await settle()
+            interactive = submit(batcher, 3)
+            await settle()
+            device.let_through()
+            await outcomes(bulk, interactive)
+        assert device.batches == [[1], [3], [2]]
+
+    async def test_held_batch_goes_when_it_is_full(self) -> None:
+        device = Device(is_open=True)
+        async with make_batcher(device.predict, max_batch_size=2, max_batch_wait_seconds=1000) as batcher:
+            first = submit(batcher, 1)
+            await settle()
+            assert await outcomes(first, submit(batcher, 2)) == [10, 20]
+        assert device.batches == [[1, 2]]
+
+    async def test_held_batch_goes_when_its_time_is_over(self) -> None:
+        device = Device(is_open=True)
+        async with make_batcher(device.predict, max_batch_wait_seconds=SOON_SECONDS) as batcher:
+            answer = await batcher.submit(1, group="a", cost=1)
+        assert answer.queue_seconds >= SOON_SECONDS
+
+
+class TestRefusals:
+    async def test_full_queue_refuses_at_once_and_what_was_accepted_is_answered(self) -> None:
+        device, recorder = Device(), Recorder()
+        async with make_batcher(device.predict, max_queue_size=1, observer=recorder) as batcher:
+            running = await submit_to_busy_device(batcher, device, 1)
+            waiting, refused = submit(batcher, 2), submit(batcher, 3)
+            assert await outcomes(refused) == [OverloadedError]
+            assert recorder.size_and_cost == (1, 1)
+            device.let_through()
+            assert await outcomes(running, waiting) == [10, 20]
+        assert ("rejected", "overloaded") in recorder.events
+        assert recorder.size_and_cost == (0, 0)
+
+    async def test_retry_after_is_computed_from_measured_batches(self) -> None:
+        """One batch of cost 1 took 2 seconds; one runs and one waits when the third is refused."""
+        device, clock = Device(), Clock()
+        async with make_batcher(device.predict, max_queue_size=1, clock=clock) as batcher:
+            await submit_to_busy_device(batcher, device, 1)
+            clock.now = 2
+            device.let_through(1)
+            await submit_to_busy_device(batcher, device, 2)
+            submit(batcher, 3)
+            with pytest.raises(OverloadedError) as refusal:
+                await submit(batcher, 4)
+            device.let_through()
+        assert refusal.value.retry_after_seconds == pytest.approx(4)
+
+    async def test_nothing_is_accepted_before_start_or_after_stop(self) -> None:
+        recorder = Recorder()
+        batcher = make_batcher(Device().predict, observer=recorder)
+        with pytest.raises(NotReadyError, match="not started"):
+            await batcher.submit(1, group="a", cost=1)
+        await batcher.start()
+        await batcher.stop()
+        with pytest.raises(NotReadyError, match="stopping"):
+            await batcher.submit(1, group="a", cost=1)
+        assert recorder.events == [("rejected", "not_ready")] * 2
+
+
+class TestDeadlines:
+    async def test_deadline_in_the_queue_is_answered_while_the_device_is_busy(self) -> None:
+        device, recorder = Device(), Recorder()
+        async with make_batcher(device.predict, observer=recorder) as batcher:
+            running = await submit_to_busy_device(batcher, device, 1)
+            with pytest.raises(DeadlineExceededError) as error:
+                await submit(batcher, 2, deadline=time.monotonic() + SOON_SECONDS)
+            assert error.value.stage == "queue"
+            assert recorder.size_and_cost == (0, 0)
+            device.let_through()
+            assert await outcomes(running) == [10]
+        assert device.batches == [[1]]
+        assert ("expired", "queue") in recorder.events
+
+    async def test_deadline_on_the_device_is_answered_and_mates_are_unharmed(self) -> None:
+        device, recorder = Device(), Recorder()
+        async with make_batcher(device.predict, observer=recorder, clock=Clock()) as batcher:
+            hurried, patient = submit(batcher, 1, deadline=SOON_SECONDS), submit(batcher, 2)
+            assert await device.started() == [1, 2]
+            with pytest.raises(DeadlineExceededError) as error:
+                await hurried
+            assert error.value.stage == "inference"
+            device.let_through()
+            assert await outcomes(patient) == [20]
+        assert ("expired", "inference") in recorder.events
+
+    async def test_expired_entry_is_dropped_when_the_device_becomes_free(self) -> None:
+        """The clock says that it is over before any timer does: a late event loop hands the device no stale work."""
+        device, clock = Device(), Clock()
+        async with make_batcher(device.predict, clock=clock) as batcher:
+            running = await submit_to_busy_device(batcher, device, 1)
+            stale, fresh = submit(batcher, 2, deadline=1000), submit(batcher, 3)
+            await settle()
+            clock.now = 1000
+            device.let_through()
+            assert await outcomes(running, stale, fresh) == [10, DeadlineExceededError, 30]
+        assert device.batches == [[1], [3]]
+
+
+class TestCancellation:
+    async def test_item_whose_caller_has_gone_never_reaches_the_device(self) -> None:
+        device, recorder = Device(), Recorder()
+        async with make_batcher(device.predict, observer=recorder) as batcher:
+            running = await submit_to_busy_device(batcher, device, 1)
+            gone, staying = submit(batcher, 2), submit(batcher, 3)
+            await settle()
+            gone.cancel()
+            await settle()
+            device.let_through()
+            assert await outcomes(running, gone, staying) == [10, asyncio.CancelledError, 30]
+        assert device.batches == [[1], [3]]
+        assert ("cancelled", "queue") in recorder.events
+
+    async def test_result_of_a_caller_who_left_during_inference_is_dropped(self) -> None:
+        device, recorder = Device(), Recorder()
+        async with make_batcher(device.predict, observer=recorder) as batcher:
+            gone, staying = submit(batcher, 1), submit(batcher, 2)
+            assert await device.started() == [1, 2]
+            gone.cancel()
+            device.let_through()
+            assert await outcomes(gone, staying) == [asyncio.CancelledError, 20]
+        assert ("cancelled", "inference") in recorder.events
+
+
+class TestFailures:
+    async def test_only_the_item_to_blame_fails_and_the_next_batch_works(self) -> None:
+        device, recorder = Device(is_open=True), Recorder()
+        async with make_batcher(device.predict, observer=recorder) as batcher:
+            tasks = [submit(batcher, item) for item in (1, POISON, 3)]
+            assert await outcomes(*tasks) == [10, InferenceError, 30]
+            assert isinstance(tasks[1].exception(), InferenceError)
+            assert await outcomes(submit(batcher, 4)) == [40]
+        assert device.batches == [[1, POISON, 3], [1], [POISON], [3], [4]]
+        assert [event for event in recorder.events if event[0] == "failed"] == [("failed", 3), ("failed", 1)]
+
+    async def test_inference_error_is_chained_from_its_cause(self) -> None:
+        async with make_batcher(Device(is_open=True).predict) as batcher:
+            with pytest.raises(InferenceError, match="cannot digest this") as error:
+                await batcher.submit(POISON, group="a", cost=1)
+        assert isinstance(error.value.__cause__, ValueError)
+
+    async def test_wrong_number_of_results_is_an_inference_error(self) -> None:
+        def lose_one(items: Sequence[int]) -> list[int]:
+            return list(items)[1:]
+
+        async with make_batcher(lose_one) as batcher:
+            assert await outcomes(submit(batcher, 1), submit(batcher, 2)) == [InferenceError, InferenceError]
+
+    @pytest.mark.parametrize("error", [StopIteration(), SystemExit(1), KeyboardInterrupt(), InferenceError("own")])
+    async def test_whatever_predict_raises_fails_only_the_item(self, error: BaseException) -> None:
+        def predict(items: Sequence[int]) -> list[int]:
+            if POISON in items:
+                raise error
+            return list(items)
+
+        async with make_batcher(predict) as batcher:
+            assert await outcomes(submit(batcher, POISON), submit(batcher, 2)) == [InferenceError, 2]
+
+    async def test_members_who_left_are_not_tried_again(self) -> None:
+        device = Device()
+        async with make_batcher(device.predict) as batcher:
+            gone, poisoned, staying = (submit(batcher, item) for item in (1, POISON, 3))
+            await device.started()
+            gone.cancel()
+            await settle()
+            device.let_through()
+            assert await outcomes(gone, poisoned, staying) == [asyncio.CancelledError, InferenceError, 30]
+        assert device.batches == [[1, POISON, 3], [POISON], [3]]
+
+    async def test_error_of_our_own_leaves_nobody_waiting(self) -> None:
+        class BrokenObserver(BatchObserver):
+            def batch_started(self, queue_seconds: Sequence[float]) -> None:
+                raise RuntimeError("broken observer")
+
+        batcher = make_batcher(Device(is_open=True).predict, observer=BrokenObserver())
+        await batcher.start()
+        assert await outcomes(submit(batcher, 1), submit(batcher, 2)) == [NotReadyError, NotReadyError]
+        with pytest.raises(NotReadyError):
+            await batcher.submit(3, group="a", cost=1)
+        with pytest.raises(RuntimeError, match="broken observer"):
+            await batcher.stop()
+
+
+class TestStop:
+    async def test_stop_finishes_what_was_accepted_and_refuses_the_rest(self) -> None:
+        device = Device()
+        batcher = make_batcher(device.predict, max_batch_size=1)
+        await batcher.start()
+        accepted = [await submit_to_busy_device(batcher, device, 1), submit(batcher, 2), submit(batcher, 3)]
+        await settle()
+        stopping = asyncio.create_task(batcher.stop())
+        await settle()
+        late = submit(batcher, 4)
+        assert await outcomes(late) == [NotReadyError]
+        device.let_through()
+        await stopping
+        assert await outcomes(*accepted) == [10, 20, 30]
+
+    async def test_stop_does_not_wait_for_mates(self) -> None:
+        device = Device(is_open=True)
+        batcher = make_batcher(device.predict, max_batch_wait_seconds=1000)
+        await batcher.start()
+        held = submit(batcher, 1)
+        await settle()
+        await batcher.stop()
+        assert await outcomes(held) == [10]
+
+    async def test_what_is_left_after_the_timeout_is_failed_and_the_thread_ends_with_its_batch(self) -> None:
+        device, recorder = Device(), Recorder()
+        batcher = make_batcher(device.predict, max_batch_size=1, observer=recorder)
+        await batcher.start()
+        running, waiting = await submit_to_busy_device(batcher, device, 1), submit(batcher, 2)
+        await settle()
+        await batcher.stop(drain_timeout_seconds=0)
+        assert await outcomes(running, waiting) == [NotReadyError, NotReadyError]
+        assert recorder.size_and_cost == (0, 0)
+        device.let_through()
+        (thread,) = device.threads
+        thread.join(timeout=20)
+        assert device.batches == [[1]] and not thread.is_alive()
+
+    async def test_stop_that_is_itself_cancelled_still_fails_the_rest(self) -> None:
+        device = Device()
+        batcher = make_batcher(device.predict)
+        await batcher.start()
+        running = await submit_to_busy_device(batcher, device, 1)
+        stopping = asyncio.create_task(batcher.stop())
+        await settle()
+        stopping.cancel()
+        assert await outcomes(running) == [NotReadyError]
+        device.let_through()
+
+    async def test_stop_is_harmless_twice_and_before_start(self) -> None:
+        batcher = make_batcher(Device().predict)
+        await batcher.stop()
+        async with make_batcher(Device().predict) as batcher:
+            await batcher.stop()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    group: str
+    priority: Priority
+    deadline: float | None
+    is_poisoned: bool
+
+
+ARRIVAL = st.builds(
+    Arrival,
+    group=st.sampled_from("ab"),
+    priority=st.sampled_from(Priority),
+    deadline=st.sampled_from([None, None, OVER, 1000.0]),
+    is_poisoned=st.sampled_from([False, False, False, True]),
+)
+CANCEL = st.integers(0, 9)  # the caller of the arrival of that number goes away
+PERMIT = st.just("let one batch through")
+
+
+@settings(deadline=None)
+@given(steps=st.lists(st.one_of(ARRIVAL, CANCEL, PERMIT), max_size=25), drains=st.booleans())
+def test_every_accepted_item_is_answered_whatever_happens(steps: list[Arrival | int | str], drains: bool) -> None:
+    """Any order of arrivals, cancellations, deadlines, failures and batches, and then a stop."""
+    asyncio.run(play(steps, drains=drains))
+
+
+async def play(steps: list[Arrival | int | str], *, drains: bool) -> None:
+    device = Device()
+    batcher = make_batcher(device.predict, max_batch_size=3, max_queue_size=4, clock=Clock())
+    await batcher.start()
+    submitted: dict[int, tuple[Arrival, asyncio.Task[Answer[int]]]] = {}
+    cancelled: set[int] = set()
+    for step in steps:
+        if isinstance(step, Arrival):
+            item = 100 * len(submitted) + (POISON if step.is_poisoned else 0)
+            task = submit(batcher, item, group=step.group, priority=step.priority, deadline=step.deadline)
+            submitted[item] = step, task
+        elif isinstance(step, int):
+            for item, (_, task) in list(submitted.items())[step : step + 1]:
+                cancelled |= {item} if task.cancel() else set()
+        else:
+            device.let_through(1)
+        await settle()
+    if drains:
+        device.let_through()
+    await batcher.stop(drain_timeout_seconds=20 if drains else 0)
+    await settle()
+    device.let_through()
+
+    for item, (arrival, task) in submitted.items():
+        assert task.done()
+        (outcome,) = await outcomes(task)
+        if item in cancelled:
+            assert outcome is asyncio.CancelledError
+        elif arrival.deadline == OVER:
+            assert outcome in (DeadlineExceededError, OverloadedError)
+        else:
+            result = InferenceError if arrival.is_poisoned else 10 * item
+            assert outcome in ((result, OverloadedError) if drains else (result, OverloadedError, NotReadyError))
+    for batch in device.batches:
+        assert len({(submitted[item][0].group, submitted[item][0].priority) for item in batch}) == 1
+        assert not any(submitted[item][0].deadline == OVER for item in batch)
