@@ -96,7 +96,8 @@ def test_importing_a_room_loads_nothing_that_it_must_not_know(room: str) -> None
         "    importlib.import_module(module.name)\n"
         "print(*sys.modules)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, f"service.{room}"], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, f"service.{room}"]
+    run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not set(run.stdout.split()) & set(FORBIDDEN[room])
 
