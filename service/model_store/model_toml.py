@@ -85,7 +85,7 @@ def read_model_toml(path: Path) -> ModelToml:
     Raises:
         ModelStoreError: not readable, not TOML, or not valid; names the file and every wrong key at once.
     """
-    return _validate(path, _read_document(path), ModelToml)
+    return validated(str(path), _read_document(path), ModelToml)
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -95,7 +95,9 @@ def read_model_config(path: Path) -> ModelConfig:
         ModelStoreError: as `read_model_toml`.
     """
     document = _read_document(path)
-    return _validate(path, {key: document[key] for key in document.keys() - {"weights", "provenance"}}, ModelConfig)
+    return validated(
+        str(path), {key: document[key] for key in document.keys() - {"weights", "provenance"}}, ModelConfig
+    )
 
 
 def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:
@@ -123,12 +125,20 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
 
 
-def _validate(path: Path, document: dict[str, Any], model: type[_Config]) -> _Config:
+def validated(source: str, document: Mapping[str, object], model: type[_Config]) -> _Config:
+    """A document as the model that it should be.
+
+    Args:
+        source: where it came from, for the message.
+
+    Raises:
+        ModelStoreError: not valid; names every wrong key at once.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
         problems = [_describe(problem, model) for problem in error.errors()]
-        raise ModelStoreError("\n  ".join([f"{path}: {_count(len(problems), 'problem')}", *problems])) from error
+        raise ModelStoreError("\n  ".join([f"{source}: {_count(len(problems), 'problem')}", *problems])) from error
 
 
 def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:

@@ -59,11 +59,16 @@ def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         ModelStoreError: missing, not safetensors, truncated, or its sha256 is another; the message says which.
     """
     check_safetensors(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if digest != sha256:
         raise ModelStoreError(f"{path}: the file was changed: expected sha256 {sha256}, got {digest}")
     return read_safetensors(path)
+
+
+def sha256_of(path: Path) -> str:
+    """A file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,105 @@
+"""Reads the checkpoints that people have into one plain state dict: safetensors, PyTorch's `.pth` and detectron2's
+`.pkl`, wrapped and prefixed as training scripts leave them. Called by `importing.py`. Runs no code from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.errors import ModelStoreError
+from service.model_store.pickle_reader import read_pickle
+from service.model_store.weights import read_safetensors
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_ZIP = b"PK\x03\x04"
+# What `torch.save` wrote before it wrote zip archives begins with this pickled number.
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLE = b"\x80"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, floating-point tensors as float32, on the CPU.
+
+    `{"model": …}` and its like are unwrapped, the prefixes `module.`, `_orig_mod.` and `model.` taken off.
+
+    Raises:
+        ModelStoreError: missing, of no kind that we read, damaged, or with Python objects other than weights.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LEGACY_TORCH))
+    except OSError as error:
+        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    if start.startswith(_ZIP) or start == _LEGACY_TORCH:
+        content = _read_torch(path)
+    elif start.startswith(_PICKLE):
+        content = _read_pickle(path)
+    else:
+        content = read_safetensors(path)
+    return _without_prefixes(_state_dict(path, content))
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # torchvision's reference scripts save their command line, an `argparse.Namespace`, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"{named[1]}, which was not run" if named else "other Python objects"
+        raise ModelStoreError(
+            f"{path}: expected a checkpoint of tensors, got {found}; save `model.state_dict()` alone"
+        ) from error
+    except Exception as error:  # torch raises a RuntimeError, EOFError, KeyError, … by where the file is damaged
+        raise ModelStoreError(f"{path}: damaged, or no checkpoint: {_first_line(error)}") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return read_pickle(path.read_bytes())
+    except ModelStoreError as error:
+        raise ModelStoreError(f"{path}: {error}") from error
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise ModelStoreError(f"{path}: expected weights by name, got {type(content).__name__}")
+    others = [f"{key} ({type(value).__name__})" for key, value in content.items() if not _is_weight(key, value)]
+    if others:
+        raise ModelStoreError(f"{path}: expected nothing but weights by name, got {', '.join(others[:10])}")
+    return {key: _tensor(value) for key, value in content.items()}
+
+
+def _is_weight(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor | np.ndarray)
+
+
+def _tensor(value: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state_dict)), None)
+    if prefix is None:
+        return state_dict
+    return _without_prefixes({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

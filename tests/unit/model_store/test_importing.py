@@ -1,0 +1,159 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from service.errors import ModelStoreError
+from service.model_store.importing import ImportedModel, import_checkpoint, import_with_config
+from service.model_store.published import published_weights
+from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
+from service.modeling.build import build_model
+
+Builder = Callable[..., nn.Module]
+Detect = Callable[[nn.Module], dict[str, Tensor]]
+Randomise = Callable[[nn.Module], None]
+Rebuild = Callable[[ImportedModel], nn.Module]
+
+LABELS = ("a", "b", "c")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.pth"
+
+
+@pytest.fixture
+def small_checkpoint(build: Builder, path: Path) -> dict[str, Tensor]:
+    """A MobileNet detector's state dict for LABELS, saved at `path`."""
+    state_dict = build("fasterrcnn_mobilenet_v3_large_320_fpn", num_classes=4).state_dict()
+    torch.save(state_dict, path)
+    return state_dict
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_each_builders_network_is_ours_weight_by_weight_and_answer_by_answer(
+    builder: str, path: Path, build: Builder, randomise: Randomise, rebuild: Rebuild, detect: Detect
+) -> None:
+    theirs = build(builder, num_classes=4)
+    randomise(theirs)
+    torch.save(theirs.state_dict(), path)
+    imported = import_checkpoint(path, labels=LABELS, architecture=builder)
+    assert imported.state_dict.keys() == theirs.state_dict().keys()
+    assert all(tensor.equal(imported.state_dict[key]) for key, tensor in theirs.state_dict().items())
+    assert_same(detect(rebuild(imported)), detect(theirs))
+
+
+def test_published_weights_answer_as_torchvision_lets_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Builder,
+    randomise: Randomise,
+    rebuild: Rebuild,
+    detect: Detect,
+) -> None:
+    """torchvision takes the norms' epsilon away from the published `fasterrcnn_resnet50_fpn`, whose file has the names
+    of an older release. A file of that name, with weights at random, stands in torchvision's download folder here.
+    """
+    published = published_weights("fasterrcnn_resnet50_fpn")
+    random = build("fasterrcnn_resnet50_fpn", num_classes=91)
+    randomise(random)
+    random.backbone.body.bn1.running_var.uniform_(1e-5, 1e-4)  # type: ignore[operator,union-attr]  # where epsilon counts
+    path = tmp_path / "hub" / "checkpoints" / published.file_name
+    path.parent.mkdir(parents=True)
+    torch.save(_with_old_names(random.state_dict()), path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    expected = detect(build("fasterrcnn_resnet50_fpn", weights="COCO_V1"))
+
+    imported = import_checkpoint(path, labels=published.labels, norm_eps=published.norm_eps)
+    assert_same(detect(rebuild(imported)), expected)
+    with pytest.raises(AssertionError):
+        assert_same(detect(rebuild(import_checkpoint(path, labels=published.labels, norm_eps=1e-5))), expected)
+
+
+def _with_old_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As torchvision named a Faster R-CNN's weights before 0.13, when batch norms were frozen and counted nothing."""
+    old = {key.replace("rpn.head.conv.0.0.", "rpn.head.conv."): tensor for key, tensor in state_dict.items()}
+    old = {re.sub(r"(fpn\..*_blocks\.\d)\.0\.", r"\1.", key): tensor for key, tensor in old.items()}
+    return {key: tensor for key, tensor in old.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
+def test_architecture_and_norm_are_inferred_from_the_weights(builder: str, path: Path, build: Builder) -> None:
+    safetensors.torch.save_file(build(builder, num_classes=4).state_dict(), path)
+    config = import_checkpoint(path, labels=LABELS).config
+    expected = with_backbone(builder_config(builder, LABELS), norm="batch_norm")
+    assert config == expected
+
+
+def test_another_resnet_in_torchvisions_layout_is_inferred(path: Path) -> None:
+    config = with_backbone(builder_config("fasterrcnn_resnet50_fpn", LABELS), name="resnet18_fpn")
+    torch.save(build_model(config).state_dict(), path)
+    assert import_checkpoint(path, labels=LABELS).config == config
+
+
+@pytest.mark.usefixtures("small_checkpoint")
+def test_an_architecture_that_the_weights_do_not_tell_is_asked_for(path: Path) -> None:
+    with pytest.raises(ModelStoreError, match=r"fit fasterrcnn_mobilenet_v3_large_fpn and .*: say which with"):
+        import_checkpoint(path, labels=LABELS)
+
+
+@pytest.mark.usefixtures("small_checkpoint")
+def test_missing_labels_are_asked_for_with_their_number(path: Path) -> None:
+    with pytest.raises(ModelStoreError, match=r"checkpoint\.pth: the weights know 3 classes: name them with --labels"):
+        import_checkpoint(path, labels=None)
+
+
+@pytest.mark.usefixtures("small_checkpoint")
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (("a", "b"), "wrong class count: the weights know 3 classes, got 2 labels$"),
+        (("background", "a", "b", "c"), "know 3 classes, got 4 labels; leave the background out"),
+        (("a", "b", "b"), "labels: expected every label once, got twice: b"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(path: Path, labels: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ModelStoreError, match=problem):
+        import_checkpoint(path, labels=labels, architecture="fasterrcnn_mobilenet_v3_large_320_fpn")
+
+
+def test_missing_and_surplus_weights_are_named(path: Path, small_checkpoint: dict[str, Tensor]) -> None:
+    small_checkpoint["rpn.head.extra.weight"] = small_checkpoint.pop("rpn.head.cls_logits.weight")
+    torch.save(small_checkpoint, path)
+    with pytest.raises(ModelStoreError) as caught:
+        import_checkpoint(path, labels=LABELS, architecture="fasterrcnn_mobilenet_v3_large_320_fpn")
+    assert str(caught.value).splitlines() == [
+        f"{path}: the weights do not fit the network",
+        "  missing: rpn.head.cls_logits.weight",
+        "  surplus: rpn.head.extra.weight",
+    ]
+
+
+@pytest.mark.usefixtures("small_checkpoint")
+def test_an_unknown_architecture_is_answered_with_the_known_ones(path: Path) -> None:
+    with pytest.raises(ModelStoreError, match="no architecture 'yolo'; known: fasterrcnn_resnet50_fpn, "):
+        import_checkpoint(path, labels=LABELS, architecture="yolo")
+
+
+def test_weights_of_something_else_are_said_to_be_none_of_a_detector(path: Path) -> None:
+    torch.save(nn.Linear(1, 1).state_dict(), path)
+    with pytest.raises(ModelStoreError, match="torchvision's or detectron2's layout, got weights named weight, bias"):
+        import_checkpoint(path, labels=LABELS)
+
+
+@pytest.mark.usefixtures("small_checkpoint")
+def test_a_given_configuration_is_taken_as_it_is(path: Path) -> None:
+    config = builder_config("fasterrcnn_mobilenet_v3_large_fpn", LABELS, norm_eps=1e-3)
+    assert import_with_config(path, config).config == config
+    with pytest.raises(ModelStoreError, match="wrong class count: expected weights for 2 labels"):
+        import_with_config(path, builder_config("fasterrcnn_mobilenet_v3_large_fpn", ("a", "b")))
