@@ -18,7 +18,7 @@ from service.modeling.config import AnchorsConfig, ModelConfig, RoIConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import RoIHeads
-from service.modeling.transform import SIZE_DIVISIBLE, Transform
+from service.modeling.transform import Transform
 
 BOX_REGRESSION_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """Scales of (dx, dy, dw, dh), from Fast R-CNN's normalised targets."""
@@ -31,13 +31,7 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
         backbone=backbone.module,
         rpn=_build_rpn(config, backbone),
         roi_heads=_build_roi_heads(config, backbone),
-        transform=Transform(
-            min_size=config.transform.min_size,
-            max_size=config.transform.max_size,
-            image_mean=list(config.transform.mean),
-            image_std=list(config.transform.std),
-            size_divisible=SIZE_DIVISIBLE,
-        ),
+        transform=Transform(config.transform),
     )
 
 

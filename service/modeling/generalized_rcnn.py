@@ -71,7 +71,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         with timed("roi_heads"):
             found = self.roi_heads.detect_boxes(features, proposals, sizes, selections)
             masks: list[Tensor | None] = [None] * len(found)
-            wanted = [index for index, wants in enumerate(with_masks) if wants and self.roi_heads.has_mask()]
+            has_masks = self.roi_heads.mask_head is not None
+            wanted = [index for index, wants in enumerate(with_masks) if wants and has_masks]
             if wanted:
                 # The pooler finds an image's features by its place in the batch, so the others take part with no boxes.
                 asked = [one if index in wanted else one.none() for index, one in enumerate(found)]
@@ -80,7 +81,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         with timed("postprocess"):
             return [
                 ImageDetections(
-                    resize_boxes(one.boxes, size, (image.shape[0], image.shape[1])), one.labels, one.scores, mask
+                    resize_boxes(one.boxes, list(size), list(image.shape[:2])), one.labels, one.scores, mask
                 )
                 for one, size, image, mask in zip(found, sizes, images, masks, strict=True)
             ]

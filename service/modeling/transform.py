@@ -9,16 +9,32 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from service.modeling.config import TransformConfig
+
 SIZE_DIVISIBLE = 32
 """Batches are padded to multiples of this, the coarsest stride of the backbones."""
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Normalise, resize and pad. `image_size` is (height, width) in pixels throughout."""
+    """Normalise, resize and pad. `image_size` is (height, width) in pixels throughout.
+
+    Args:
+        config: sizes in pixels, and the mean and standard deviation of each channel (pixels scaled to 0..1).
+    """
+
+    def __init__(self, config: TransformConfig) -> None:
+        super().__init__(
+            min_size=config.min_size,
+            max_size=config.max_size,
+            image_mean=list(config.mean),
+            image_std=list(config.std),
+            size_divisible=SIZE_DIVISIBLE,
+        )
+        self._config = config
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size that `resize` gives to an image, in evaluation mode. At least 1 pixel a side."""
-        scale = self._scale(image_size)
+        scale = self.scale(image_size)
         height, width = (max(1, math.floor(side * scale)) for side in image_size)
         return height, width
 
@@ -36,8 +52,10 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, 3, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
+        batch: ImageList
         batch, _ = self([image.permute(2, 0, 1).float().div_(255) for image in images])
         return batch
 
-    def _scale(self, image_size: tuple[int, int]) -> float:
-        return min(self.min_size[-1] / min(image_size), self.max_size / max(image_size))
+    def scale(self, image_size: tuple[int, int]) -> float:
+        """Pixels of the resized image per pixel of the original."""
+        return min(self._config.min_size / min(image_size), self._config.max_size / max(image_size))
