@@ -23,10 +23,10 @@ def roi_warp(
     sampling_ratio: int = 1,
     aligned: bool = False,
 ) -> Tensor:
-    """Round every box to whole cells and resample it bilinearly to the output grid (Dai et al., MNC, section 3.2).
+    """Round every box to whole cells and resample it bilinearly to the output grid (Dai et al., MNC, section 4).
 
-    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN tells the two apart. It differs from MNC
-    in that boxes get no gradient (rounding leaves none to pass on), and that no maximum over finer points follows.
+    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN describes it. MNC's released layer rounds
+    too, but takes the largest of several points and passes a gradient on to the box; this does neither.
 
     Args:
         input: (N, C, H, W) features.

@@ -29,6 +29,12 @@ def test_one_point_a_bin_leaves_nothing_to_choose() -> None:
         assert torch.equal(roi_align_max(features, rois, (3, 2), 0.25, 1, aligned), expected)
 
 
+def test_empty_box_has_no_points_unless_it_counts_as_one_cell() -> None:
+    assert roi_align_max(GRID, box(2, 1, 2, 3), 2, aligned=True).tolist() == [[[[0, 0], [0, 0]]]]
+    # From (2, 1) to (3, 3), a point a bin: x = 2.25 or 2.75, y = 1.5 or 2.5.
+    assert roi_align_max(GRID, box(2, 1, 2, 3), 2).tolist() == [[[[9.75, 10.25], [14.75, 15.25]]]]
+
+
 def test_gradient_goes_to_the_cells_around_the_largest_point_alone() -> None:
     features = GRID.clone().requires_grad_()
     roi_align_max(features, box(1, 1, 2, 2), 1, sampling_ratio=2).backward()
