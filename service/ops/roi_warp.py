@@ -25,8 +25,8 @@ def roi_warp(
 ) -> Tensor:
     """Round every box to whole cells and resample it bilinearly to the output grid (Dai et al., MNC, section 4).
 
-    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN describes it. MNC's released layer rounds
-    too, but takes the largest of several points and passes a gradient on to the box; this does neither.
+    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN describes it. The layer MNC released
+    rounds too, but takes the largest of several points and passes a gradient on to the box; this does neither.
 
     Args:
         input: (N, C, H, W) features.
