@@ -4,10 +4,15 @@ here; the work is done by `service/model_store`, imported when a command runs, s
 
 from __future__ import annotations
 
+import shlex
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from service.model_store.model_toml import Dtype, ProvenanceTable
 
 if TYPE_CHECKING:
     from service.model_store.store import StoredModel
@@ -77,6 +82,135 @@ def show_model(
     console.print(f"[bold]{stored.key}[/bold] in {stored.path} ({size / 1e6:.1f} MB of weights)\n")
     text = (stored.path / MODEL_TOML).read_text(encoding="utf-8")
     console.print(Syntax(text, "toml", theme="ansi_dark", background_color="default", word_wrap=True))
+
+
+@models_app.command("import")
+def import_model(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", exists=True, dir_okay=False, help="A .pth, .safetensors or detectron2's .pkl file."
+        ),
+    ],
+    name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9, '.', '_' and '-'.")],
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            "--architecture",
+            metavar="BUILDER",
+            help="torchvision's name of the network, such as maskrcnn_resnet50_fpn_v2; left out, the weights tell it.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="FILE", help="A class name on each line, background left out."),
+    ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-config",
+            metavar="FILE",
+            help="A model.toml that describes the network, instead of --architecture and --labels.",
+        ),
+    ] = None,
+    norm_eps: Annotated[
+        float | None,
+        typer.Option(
+            "--norm-eps",
+            min=0,
+            help="Epsilon of the backbone's batch norms: 0 for what was fine-tuned from torchvision's published "
+            "fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, else 1e-5, the default.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="How weights are stored; half precision halves the file.")
+    ] = "float32",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Bring a torchvision or detectron2 checkpoint into a store. Nothing in the file is run.
+
+    Example: roiserve models import best.pth --name parts --architecture fasterrcnn_resnet50_fpn --labels parts.txt
+    """
+    from service.model_store.importing import import_checkpoint, import_with_config, read_labels, store_imported
+    from service.model_store.model_toml import read_model_config
+    from service.model_store.store import ModelStore
+
+    if model_config is None:
+        names = read_labels(labels) if labels else None
+        imported = import_checkpoint(file, labels=names, architecture=architecture, norm_eps=norm_eps)
+    elif (architecture, labels, norm_eps) == (None, None, None):
+        imported = import_with_config(file, read_model_config(model_config))
+    else:
+        raise typer.BadParameter("describes the whole network: give nothing else", param_hint="--model-config")
+    provenance = ProvenanceTable(command=_command_line(), created=datetime.now(UTC).replace(microsecond=0))
+    stored = store_imported(
+        ModelStore(store), imported, name=name, provenance=provenance, source=file.name, dtype=dtype
+    )
+    _tell_stored(stored)
+
+
+@models_app.command("pull")
+def pull(
+    architecture: Annotated[str, typer.Argument(metavar="NAME", help="torchvision's name of the network.")],
+    name: Annotated[str | None, typer.Option("--name", help="What to call it; left out, the same.")] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            "--base-url",
+            envvar="ROISERVE_WEIGHTS_BASE_URL",
+            help="A mirror that has torchvision's files by their names; left out, torchvision's own place.",
+        ),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Download a detector that torchvision has trained on COCO; an unfinished download is continued.
+
+    NAME is fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_mobilenet_v3_large_320_fpn, maskrcnn_resnet50_fpn or maskrcnn_resnet50_fpn_v2.
+
+    Example: roiserve models pull maskrcnn_resnet50_fpn_v2
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from service.model_store.published import published_weights
+    from service.model_store.pull import find_pulled, pull_model
+    from service.model_store.store import ModelStore
+
+    weights, model_store, name = published_weights(architecture), ModelStore(store), name or architecture
+    if pulled := find_pulled(model_store, weights, name=name):
+        typer.echo(f"{pulled.key} has these weights already, in {pulled.path}")
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(weights.file_name)
+        stored = pull_model(
+            model_store,
+            weights,
+            name=name,
+            base_url=base_url,
+            command=_command_line(),
+            on_progress=lambda present, total: progress.update(task, completed=present, total=total),
+        )
+    _tell_stored(stored)
+
+
+def _tell_stored(stored: StoredModel) -> None:
+    model_toml = stored.model_toml
+    typer.echo(
+        f"stored {stored.key} in {stored.path}: {model_toml.architecture} on {model_toml.backbone.name}, "
+        f"{len(model_toml.labels)} labels"
+    )
+
+
+def _command_line() -> str:
+    return shlex.join(["roiserve", *sys.argv[1:]])
 
 
 def _summary(stored: StoredModel) -> dict[str, object]:

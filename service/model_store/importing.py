@@ -13,6 +13,10 @@ from torch import Tensor
 from service.errors import ModelStoreError
 from service.model_store.checkpoint import read_checkpoint
 from service.model_store.detectron2_layout import detectron2_config, is_detectron2, with_torchvision_names
+from service.model_store.model_card import model_card
+from service.model_store.model_toml import Dtype, ProvenanceTable
+from service.model_store.published import find_published
+from service.model_store.store import ModelStore, StoredModel
 from service.model_store.torchvision_layout import (
     builder_config,
     inferred_config,
@@ -20,7 +24,7 @@ from service.model_store.torchvision_layout import (
     with_current_names,
     with_norm_of,
 )
-from service.model_store.weights import load_into
+from service.model_store.weights import load_into, sha256_of
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 
@@ -34,30 +38,35 @@ class ImportedModel:
 
 
 def import_checkpoint(
-    path: Path, *, labels: Sequence[str] | None, architecture: str | None = None, norm_eps: float = 1e-5
+    path: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    architecture: str | None = None,
+    norm_eps: float | None = None,
 ) -> ImportedModel:
     """Read a checkpoint, of torchvision's layout or detectron2's, into the network that it is of.
 
+    A file that torchvision has published is known by its hash and needs no words.
+
     Args:
-        labels: class names without the background, in the order of the weights; None is answered with their number.
+        labels: class names without the background, in the order of the weights.
         architecture: a torchvision builder's name; None infers it from the weights.
-        norm_eps: of the trunk's norms; nothing in the weights tells it.
+        norm_eps: of the trunk's norms, which nothing in the weights tells; None is 1e-5.
 
     Raises:
         ModelStoreError: the checkpoint cannot be read, or does not fit the network and the labels key by key.
     """
     original = read_checkpoint(path)
+    if published := find_published(sha256_of(path)):
+        labels, architecture = labels or published.labels, architecture or published.builder
+        norm_eps = published.norm_eps if norm_eps is None else norm_eps
     try:
         state_dict = _in_torchvision_layout(original)
         labels = _checked_labels(labels, num_labels(state_dict))
         if is_detectron2(original):
-            if architecture is not None:
-                raise ModelStoreError("a detectron2 checkpoint tells its architecture itself: leave --architecture out")
-            config = detectron2_config(original, labels)
-        elif architecture is not None:
-            config = with_norm_of(state_dict, builder_config(architecture, labels, norm_eps=norm_eps))
+            config = _detectron2_config(original, labels, architecture, norm_eps)
         else:
-            config = with_norm_of(state_dict, inferred_config(state_dict, labels, norm_eps=norm_eps))
+            config = _torchvision_config(state_dict, labels, architecture, 1e-5 if norm_eps is None else norm_eps)
     except ModelStoreError as error:
         raise ModelStoreError(f"{path}: {error}") from error
     return _fitted(path, config, state_dict)
@@ -77,6 +86,24 @@ def _in_torchvision_layout(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return with_torchvision_names(original) if is_detectron2(original) else with_current_names(original)
 
 
+def _detectron2_config(
+    original: Mapping[str, Tensor], labels: Sequence[str], architecture: str | None, norm_eps: float | None
+) -> ModelConfig:
+    if architecture is not None or norm_eps is not None:
+        raise ModelStoreError("a detectron2 checkpoint tells its architecture itself: leave out what describes it")
+    return detectron2_config(original, labels)
+
+
+def _torchvision_config(
+    state_dict: Mapping[str, Tensor], labels: Sequence[str], architecture: str | None, norm_eps: float
+) -> ModelConfig:
+    if architecture is None:
+        config = inferred_config(state_dict, labels, norm_eps=norm_eps)
+    else:
+        config = builder_config(architecture, labels, norm_eps=norm_eps)
+    return with_norm_of(state_dict, config)
+
+
 def _checked_labels(labels: Sequence[str] | None, num_labels: int) -> Sequence[str]:
     if labels is None:
         raise ModelStoreError(f"the weights know {num_labels} classes: name them with --labels, background left out")
@@ -92,3 +119,50 @@ def _fitted(path: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -
     network = build_model(config)
     load_into(network, state_dict, source=str(path))
     return ImportedModel(config, network.state_dict())
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The labels in a file: one on each line, empty lines at the end left out.
+
+    Raises:
+        ModelStoreError: not readable, not UTF-8, or with an empty line in between.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except OSError as error:
+        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
+    if "" in lines:
+        raise ModelStoreError(f"{path}: expected a label on each line, got none on line {lines.index('') + 1}")
+    return tuple(lines)
+
+
+def store_imported(
+    store: ModelStore,
+    imported: ImportedModel,
+    *,
+    name: str,
+    provenance: ProvenanceTable,
+    source: str,
+    dtype: Dtype = "float32",
+) -> StoredModel:
+    """Store an imported model as the next version of `name`, with a model card of what is known.
+
+    Args:
+        source: the file or URL that it came from.
+        dtype: how the weights are stored.
+
+    Raises:
+        ModelStoreError: a bad name, or a store that cannot be written.
+    """
+    return store.write_model(
+        name,
+        store.next_version(name),
+        config=imported.config,
+        state_dict=imported.state_dict,
+        provenance=provenance,
+        readme=model_card(name, imported.config, provenance),
+        dtype=dtype,
+        source=source,
+    )

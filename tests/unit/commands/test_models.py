@@ -6,8 +6,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from service.commands.models import models_app
+from service.errors import ModelStoreError
 from service.model_store.model_toml import ProvenanceTable
 from service.model_store.store import ModelStore
+from service.model_store.torchvision_layout import builder_config
+from service.modeling.build import build_model
 from service.modeling.config import BackboneConfig, ModelConfig
 
 
@@ -54,6 +57,67 @@ def test_show_as_json_holds_the_whole_model_toml(store: Path) -> None:
     assert shown["model_toml"]["roi"]["box_output_size"] == 7
 
 
-@pytest.mark.parametrize("command", ["list", "show"])
+@pytest.fixture
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector of two classes, as a training script would have saved it, labels and model.toml beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    network = build_model(builder_config("fasterrcnn_mobilenet_v3_large_320_fpn", ("a", "b")))
+    torch.save({"model": network.state_dict()}, folder / "model.pth")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    (folder / "model.toml").write_text(
+        'architecture = "faster_rcnn"\nlabels = ["a", "b"]\n'
+        '[backbone]\nname = "mobilenet_v3_large_fpn"\nnorm_eps = 0.001\n'
+        "[anchors]\nsizes = [[32, 64, 128, 256, 512], [32, 64, 128, 256, 512], [32, 64, 128, 256, 512]]\n"
+    )
+    return folder / "model.pth"
+
+
+def test_import_stores_a_checkpoint_as_the_next_version(store: Path, checkpoint: Path) -> None:
+    told = (
+        "--architecture",
+        "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "--labels",
+        str(checkpoint.with_name("labels.txt")),
+    )
+    result = run(store, "import", str(checkpoint), "--name", "cells", *told, "--dtype", "float16")
+    assert "stored cells@3" in result.stdout
+    stored = ModelStore(store).find("cells@3")
+    assert (stored.problem, stored.model_toml.labels) == (None, ("cat", "dog"))
+    assert (stored.model_toml.weights.dtype, stored.model_toml.weights.source) == ("float16", "model.pth")
+    assert (stored.path / "README.md").read_text().startswith("# cells\n")
+
+
+def test_import_takes_a_model_toml_instead_of_words(store: Path, checkpoint: Path) -> None:
+    result = run(
+        store, "import", str(checkpoint), "--name", "pets", "--model-config", str(checkpoint.with_name("model.toml"))
+    )
+    assert "stored pets@1" in result.stdout
+    assert ModelStore(store).find("pets").model_toml.backbone.norm_eps == 0.001
+
+
+def test_import_takes_a_model_toml_or_words_but_not_both(store: Path, checkpoint: Path) -> None:
+    told = ("--model-config", str(checkpoint.with_name("model.toml")), "--architecture", "fasterrcnn_resnet50_fpn")
+    result = run(store, "import", str(checkpoint), "--name", "pets", *told)
+    assert result.exit_code == 2
+    assert "give nothing else" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_refused_import_stores_nothing(store: Path, checkpoint: Path) -> None:
+    result = run(store, "import", str(checkpoint), "--name", "pets")
+    assert isinstance(result.exception, ModelStoreError)
+    assert [model.name for model in ModelStore(store).list()] == ["cells", "cells"]
+
+
+def test_pull_refuses_what_is_not_published_before_it_asks_any_server(store: Path) -> None:
+    result = run(store, "pull", "yolo", "--base-url", "http://127.0.0.1:1")
+    assert "no published weights for 'yolo'" in str(result.exception)
+
+
+def test_pull_says_why_a_mirror_failed(store: Path) -> None:
+    result = run(store, "pull", "maskrcnn_resnet50_fpn", "--base-url", "http://127.0.0.1:1")
+    assert "http://127.0.0.1:1/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth: not complete" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["list", "show", "import", "pull"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"roiserve models {command}" in CliRunner().invoke(models_app, [command, "--help"]).stdout

@@ -1,6 +1,10 @@
-"""Small detectors as torchvision builds them, with weights at random, and what runs fast enough to compare them."""
+"""Small detectors as torchvision builds them, with weights at random, and what runs fast enough to compare them. A web
+server of this machine to download from.
+"""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -77,3 +81,62 @@ def detect() -> Detect:
         return found
 
     return detect
+
+
+class FileServer:
+    """An HTTP server of this machine with one file, that can be told to misbehave.
+
+    Attributes:
+        content: the file.
+        cut_after_bytes: the next answers end after so many bytes, though their header promises the rest; one each.
+        next_status: answered to the next request instead of the file.
+        does_ranges: whether it answers a part when asked for one.
+        asked: path and Range header of every request so far.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.cut_after_bytes: list[int] = []
+        self.next_status: int | None = None
+        self.does_ranges = True
+        self.asked: list[tuple[str, str | None]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.base_url = f"http://127.0.0.1:{self.server.server_port}/models/"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Send the file, the asked part of it, or what a test wants instead."""
+        asked = request.headers.get("Range")
+        self.asked.append((request.path, asked))
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.does_ranges else 0
+        status, self.next_status = self.next_status or (206 if start else 200), None
+        body = self.content[start:]
+        if start and not body:
+            status = 416
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        request.end_headers()
+        request.wfile.write(body[: self.cut_after_bytes.pop(0)] if self.cut_after_bytes else body)
+        request.close_connection = True
+
+
+@pytest.fixture
+def file_server() -> Iterator[FileServer]:
+    """A running server with a file of 1 MB."""
+    file_server = FileServer(bytes(range(256)) * 4096)
+    thread = threading.Thread(target=file_server.server.serve_forever)
+    thread.start()
+    yield file_server
+    file_server.server.shutdown()
+    file_server.server.server_close()
+    thread.join()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import ModelStoreError
-from service.model_store.importing import ImportedModel, import_checkpoint, import_with_config
+from service.model_store.importing import ImportedModel, import_checkpoint, import_with_config, read_labels
 from service.model_store.published import published_weights
 from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
 from service.modeling.build import build_model
@@ -157,3 +157,20 @@ def test_a_given_configuration_is_taken_as_it_is(path: Path) -> None:
     assert import_with_config(path, config).config == config
     with pytest.raises(ModelStoreError, match="wrong class count: expected weights for 2 labels"):
         import_with_config(path, builder_config("fasterrcnn_mobilenet_v3_large_fpn", ("a", "b")))
+
+
+def test_labels_are_read_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes("\N{BYTE ORDER MARK}red cell\r\n platelet \n\n".encode())
+    assert read_labels(path) == ("red cell", "platelet")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"a\n\nb\n", "a label on each line, got none on line 2"), (b"\xff", "UTF-8 text, got the byte 0xff")],
+)
+def test_a_labels_file_that_is_none_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(content)
+    with pytest.raises(ModelStoreError, match=rf"labels\.txt: expected .*{problem}"):
+        read_labels(path)
