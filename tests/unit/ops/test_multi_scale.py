@@ -29,10 +29,10 @@ def boxes_of_all_sizes(count: int = 60) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("side", "level"),
-    [(224, 2), (223.9, 1), (112, 1), (111.9, 0), (448, 3), (447.9, 2), (1, 0), (0, 0), (5000, 3)],
+    [(224, 2), (223.9999, 2), (223.999, 1), (112, 1), (111.9, 0), (448, 3), (447.9, 2), (1, 0), (0, 0), (5000, 3)],
 )
 def test_level_is_that_of_equation_1(side: float, level: int) -> None:
-    """224 pixels go to level 4, the third of 2..5; each halving to the next finer one."""
+    """224 pixels go to level 4, the third of 2..5, also when rounding has left a little less; half of it to level 3."""
     assert assign_levels(box(10, 10, 10 + side, 10 + side), min_level=2, max_level=5).tolist() == [level]
 
 
