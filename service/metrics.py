@@ -1,0 +1,123 @@
+"""Every Prometheus metric, declared once, in a registry that is passed in. The app makes one `Metrics`; the HTTP layer
+and the pipeline set it. Names carry our prefix and base units. Labels are bounded: routes are patterns, models those
+that are loaded, the rest words of our own.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from service.structures import ModelInfo
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128)
+_RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """The metrics of one app.
+
+    Args:
+        registry: where they are registered; a fresh one for each app, so that two apps in a process do not meet.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "roiserve_requests_total", "Answered HTTP requests.", ("route", "status"), registry=registry
+        )
+        self.request_duration = Histogram(
+            "roiserve_request_duration_seconds",
+            "Time from a request's headers to the end of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stage_duration = Histogram(
+            "roiserve_stage_duration_seconds",
+            "Time in one stage: of an image for decode, queue and encode, of a whole batch for the others.",
+            ("stage", "model"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "roiserve_batch_size",
+            "Images that shared a batch.",
+            ("model",),
+            buckets=_POWERS_OF_TWO,
+            registry=registry,
+        )
+        self.batch_padding_ratio = Histogram(
+            "roiserve_batch_padding_ratio",
+            "Padded pixels among all pixels of a batch.",
+            ("model",),
+            buckets=_RATIOS,
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "roiserve_queue_depth", "Images waiting for the device.", ("model",), registry=registry
+        )
+        self.queue_pixels = Gauge(
+            "roiserve_queue_pixels", "Pixels of the images waiting, resized and padded.", ("model",), registry=registry
+        )
+        self.images = Counter(
+            "roiserve_images_total",
+            "Images by outcome: ok, or the code of the error.",
+            ("model", "outcome"),
+            registry=registry,
+        )
+        self.detections = Histogram(
+            "roiserve_detections_per_image",
+            "Detections in the answer for an image.",
+            ("model",),
+            buckets=_COUNTS,
+            registry=registry,
+        )
+        self.cancelled = Counter(
+            "roiserve_cancelled_total",
+            "Images whose caller went away, by the stage they were in.",
+            ("stage",),
+            registry=registry,
+        )
+        self.rejected = Counter(
+            "roiserve_rejected_total",
+            "Requests refused before any work, by the code of the error.",
+            ("reason",),
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "roiserve_model_info",
+            "What is loaded; always 1.",
+            ("model", "version", "architecture", "roi_op", "engine", "precision", "device"),
+            registry=registry,
+        )
+        self.model_ready = Gauge(
+            "roiserve_model_ready", "Whether a model is loaded and warmed up.", ("model",), registry=registry
+        )
+        build_info = Gauge(
+            "roiserve_build_info", "The running program; always 1.", ("version", "python"), registry=registry
+        )
+        build_info.labels(version("roiserve"), platform.python_version()).set(1)
+
+    def add_model(
+        self, info: ModelInfo, *, queue_depth: Callable[[], float], queue_pixels: Callable[[], float]
+    ) -> None:
+        """Make a loaded model known, and let its series start at zero rather than at the first event.
+
+        Args:
+            queue_depth: how many images wait for it, asked at each scrape.
+            queue_pixels: how many pixels, padded, they have.
+        """
+        self.model_info.labels(
+            info.key, info.version, info.architecture, info.roi_op, info.engine, info.precision, info.device
+        ).set(1)
+        self.model_ready.labels(info.key).set(1)
+        self.images.labels(info.key, "ok")
+        self.queue_depth.labels(info.key).set_function(queue_depth)
+        self.queue_pixels.labels(info.key).set_function(queue_pixels)
