@@ -1,0 +1,98 @@
+"""A small model for tests of the service: what it finds is written in the picture, so answers can be checked by hand.
+It can hold the device, and fail.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+
+from service.structures import Detections, ModelInfo, Prediction, Query
+
+FAKE_INFO = ModelInfo(
+    name="fake",
+    version=1,
+    architecture="mask_rcnn",
+    backbone="none",
+    roi_op="roi_align",
+    labels=("cat", "dog"),
+    score_thresh=0.05,
+    max_detections=100,
+    has_masks=True,
+    engine="eager",
+    precision="float32",
+    device="cpu",
+)
+FAKE_BOXES_INFO = replace(FAKE_INFO, name="fake-boxes", architecture="faster_rcnn", has_masks=False)
+
+# A picture whose top left pixel has this red value makes the model fail.
+POISON = 13
+
+
+class FakePredictor:
+    """Finds two objects in every picture: a cat that is its left half, with the picture's mean red / 255 as its score,
+    and a dog that is its green part, or all of it if nothing is green, with a tenth of that.
+
+    Attributes:
+        batches: the number of images of each batch.
+        device_is_free: clear it to hold the device.
+        device_is_busy: set while a batch is on the device.
+        may_warm_up: clear it to hold the warm-up.
+    """
+
+    def __init__(self, info: ModelInfo = FAKE_INFO, *, warm_up_error: Exception | None = None) -> None:
+        self.info = info
+        self.batches: list[int] = []
+        self.device_is_free = threading.Event()
+        self.device_is_free.set()
+        self.device_is_busy = threading.Event()
+        self.may_warm_up = threading.Event()
+        self.may_warm_up.set()
+        self._warm_up_error = warm_up_error
+
+    def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The size in steps of 32, as networks pad."""
+        height, width = image_size
+        return -(-height // 32) * 32, -(-width // 32) * 32
+
+    def warm_up(self) -> None:
+        self.may_warm_up.wait()
+        if self._warm_up_error is not None:
+            raise self._warm_up_error
+
+    def predict(self, queries: Sequence[Query]) -> list[Prediction]:
+        self.device_is_busy.set()
+        self.device_is_free.wait()
+        self.device_is_busy.clear()
+        self.batches.append(len(queries))
+        if any(query.image.pixels[0, 0, 0] == POISON for query in queries):
+            raise RuntimeError("the device cannot bear this picture")
+        stage_seconds = {"backbone": 0.001, "roi_heads": 0.001}
+        return [Prediction(self._detect(query), stage_seconds, len(queries)) for query in queries]
+
+    def _detect(self, query: Query) -> Detections:
+        height, width = query.image.size
+        red = np.float32(query.image.pixels[:, :, 0].mean() / 255)
+        ys, xs = np.nonzero(query.image.pixels[:, :, 1] > 128)
+        dog = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, width, height]
+        boxes = np.array([[0, 0, width / 2, height], dog], np.float32)
+        labels, scores = np.array([1, 2]), np.array([red, red / 10], np.float32)
+        options = query.options
+        kept = scores > (self.info.score_thresh if options.score_thresh is None else options.score_thresh)
+        if options.label_ids is not None:
+            kept &= np.isin(labels, list(options.label_ids))
+        indices = np.flatnonzero(kept)[: options.max_detections]
+        masks = np.ones((len(indices), 28, 28), np.float32) if self.info.has_masks and options.with_masks else None
+        return Detections(boxes[indices], labels[indices], scores[indices], masks)
+
+
+def picture(*, red: int = 255, height: int = 48, width: int = 64, image_format: str = "PNG") -> bytes:
+    """An encoded picture of one colour."""
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), (red, 0, 0)).save(buffer, image_format)
+    return buffer.getvalue()
