@@ -1,0 +1,39 @@
+"""API keys: who may call what. Routes name the dependency that they need; without configured keys everybody may."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from typing import Annotated
+
+from fastapi import Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import SecretStr
+
+from service.api.errors import KeyNotAllowedError, MissingKeyError
+from service.api.state import State
+
+_Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
+_Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+
+
+def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
+    """Let only bearers of a user's or an administrator's key pass, if users' keys are configured.
+
+    Raises:
+        MissingKeyError: no key came, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+        KeyNotAllowedError: it is not one of ours.
+    """
+    if not state.settings.api_keys:
+        return
+    key = bearer.credentials if bearer else header
+    if key is None:
+        raise MissingKeyError("send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`")
+    if not _is_one_of(key, [*state.settings.api_keys, *state.settings.admin_keys]):
+        raise KeyNotAllowedError("the key that was sent may not do this")
+
+
+def _is_one_of(key: str, allowed: Iterable[SecretStr]) -> bool:
+    # All are compared, each in constant time, so that the time says nothing of how near a guess was.
+    given = key.encode()
+    return sum(hmac.compare_digest(given, one.get_secret_value().encode()) for one in allowed) > 0

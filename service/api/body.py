@@ -1,0 +1,131 @@
+"""Reading uploads: a raw image, a multipart form or JSON with base64, into bytes and options. Called by the routes that
+take images. The byte limit holds while a body streams in, so that too large a one is never held; so does a time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import orjson
+from fastapi import Request
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from service.api.errors import SlowBodyError
+from service.errors import CancelledRequestError, InvalidRequestError, TooLargeError, UnsupportedImageError
+
+_ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """What a body held.
+
+    Attributes:
+        images: encoded images, in order.
+        form: options of a multipart form, as text, in order.
+        json: options of a JSON object, with JSON's types.
+    """
+
+    images: list[bytes]
+    form: list[tuple[str, str]] = field(default_factory=list)
+    json: dict[str, object] = field(default_factory=dict)
+
+
+async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds: float) -> Upload:
+    """Read a request's body, whichever of the three kinds it is.
+
+    Raises:
+        UnsupportedImageError: none of the three kinds; the message lists them.
+        TooLargeError: over the limit; nothing beyond it was held.
+        SlowBodyError: it took too long.
+        InvalidRequestError: empty, or not the form or JSON that it says it is.
+        CancelledRequestError: the caller went away.
+    """
+    if encoding := request.headers.get("content-encoding"):
+        raise UnsupportedImageError(f"expected a body without Content-Encoding, got {encoding!r}")
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    _refuse_declared_length(request.headers, max_body_bytes)
+    try:
+        async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes)) as stream:
+            if content_type == "multipart/form-data":
+                return await _read_form(request.headers, stream)
+            if content_type == "application/json":
+                # In a thread: tens of megabytes of text would hold up the event loop.
+                return await asyncio.to_thread(_parse_json, await _read_all(stream))
+            if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
+                return Upload([await _read_all(stream)])
+    except TimeoutError:
+        raise SlowBodyError(f"the body was not complete after {timeout_seconds:g} seconds") from None
+    except ClientDisconnect:
+        raise CancelledRequestError("the caller went away while sending the body") from None
+    raise UnsupportedImageError(
+        f"expected {_ACCEPTED}, got Content-Type {content_type!r} (curl: add -H 'Content-Type: image/jpeg')"
+    )
+
+
+def _refuse_declared_length(headers: Headers, max_body_bytes: int) -> None:
+    declared = headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_body_bytes:
+        raise TooLargeError(f"the body has {declared} bytes, at most {max_body_bytes} are read")
+
+
+async def _limited(request: Request, max_body_bytes: int) -> AsyncGenerator[bytes, None]:
+    received_bytes = 0
+    async for chunk in request.stream():
+        received_bytes += len(chunk)
+        if received_bytes > max_body_bytes:
+            raise TooLargeError(f"the body has more than the {max_body_bytes} bytes that are read")
+        yield chunk
+    if received_bytes == 0:
+        raise InvalidRequestError(f"the body is empty; expected {_ACCEPTED}")
+
+
+async def _read_all(stream: AsyncGenerator[bytes, None]) -> bytes:
+    return b"".join([chunk async for chunk in stream])
+
+
+class _FormInMemory(MultiPartParser):
+    """Starlette's parser, without its temporary files on disk: the whole body has a limit of its own."""
+
+    spool_max_size = 0  # no limit
+
+
+async def _read_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> Upload:
+    try:
+        form = await _FormInMemory(headers, stream).parse()
+    except MultiPartException as error:
+        raise InvalidRequestError(f"the body is not a multipart form: {error.message}") from None
+    except ValueError as error:  # Among them what exotic charsets make of the names of fields.
+        raise InvalidRequestError(f"the body is not a multipart form: {error}") from None
+    try:
+        items = form.multi_items()
+        files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
+        if misplaced := [name for name, _ in files if name != "image"]:
+            raise InvalidRequestError(f"expected files in the field 'image' only, got one in {misplaced[0]!r}")
+        options = [(name, value) for name, value in items if isinstance(value, str)]
+        if any(name == "image" for name, _ in options):
+            raise InvalidRequestError("expected the field 'image' to be a file, got text; give the part a filename")
+        return Upload([file.file.read() for _, file in files], form=options)
+    finally:
+        await form.close()
+
+
+def _parse_json(data: bytes) -> Upload:
+    try:
+        fields = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
+        raise InvalidRequestError('expected a JSON object with the image in base64: {"image": "...", ...}')
+    try:
+        image = base64.b64decode(fields.pop("image"), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(f"'image' is not base64 (standard alphabet, no line breaks): {error}") from None
+    return Upload([image], json=fields)

@@ -1,0 +1,169 @@
+"""Detections in one image, in several, or drawn into the image. Reads the upload and its options, hands jobs to the
+pipeline and writes what comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Generic, TypeVar
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from service.api.auth import require_key
+from service.api.body import read_upload
+from service.api.disconnect import while_connected
+from service.api.errors import problem, report
+from service.api.middleware import Record, RequestRecord
+from service.api.openapi import PICTURE_SCHEMA, describe_answer, describe_errors, describe_upload
+from service.api.options import (
+    AnnotateParameters,
+    DetectParameters,
+    Wish,
+    merge_options,
+    refuse_repeated_options,
+    understand,
+)
+from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
+from service.api.state import ApiState, State
+from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
+from service.imaging.overlay import draw_detections, encode_picture
+from service.pipeline import Job, Predictor, Progress
+from service.structures import Detections, Image
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["detect"],
+    dependencies=[Depends(require_key), Depends(refuse_repeated_options)],
+    responses=describe_errors(401, 403, 404, 408, 413, 415, 422, 429, 503, 504),
+)
+
+
+P = TypeVar("P", bound=DetectParameters)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Order(Generic[P]):
+    """What a request asks: which images, of which model, how, and until when."""
+
+    images: Sequence[bytes]
+    parameters: P
+    predictor: Predictor
+    wish: Wish
+    deadline: float
+
+    def job(self, image: bytes, progress: Progress) -> Job:
+        return Job(
+            predictor=self.predictor,
+            data=image,
+            options=self.wish.options,
+            deadline=self.deadline,
+            progress=progress,
+        )
+
+    def only_image(self) -> bytes:
+        if len(self.images) != 1:
+            raise InvalidRequestError(
+                f"expected one image, as the field 'image', got {len(self.images)}; /v1/detect/batch takes several"
+            )
+        return self.images[0]
+
+
+async def _read_order(request: Request, state: ApiState, record: RequestRecord, query: P) -> _Order[P]:
+    settings = state.settings
+    state.lifecycle.require_serving()
+    try:
+        upload = await read_upload(
+            request, max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds
+        )
+    except CancelledRequestError:
+        state.metrics.cancelled.labels(record.progress.stage).inc()
+        raise
+    parameters = merge_options(query, upload)
+    predictor = state.models.find(parameters.model)
+    record.notes["model"] = predictor.info.key
+    timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
+    deadline = record.progress.started_at + timeout_ms / 1000
+    return _Order(upload.images, parameters, predictor, understand(parameters, predictor.info), deadline)
+
+
+@router.post(
+    "/detect",
+    responses=describe_answer(DetectAnswer),
+    openapi_extra=describe_upload(DetectParameters, "multipart", "json", "raw"),
+)
+async def detect(
+    request: Request, state: State, record: Record, query: Annotated[DetectParameters, Query()]
+) -> Response:
+    """Find the objects in one image: their boxes, labels, scores and, if the model has them, masks.
+
+    The image is the raw body, the multipart field `image`, or base64 in the JSON field `image`. Options are query
+    parameters, other fields of the form, or other fields of the JSON object; each may be given in one place only.
+    """
+    order = await _read_order(request, state, record, query)
+    job = order.job(order.only_image(), record.progress)
+    answer = await while_connected(request, state.pipeline.run(job, order.wish.encode))
+    record.notes |= {"batch_size": answer.batch_size, "detections": len(answer.detections)}
+    document = detections_document(order.predictor.info, answer, record.progress)
+    return json_response({"request_id": record.request_id} | document)
+
+
+@router.post(
+    "/detect/batch",
+    responses=describe_answer(BatchAnswer),
+    openapi_extra=describe_upload(DetectParameters, "multipart", several=True),
+)
+async def detect_batch(
+    request: Request, state: State, record: Record, query: Annotated[DetectParameters, Query()]
+) -> Response:
+    """Find the objects in several images, each a multipart field `image`: an answer or an error for each, in order."""
+    order = await _read_order(request, state, record, query)
+    if not order.images:
+        raise InvalidRequestError("expected multipart fields 'image', got none")
+    results = await while_connected(request, _answer_each(state, order))
+    record.notes["images"] = len(results)
+    return json_response({"request_id": record.request_id, "results": results})
+
+
+async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list[dict[str, object]]:
+    # Two batches' worth at a time keep the device busy and leave the queue to others.
+    places = asyncio.Semaphore(2 * state.settings.max_batch_size)
+
+    async def answer_one(image: bytes) -> dict[str, object]:
+        async with places:
+            return await _answer_or_error(state, order, image)
+
+    return await asyncio.gather(*map(answer_one, order.images))
+
+
+async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
+    progress = Progress("decode")
+    try:
+        answer = await state.pipeline.run(order.job(image, progress), order.wish.encode)
+    except ServiceError as error:
+        report(error, state.metrics)
+        return {"error": problem(error)}
+    return detections_document(order.predictor.info, answer, progress)
+
+
+@router.post(
+    "/annotate",
+    response_class=Response,
+    responses={200: {"content": {"image/png": PICTURE_SCHEMA, "image/jpeg": PICTURE_SCHEMA}}},
+    openapi_extra=describe_upload(AnnotateParameters, "multipart", "json", "raw"),
+)
+async def annotate(
+    request: Request, state: State, record: Record, query: Annotated[AnnotateParameters, Query()]
+) -> Response:
+    """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
+    order = await _read_order(request, state, record, query)
+    job = order.job(order.only_image(), record.progress)
+    picture_format = order.parameters.format
+
+    def draw(image: Image, detections: Detections) -> bytes:
+        drawn = draw_detections(image, detections, order.predictor.info.labels)
+        return encode_picture(drawn, picture_format)
+
+    answer = await while_connected(request, state.pipeline.run(job, draw))
+    return Response(answer.encoded, media_type=f"image/{picture_format}")

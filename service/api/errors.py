@@ -1,0 +1,184 @@
+"""The one table from error to HTTP status, and the one form in which errors leave: RFC 9457 problem documents.
+Rooms below raise the errors of `service/errors.py` and know no statuses; those that only HTTP can raise are here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    InferenceError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotReadyError,
+    OverloadedError,
+    ServiceError,
+    TooLargeError,
+    UnsupportedImageError,
+)
+from service.logs import request_id_context
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class RouteNotFoundError(InvalidRequestError):
+    """There is nothing at this path."""
+
+    code = "route_not_found"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """There is something at this path, but not for this method."""
+
+    code = "method_not_allowed"
+
+
+class SlowBodyError(InvalidRequestError):
+    """The request's body did not arrive in time."""
+
+    code = "body_timeout"
+
+
+class MissingKeyError(InvalidRequestError):
+    """API keys are configured and the request bears none."""
+
+    code = "missing_key"
+
+
+class KeyNotAllowedError(InvalidRequestError):
+    """The request's API key may not do this."""
+
+    code = "key_not_allowed"
+
+
+# The most specific class counts. 499 is what proxies log for a caller that has gone: nobody receives it.
+ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
+    MissingKeyError: (401, "An API key is needed"),
+    KeyNotAllowedError: (403, "This API key is not allowed"),
+    RouteNotFoundError: (404, "No such route"),
+    ModelNotFoundError: (404, "No such model"),
+    MethodNotAllowedError: (405, "Method not allowed"),
+    SlowBodyError: (408, "The body came too slowly"),
+    TooLargeError: (413, "Too large"),
+    UnsupportedImageError: (415, "Not an image format that is read"),
+    InvalidRequestError: (422, "The request cannot be accepted"),
+    OverloadedError: (429, "Too many requests"),
+    CancelledRequestError: (499, "The caller has gone"),
+    ServiceError: (500, "An error of the service"),
+    NotReadyError: (503, "Not ready"),
+    InferenceError: (503, "The model failed"),
+    DeadlineExceededError: (504, "The deadline passed"),
+}
+
+# What is refused before any work was done on it.
+_REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
+
+
+def status_of(error: ServiceError) -> tuple[int, str]:
+    """The HTTP status of an error and its title."""
+    return next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
+
+
+def problem(error: ServiceError) -> dict[str, object]:
+    """The RFC 9457 members of an error, as they go into JSON."""
+    status, title = status_of(error)
+    document: dict[str, object] = {
+        "type": f"urn:roiserve:error:{error.code}",
+        "title": title,
+        "status": status,
+        "detail": str(error),
+        "code": error.code,
+        "request_id": request_id_context.get(),
+    }
+    if isinstance(error, DeadlineExceededError):
+        document["stage"] = error.stage
+    return document
+
+
+def problem_response(error: ServiceError) -> Response:
+    """The answer to a request that failed."""
+    headers = {}
+    if isinstance(error, OverloadedError | NotReadyError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    if isinstance(error, InferenceError):
+        headers["Retry-After"] = "1"
+    if isinstance(error, MissingKeyError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(problem(error)), status_of(error)[0], headers, PROBLEM_MEDIA_TYPE)
+
+
+def report(error: ServiceError, metrics: Metrics) -> None:
+    """Count a refusal; log what is not the caller's fault with its traceback."""
+    if isinstance(error, _REFUSALS):
+        metrics.rejected.labels(error.code).inc()
+    if isinstance(error, InferenceError) or status_of(error)[0] == HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("the service failed a request", exc_info=error)
+
+
+def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) -> None:
+    """Answer everything that goes wrong in a route with a problem document.
+
+    Args:
+        paths: what to list to those who ask for something else.
+    """
+
+    def answer(request: Request, error: ServiceError) -> Response:
+        request.state.record.notes |= {"code": error.code, "detail": str(error)}
+        report(error, metrics)
+        return problem_response(error)
+
+    async def on_service_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServiceError)
+        return answer(request, error)
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return answer(request, InvalidRequestError(describe_option_errors(error.errors())))
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "")
+            response = answer(
+                request, MethodNotAllowedError(f"{request.method} is not allowed here; allowed: {allowed}")
+            )
+            response.headers["Allow"] = allowed
+            return response
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            known = ", ".join(paths)
+            return answer(request, RouteNotFoundError(f"nothing at {request.url.path}; there are: {known}"))
+        return answer(request, ServiceError(str(error.detail)))
+
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def describe_option_errors(errors: Iterable[Mapping[str, Any]]) -> str:
+    """Say of each option that pydantic refused which it is, what was expected and what came."""
+    return "; ".join(_describe(error) for error in errors)
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    option = next(
+        (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path")), ""
+    )
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {reprlib.repr(option)}"
+    # Shortened: what came may be as long as a body.
+    return f"option {option!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {reprlib.repr(error['input'])}"

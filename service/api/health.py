@@ -1,0 +1,27 @@
+"""Probes: is the process alive, and does it want requests."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.api.openapi import describe_answer, describe_errors
+from service.api.schemas import Health, json_response
+from service.api.state import Phase, State
+from service.errors import NotReadyError
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", responses=describe_answer(Health))
+async def live() -> Response:
+    """Whether the process answers; if not, restart it."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/readyz", responses=describe_answer(Health) | describe_errors(503))
+async def ready(state: State) -> Response:
+    """Whether requests are wanted: all models are loaded and warmed up, and the service is not about to stop."""
+    phase = state.lifecycle.phase
+    if phase is not Phase.READY:
+        raise NotReadyError(f"the service is {phase}")
+    return json_response({"status": phase})

@@ -1,0 +1,188 @@
+"""The outermost layer of every request: its id, its times, its log line, its metrics, and an answer whatever happens.
+Pure ASGI: it sees the messages as they pass and holds nothing back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import problem_response, report
+from service.api.state import ApiState, Lifecycle, Phase
+from service.errors import NotReadyError, ServiceError
+from service.logs import request_id_context
+from service.pipeline import Progress
+
+logger = logging.getLogger(__name__)
+
+# What a caller may name a request: nothing that could break a log line or a header.
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+# How long an answer that was given before the body was read goes on reading it: a connection that is closed at once
+# would be reset, and a caller that is still sending would never see the answer.
+_LINGER_SECONDS = 2.0
+_CLIENT_CLOSED_REQUEST = 499
+# Probes and scrapes come every few seconds and say nothing when they succeed.
+_QUIET_ROUTES = ("/healthz", "/readyz", "/metrics")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of a request; the routes add to it.
+
+    Attributes:
+        notes: for the log line, such as the model.
+        status: of the answer, once it has begun.
+    """
+
+    request_id: str
+    progress: Progress = field(default_factory=lambda: Progress("body"))
+    notes: dict[str, object] = field(default_factory=dict)
+    status: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the request came."""
+        return time.monotonic() - self.progress.started_at
+
+
+def _record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.state.record
+    return record
+
+
+Record = Annotated[RequestRecord, Depends(_record)]
+
+
+class RequestMiddleware:
+    """See the module.
+
+    Args:
+        app: what answers the requests.
+    """
+
+    def __init__(self, app: ASGIApp, state: ApiState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, as ASGI calls it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["record"] = record
+        token = request_id_context.set(record.request_id)
+        exchange = _Exchange(scope, receive, send, record, self._state.lifecycle)
+        try:
+            await self._answer(scope, exchange)
+        finally:
+            self._tell(scope, record)
+            request_id_context.reset(token)
+
+    async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
+        """Let the app answer; if it cannot, answer for it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._state.lifecycle.enter(task)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+            return
+        except asyncio.CancelledError:
+            if not self._state.lifecycle.gave_up:
+                raise
+            task.uncancel()
+            error: ServiceError = NotReadyError("the service stopped before this request was done")
+        except Exception as unexpected:
+            error = ServiceError("an error of the service; its log has it under this request id")
+            error.__cause__ = unexpected
+        finally:
+            self._state.lifecycle.leave(task)
+        report(error, self._state.metrics)
+        if exchange.record.status is None:
+            await problem_response(error)(scope, exchange.receive, exchange.send)
+
+    def _tell(self, scope: Scope, record: RequestRecord) -> None:
+        """Count the request and write its line."""
+        route = getattr(scope.get("route"), "path", "unmatched")
+        status = record.status or _CLIENT_CLOSED_REQUEST
+        self._state.metrics.requests.labels(route, status).inc()
+        self._state.metrics.request_duration.labels(route).observe(record.seconds)
+        is_quiet = route in _QUIET_ROUTES and status < 400
+        logger.log(
+            logging.DEBUG if is_quiet else logging.INFO,
+            "request",
+            extra={
+                "fields": {
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    **{
+                        f"{stage}_ms": round(1000 * seconds, 1)
+                        for stage, seconds in record.progress.stage_seconds.items()
+                    },
+                    "total_ms": round(1000 * record.seconds, 1),
+                    **record.notes,
+                }
+            },
+        )
+
+
+class _Exchange:
+    """The messages of one request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, lifecycle: Lifecycle) -> None:
+        headers = Headers(scope=scope)
+        self.record = record
+        self._receive = receive
+        self._send = send
+        self._lifecycle = lifecycle
+        self._body_is_open = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        self._lingers = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._body_is_open = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.record.status = message["status"]
+            self._lingers = self._body_is_open
+            message = {**message, "headers": [*message["headers"], *self._headers()]}
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    def _headers(self) -> Iterable[tuple[bytes, bytes]]:
+        yield b"x-request-id", self.record.request_id.encode()
+        seconds = self.record.progress.stage_seconds | {"total": self.record.seconds}
+        timing = ", ".join(f"{stage};dur={1000 * value:.1f}" for stage, value in seconds.items())
+        yield b"server-timing", timing.encode()
+        if self._lingers or self._lifecycle.phase is Phase.DRAINING:
+            yield b"connection", b"close"
+
+    async def _linger(self) -> None:
+        """Read what is left of the body and forget it."""
+        try:
+            async with asyncio.timeout(_LINGER_SECONDS):
+                while self._body_is_open:
+                    await self.receive()
+        except TimeoutError:
+            pass
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,149 @@
+"""The options of a detection: their names, ranges and help, read from the query, a form or JSON alike, and what they
+mean for a model. An option may be given in one place only, so that nobody has to know which place wins.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.api.body import Upload
+from service.api.errors import describe_option_errors
+from service.errors import InvalidRequestError
+from service.masks.png import encode_crops, encode_png
+from service.masks.polygons import encode_polygons
+from service.masks.rle import encode_rle
+from service.structures import Detections, DetectOptions, Image, ModelInfo
+
+MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
+    "rle": encode_rle,
+    "polygons": encode_polygons,
+    "png": encode_png,
+    "crop": encode_crops,
+}
+
+
+class DetectParameters(BaseModel):
+    """The options of one request; None means the default of the model or of the server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(
+        None, max_length=200, description="Model to ask: name or name@version; unset takes the server's default."
+    )
+    score_thresh: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Keep detections that score above this; unset, the model's."
+    )
+    max_detections: int | None = Field(
+        None, ge=1, le=1000, description="Keep at most so many, best first; unset, the model's."
+    )
+    labels: list[Annotated[str, Field(max_length=200)]] | None = Field(
+        None, min_length=1, description="Keep only these labels; repeat the option for several. Unset keeps all."
+    )
+    masks: MaskFormat | None = Field(
+        None,
+        description="Form of the masks: rle (COCO), polygons, png (of the whole image, base64), crop (png of the mask "
+        "alone and its origin) or none. Unset: rle if the model has masks, else none.",
+    )
+    timeout_ms: int | None = Field(
+        None,
+        ge=1,
+        le=3_600_000,
+        description="Give up when this many milliseconds have passed since the request came; at most the server's.",
+    )
+
+
+class AnnotateParameters(DetectParameters):
+    """The options of a detection, and the format of the picture."""
+
+    format: Literal["png", "jpeg"] = Field("png", description="Format of the answered picture: png or jpeg.")
+
+
+P = TypeVar("P", bound=DetectParameters)
+
+
+def refuse_repeated_options(request: Request) -> None:
+    """A dependency: only `labels` may stand in a query more than once.
+
+    Raises:
+        InvalidRequestError: another does.
+    """
+    _single_values(request.query_params.multi_items())
+
+
+def merge_options(query: P, upload: Upload) -> P:
+    """The options of the query and of the body together.
+
+    Raises:
+        InvalidRequestError: one is unknown, of the wrong type, out of range, or given twice.
+    """
+    in_query = query.model_dump(exclude_unset=True)
+    in_body = upload.json or _single_values(upload.form)
+    if twice := sorted(in_query.keys() & in_body.keys()):
+        raise InvalidRequestError(f"option {reprlib.repr(twice[0])} is given twice: in the query and in the body")
+    try:
+        # Strict for JSON: there "0.5" is text and true is no number.
+        return type(query).model_validate(in_query | in_body, strict=bool(upload.json))
+    except ValidationError as error:
+        raise InvalidRequestError(describe_option_errors(error.errors())) from None
+
+
+def _single_values(items: Sequence[tuple[str, str]]) -> dict[str, object]:
+    values: dict[str, list[str]] = defaultdict(list)
+    for name, value in items:
+        values[name].append(value)
+    for name, given in values.items():
+        if name != "labels" and len(given) > 1:
+            raise InvalidRequestError(
+                f"option {reprlib.repr(name)} is given {len(given)} times; only 'labels' may be repeated"
+            )
+    return {name: given if name == "labels" else given[0] for name, given in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request's options mean for one model."""
+
+    options: DetectOptions
+    mask_format: MaskFormat
+
+    def encode(self, image: Image, detections: Detections) -> Sequence[object] | None:
+        """The masks in the form that was asked for, one for each detection; None if none were."""
+        if self.mask_format == "none" or detections.masks is None:
+            return None
+        return MASK_ENCODERS[self.mask_format](detections.masks, detections.boxes, image.size)
+
+
+def understand(parameters: DetectParameters, info: ModelInfo) -> Wish:
+    """Read the options as a wish to this model.
+
+    Raises:
+        InvalidRequestError: a label that it does not know, or masks that it does not have.
+    """
+    mask_format: MaskFormat = parameters.masks or ("rle" if info.has_masks else "none")
+    if mask_format != "none" and not info.has_masks:
+        raise InvalidRequestError(
+            f"masks={mask_format} needs a model with masks, {info.key} is a {info.architecture}; leave the option out"
+        )
+    options = DetectOptions(
+        score_thresh=parameters.score_thresh,
+        max_detections=parameters.max_detections,
+        label_ids=_label_ids(parameters.labels, info),
+        with_masks=mask_format != "none",
+    )
+    return Wish(options, mask_format)
+
+
+def _label_ids(labels: Sequence[str] | None, info: ModelInfo) -> frozenset[int] | None:
+    if labels is None:
+        return None
+    if unknown := [label for label in labels if label not in info.labels]:
+        raise InvalidRequestError(f"{info.key} knows no label {unknown[0]!r}; it knows: {', '.join(info.labels)}")
+    return frozenset(info.labels.index(label) + 1 for label in labels)

@@ -1,0 +1,165 @@
+"""The JSON that leaves: its shape for `/openapi.json`, and the functions that build it. The models here only document:
+our own output is not validated on its way out, a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import Response
+from pydantic import BaseModel, Field
+
+from service.pipeline import Answer, Progress
+from service.structures import ModelInfo
+
+
+class ImageFrame(BaseModel):
+    """The image as the boxes see it."""
+
+    width: int = Field(description="In pixels, after EXIF orientation.")
+    height: int
+    orientation_applied: bool = Field(description="Whether EXIF orientation turned or mirrored the stored pixels.")
+
+
+class RunLengths(BaseModel):
+    """A mask as COCO's compressed run lengths: what `pycocotools.mask.decode` takes."""
+
+    size: tuple[int, int] = Field(description="Height and width of the image.")
+    counts: str
+
+
+class MaskCrop(BaseModel):
+    """A mask cut to the smallest rectangle that holds it."""
+
+    origin: tuple[int, int] = Field(description="x and y of the rectangle's first pixel in the image.")
+    size: tuple[int, int] = Field(description="Height and width of the rectangle.")
+    png: str = Field(description="Base64 of a PNG of 0 and 255.")
+
+
+class Detection(BaseModel):
+    """One object that was found."""
+
+    box: tuple[float, float, float, float] = Field(description="x1, y1, x2, y2 in pixels of the image.")
+    label: str
+    label_id: int = Field(description="1-based; 0 is the background and never occurs.")
+    score: float = Field(description="0 to 1.")
+    mask: RunLengths | MaskCrop | list[list[float]] | str | None = Field(
+        None, description="In the form that `masks` asked for: rle, crop, polygons or png. Absent without masks."
+    )
+
+
+class ImageDetections(BaseModel):
+    """What one model found in one image."""
+
+    model: str
+    version: int
+    roi_op: str = Field(description="The RoI operator that the model ran with.")
+    image: ImageFrame
+    detections: list[Detection] = Field(description="By falling score.")
+    timings_ms: dict[str, float] = Field(description="decode, queue, inference, encode and total, in milliseconds.")
+    batch_size: int = Field(description="How many images shared the batch.")
+
+
+class DetectAnswer(ImageDetections):
+    """The answer to one image."""
+
+    request_id: str
+
+
+class Problem(BaseModel):
+    """An error, after RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="What was expected and what came.")
+    code: str = Field(description="A stable word for programs.")
+    request_id: str
+    stage: str | None = Field(None, description="Where the request was when its deadline passed.")
+
+
+class ImageProblem(BaseModel):
+    """Why one image of several has no answer."""
+
+    error: Problem
+
+
+class BatchAnswer(BaseModel):
+    """An answer or an error for each image, in order."""
+
+    request_id: str
+    results: list[ImageDetections | ImageProblem]
+
+
+class ModelDescription(BaseModel):
+    """A loaded model."""
+
+    name: str
+    version: int
+    default: bool = Field(description="Whether requests that name no model go to this one.")
+    architecture: str
+    backbone: str
+    roi_op: str
+    labels: list[str] = Field(description="The label at index i has the id i + 1.")
+    score_thresh: float
+    max_detections: int
+    has_masks: bool
+    engine: str
+    precision: str
+    device: str
+
+
+class ModelList(BaseModel):
+    """The loaded models."""
+
+    models: list[ModelDescription]
+
+
+class Health(BaseModel):
+    """The state that a probe asks for."""
+
+    status: str
+
+
+def detections_document(
+    info: ModelInfo,
+    answer: Answer[Sequence[object] | None],
+    progress: Progress,
+) -> dict[str, object]:
+    """What was found in one image, as `ImageDetections` describes it; holds NumPy rows, which orjson writes."""
+    height, width = answer.image_size
+    found = answer.detections
+    labels = found.labels.tolist()
+    detections: list[dict[str, Any]] = [
+        {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
+        for box, label_id, score in zip(found.boxes, labels, found.scores, strict=True)
+    ]
+    if answer.encoded is not None:
+        for detection, mask in zip(detections, answer.encoded, strict=True):
+            detection["mask"] = mask
+    seconds = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
+    seconds["total"] = time.monotonic() - progress.started_at
+    return {
+        "model": info.name,
+        "version": info.version,
+        "roi_op": info.roi_op,
+        "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied},
+        "detections": detections,
+        "timings_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
+        "batch_size": answer.batch_size,
+    }
+
+
+def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
+    """A loaded model, as `ModelDescription` describes it."""
+    return {name: getattr(info, name) for name in ModelDescription.model_fields if name != "default"} | {
+        "default": is_default
+    }
+
+
+def json_response(document: object) -> Response:
+    """A document as the bytes of an answer, built once."""
+    return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
