@@ -1,0 +1,98 @@
+"""A server that leaves in good order: it finishes what it accepted and exits with 0. Used by `roiserve serve`; knows
+uvicorn and signals, nothing of what the app does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.state import ApiState, Phase
+
+# Longer than the usual 60 seconds of proxies: they, not we, should close an idle connection, for if we do it may be
+# while a request is on its way.
+_KEEP_ALIVE_SECONDS = 75
+# What requests that were given up may take to say so.
+_GRACE_SECONDS = 5
+
+
+def serve_app(app: FastAPI) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what was accepted.
+
+    Returns:
+        The exit status: 0, or 1 if the models could not be loaded.
+    """
+    state: ApiState = app.state.api
+    DrainingServer(server_config(app), state).run()
+    status = 0 if state.lifecycle.failure is None else 1
+    if state.lifecycle.gave_up:
+        # Python would wait for the thread that is still at the work which was given up.
+        os._exit(status)
+    return status
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn is to serve our app."""
+    state: ApiState = app.state.api
+    return uvicorn.Config(
+        app,
+        host=state.settings.host,
+        port=state.settings.port,
+        lifespan="on",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(state.settings.drain_timeout_seconds) + _GRACE_SECONDS,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that leaves in good order: at the first signal not ready, then no new connections, then an answer for
+    what was accepted; at the second signal at once, with status 1. It also leaves when the models cannot be loaded.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ApiState) -> None:
+        super().__init__(config)
+        self._settings = state.settings
+        self._lifecycle = state.lifecycle
+        self._told_at: float | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals from before the models load. Uvicorn's own raises them again at the end: no exit with 0."""
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to leave; leave at once if that has begun."""
+        if self._told_at is not None:
+            os._exit(1)
+        self._told_at = time.monotonic()
+        self._lifecycle.phase = Phase.DRAINING
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to leave; asked ten times a second."""
+        if self._told_at is not None and time.monotonic() >= self._told_at + self._settings.drain_delay_seconds:
+            return True
+        return self._lifecycle.failure is not None or await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new connections, wait for the requests under way, and give up those that take too long."""
+        timer = asyncio.get_running_loop().call_later(self._settings.drain_timeout_seconds, self._lifecycle.give_up)
+        await super().shutdown(sockets)
+        timer.cancel()
