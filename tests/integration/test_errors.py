@@ -1,0 +1,302 @@
+"""Every row of the error table, over HTTP: the status that tells whom to blame, as a problem document, while good
+requests go on unharmed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api.schemas import Problem
+from tests.fakes import POISON, picture
+from tests.integration.conftest import Live
+
+GOOD = picture(red=204)
+
+
+def assert_problem(response: httpx.Response, status: int, code: str, *words: str) -> None:
+    """It is the problem document of this error, and its detail says these words."""
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem = Problem.model_validate(response.json())
+    assert problem.status == status
+    assert problem.request_id == response.headers["X-Request-ID"]
+    assert "total;dur=" in response.headers["Server-Timing"]
+    for word in words:
+        assert word in problem.detail
+
+
+@contextmanager
+def good_load(live: Live) -> Iterator[None]:
+    """Good requests before, during and after the block, all of which must be answered as ever."""
+    alone = live.detect(GOOD).json()["detections"]
+    futures: list[Future[httpx.Response]] = [live.in_background(live.detect, GOOD) for _ in range(8)]
+    yield
+    futures += [live.in_background(live.detect, GOOD) for _ in range(8)]
+    for future in futures:
+        assert future.result().json()["detections"] == alone
+
+
+# What is sent to /v1/detect, and what comes back: status, code, words of the detail.
+BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
+    "empty body": ({"content": b""}, 422, "invalid_request", "empty"),
+    "text": ({"content": b"hello", "headers": {"Content-Type": "image/jpeg"}}, 415, "unsupported_image", "PNG"),
+    "text by its own type": (
+        {"content": b"hello", "headers": {"Content-Type": "text/plain"}},
+        415,
+        "unsupported_image",
+        "multipart/form-data",
+    ),
+    "truncated picture": ({"content": GOOD[:-30]}, 422, "invalid_image", "PNG"),
+    "gzip": ({"content": GOOD, "headers": {"Content-Encoding": "gzip"}}, 415, "unsupported_image", "gzip"),
+    "unknown model": ({"content": GOOD, "params": {"model": "x"}}, 404, "model_not_found", "fake-boxes@1, fake@1"),
+    "unknown version": ({"content": GOOD, "params": {"model": "fake@7"}}, 404, "model_not_found", "fake@1"),
+    "unknown option": ({"content": GOOD, "params": {"thresh": 1}}, 422, "invalid_request", "unknown option 'thresh'"),
+    "proposals, which come later": (
+        {"content": GOOD, "params": {"proposals": "[]"}},
+        422,
+        "invalid_request",
+        "unknown option 'proposals'",
+    ),
+    "threshold above 1": ({"content": GOOD, "params": {"score_thresh": 1.5}}, 422, "invalid_request", "score_thresh"),
+    "threshold not a number": (
+        {"content": GOOD, "params": {"score_thresh": "nan"}},
+        422,
+        "invalid_request",
+        "score_thresh",
+    ),
+    "no detections wanted": ({"content": GOOD, "params": {"max_detections": 0}}, 422, "invalid_request", "got '0'"),
+    "too many detections": ({"content": GOOD, "params": {"max_detections": 1001}}, 422, "invalid_request", "1000"),
+    "unknown label": ({"content": GOOD, "params": {"labels": "cow"}}, 422, "invalid_request", "knows: cat, dog"),
+    "unknown mask form": ({"content": GOOD, "params": {"masks": "svg"}}, 422, "invalid_request", "polygons"),
+    "masks of a model without": (
+        {"content": GOOD, "params": {"masks": "rle", "model": "fake-boxes"}},
+        422,
+        "invalid_request",
+        "faster_rcnn",
+    ),
+    "option twice in the query": (
+        {"content": GOOD, "params": [("masks", "rle"), ("masks", "none")]},
+        422,
+        "invalid_request",
+        "given 2 times",
+    ),
+    "option in query and form": (
+        {"files": {"image": ("a", GOOD)}, "data": {"masks": "rle"}, "params": {"masks": "rle"}},
+        422,
+        "invalid_request",
+        "given twice",
+    ),
+    "unknown option in a form": (
+        {"files": {"image": ("a", GOOD)}, "data": {"thresh": "1"}},
+        422,
+        "invalid_request",
+        "unknown option 'thresh'",
+    ),
+    "form without image": ({"files": {"photo": ("a", GOOD)}}, 422, "invalid_request", "'photo'"),
+    "form with two images": (
+        {"files": [("image", ("a", GOOD)), ("image", ("b", GOOD))]},
+        422,
+        "invalid_request",
+        "/v1/detect/batch",
+    ),
+    "form that is none": (
+        {"content": b"xyz", "headers": {"Content-Type": "multipart/form-data; boundary=abc"}},
+        422,
+        "invalid_request",
+        "multipart",
+    ),
+    "form without boundary": (
+        {"content": b"xyz", "headers": {"Content-Type": "multipart/form-data"}},
+        422,
+        "invalid_request",
+        "boundary",
+    ),
+    "form in a charset that is no charset": (
+        {
+            "content": b'--abc\r\nContent-Disposition: form-data; name="a\xff"\r\n\r\nx\r\n--abc--\r\n',
+            "headers": {"Content-Type": "multipart/form-data; boundary=abc; charset=undefined"},
+        },
+        422,
+        "invalid_request",
+        "multipart",
+    ),
+    "broken JSON": (
+        {"content": b'{"image": ', "headers": {"Content-Type": "application/json"}},
+        422,
+        "invalid_request",
+        "not JSON",
+    ),
+    "JSON without image": ({"json": {"picture": "x"}}, 422, "invalid_request", '{"image": "..."'),
+    "JSON of another kind": ({"json": [1, 2]}, 422, "invalid_request", "JSON object"),
+    "broken base64": ({"json": {"image": "a$$b"}}, 422, "invalid_request", "base64"),
+    "data URL": ({"json": {"image": "data:image/png;base64,AAAA"}}, 422, "invalid_request", "base64"),
+    "JSON option of another type": (
+        {"json": {"image": base64.b64encode(GOOD).decode(), "score_thresh": "0.5"}},
+        422,
+        "invalid_request",
+        "score_thresh",
+    ),
+    "body over the limit": ({"content": b"\0" * 1_000_001}, 413, "too_large", "1000001", "1000000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_request_gets_its_own_answer_and_harms_no_other(live: Live, name: str) -> None:
+    request, *expected = BAD_REQUESTS[name]
+    with good_load(live):
+        response = live.client.post("/v1/detect", **request)
+    assert_problem(response, *expected)
+
+
+def test_unknown_route_lists_the_known_ones(live: Live) -> None:
+    assert_problem(live.client.get("/v2/nothing"), 404, "route_not_found", "/v1/detect", "/readyz")
+
+
+def test_wrong_method_says_which_is_right(live: Live) -> None:
+    response = live.client.get("/v1/detect")
+    assert_problem(response, 405, "method_not_allowed", "POST")
+    assert response.headers["Allow"] == "POST"
+
+
+def test_unknown_model_page_lists_the_known_ones(live: Live) -> None:
+    assert_problem(live.client.get("/v1/models/x"), 404, "model_not_found", "fake@1")
+
+
+def test_endless_body_is_cut_at_the_limit_although_its_length_was_never_told(live: Live) -> None:
+    chunks = (b"\0" * 100_000 for _ in range(20))
+    assert_problem(live.client.post("/v1/detect", content=chunks), 413, "too_large", "1000000")
+
+
+def test_declared_length_over_the_limit_is_refused_before_the_body_is_sent(live: Live) -> None:
+    with connected(live) as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_slow_body_is_cut_off(serve: Callable[..., Live]) -> None:
+    live = serve(body_timeout_seconds=0.05)
+    with connected(live) as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nslow")
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "body_timeout"
+
+
+def test_missing_and_wrong_keys_are_told_apart(serve: Callable[..., Live]) -> None:
+    live = serve(api_keys="alpha,beta", admin_keys="root")
+    assert_problem(live.detect(GOOD), 401, "missing_key", "Bearer")
+    for header in ({"X-API-Key": "wrong"}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "alph"}):
+        response = live.client.post("/v1/detect", content=GOOD, headers=header)
+        assert_problem(response, 403, "key_not_allowed")
+    for header in ({"X-API-Key": "beta"}, {"Authorization": "Bearer alpha"}, {"X-API-Key": "root"}):
+        assert live.client.post("/v1/detect", content=GOOD, headers=header).status_code == 200
+
+
+def test_probes_and_metrics_need_no_key(serve: Callable[..., Live]) -> None:
+    live = serve(api_keys="alpha")
+    for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
+        assert live.client.get(path).status_code == 200
+    assert_problem(live.client.get("/v1/models"), 401, "missing_key")
+
+
+def test_full_queue_refuses_at_once_and_says_when_to_come_back(serve: Callable[..., Live]) -> None:
+    live = serve(max_queue_size=2, max_batch_size=1)
+    first = live.hold_device()
+    waiting = [live.in_background(live.detect, GOOD) for _ in range(2)]
+    live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', 2)
+    refused = live.detect(GOOD)
+    assert_problem(refused, 429, "overloaded", "full")
+    assert int(refused.headers["Retry-After"]) >= 1
+    live.release_device()
+    assert [future.result().status_code for future in (first, *waiting)] == [200, 200, 200]
+    assert live.metric('roiserve_rejected_total{reason="overloaded"}') == 1
+
+
+def test_failing_model_is_503_for_the_image_to_blame_and_200_for_its_batch_mates(serve: Callable[..., Live]) -> None:
+    live = serve()
+    first = live.hold_device()
+    pictures = [GOOD, picture(red=POISON), GOOD]
+    sent = [live.in_background(live.detect, one) for one in pictures]
+    live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', 3)
+    live.release_device()
+    good, poisoned, other = (future.result() for future in sent)
+    assert first.result().status_code == good.status_code == other.status_code == 200
+    assert_problem(poisoned, 503, "inference_failed")
+    assert poisoned.headers["Retry-After"] == "1"
+
+
+def test_deadline_in_the_queue_says_so(serve: Callable[..., Live]) -> None:
+    live = serve()
+    live.hold_device()
+    response = live.detect(GOOD, timeout_ms=100)
+    assert_problem(response, 504, "deadline_exceeded", "'queue'")
+    assert response.json()["stage"] == "queue"
+
+
+def test_deadline_on_the_device_says_so(serve: Callable[..., Live]) -> None:
+    live = serve()
+    live.predictor.device_is_free.clear()
+    assert_problem(live.detect(GOOD, timeout_ms=300), 504, "deadline_exceeded", "'inference'")
+
+
+def test_deadline_before_decoding_says_so_and_nothing_is_computed(serve: Callable[..., Live]) -> None:
+    live = serve()
+    with connected(live) as connection:
+        head = "POST /v1/detect?timeout_ms=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        connection.sendall(f"{head}Content-Length: {len(GOOD)}\r\n\r\n".encode())
+        live.client.get("/healthz")  # More than a millisecond later the body follows.
+        connection.sendall(GOOD)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 504 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["stage"] == "decode"
+    assert live.predictor.batches == []
+
+
+def test_caller_who_hangs_up_costs_the_device_nothing(serve: Callable[..., Live]) -> None:
+    live = serve()
+    first = live.hold_device()
+    with connected(live) as connection:
+        head = f"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: {len(GOOD)}\r\n\r\n"
+        connection.sendall(head.encode() + GOOD)
+        live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', 1)
+    live.wait_for_metric('roiserve_cancelled_total{stage="queue"}', 1)
+    live.release_device()
+    assert first.result().status_code == 200
+    assert live.detect(GOOD).status_code == 200
+    assert live.predictor.batches == [1, 1]
+    live.wait_for_metric('roiserve_requests_total{route="/v1/detect",status="499"}', 1)
+
+
+def test_caller_who_hangs_up_while_sending_is_counted(serve: Callable[..., Live]) -> None:
+    live = serve()
+    with connected(live) as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf")
+    live.wait_for_metric('roiserve_cancelled_total{stage="body"}', 1)
+
+
+def test_early_answer_reaches_a_caller_who_is_still_sending(live: Live) -> None:
+    """Without lingering the connection would be reset under the caller's feet, and the answer lost."""
+    response = live.client.post("/v1/detect", content=b"\0" * 20_000_000)
+    assert_problem(response, 413, "too_large")
+    assert response.headers["Connection"] == "close"
+
+
+@contextmanager
+def connected(live: Live) -> Iterator[socket.socket]:
+    """A bare connection, to send what no client library would."""
+    url = httpx.URL(live.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))

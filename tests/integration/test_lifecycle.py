@@ -1,0 +1,171 @@
+"""Start and stop: probes that tell the truth, and an answer for every request that was accepted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.api.state import Phase
+from service.errors import ModelStoreError
+from tests.fakes import FakePredictor, picture
+from tests.integration.conftest import Live
+from tests.integration.test_errors import assert_problem
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_live_but_not_ready_until_the_warm_up_is_done(serve: Callable[..., Live]) -> None:
+    predictor = FakePredictor()
+    predictor.may_warm_up.clear()
+    live = serve(predictor, wait=False)
+    assert live.client.get("/healthz").json() == {"status": "ok"}
+    assert_problem(live.client.get("/readyz"), 503, "not_ready", "loading")
+    refused = live.detect(picture())
+    assert_problem(refused, 503, "not_ready", "loading")
+    assert refused.headers["Retry-After"] == "1"
+    predictor.may_warm_up.set()
+    live.wait_until_ready()
+    assert live.detect(picture()).status_code == 200
+    assert live.metric('roiserve_model_ready{model="fake@1"}') == 1
+
+
+def test_draining_service_wants_no_more_requests_but_still_answers(serve: Callable[..., Live]) -> None:
+    live = serve()
+    live.state.lifecycle.phase = Phase.DRAINING
+    assert_problem(live.client.get("/readyz"), 503, "not_ready", "draining")
+    assert live.client.get("/healthz").status_code == 200
+    answer = live.detect(picture())
+    assert answer.status_code == 200
+    assert answer.headers["Connection"] == "close"
+
+
+def test_request_that_takes_longer_than_the_drain_is_told_so(serve: Callable[..., Live]) -> None:
+    live = serve()
+    first = live.hold_device()
+    live.state.lifecycle.give_up()
+    assert_problem(first.result(), 503, "not_ready", "stopped")
+    assert "Retry-After" in first.result().headers
+
+
+class Process:
+    """A service in a process of its own, with the fake model; see `serve_fake.py`."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.client = httpx.Client(base_url=url, timeout=60, trust_env=False)
+
+    def tell(self, word: str) -> None:
+        """Hold or release the device, or wait until it is busy; returns when that is done."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == f"{word}\n"
+
+
+@contextmanager
+def process(**environment: str) -> Iterator[Process]:
+    variables = {**os.environ, "ROISERVE_PORT": "0", "PYTHONPATH": str(ROOT), **environment}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.serve_fake"],
+        cwd=ROOT,
+        env=variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            assert running.stderr is not None
+            urls = (re.search(r"running on (http://\S+)", line) for line in running.stderr)
+            url = next(match[1] for match in urls if match)
+            with (service := Process(running, url)).client:
+                while service.client.get("/readyz").status_code != 200:
+                    pass
+                yield service
+        finally:
+            running.kill()
+
+
+def send_to_held_device(service: Process, threads: ThreadPoolExecutor, count: int) -> list[Future[httpx.Response]]:
+    """Requests of which one is on the device and the others wait for it."""
+    service.tell("hold")
+    pictures = [picture(red=10 * index + 20) for index in range(count)]
+    sent = [threads.submit(service.client.post, "/v1/detect", content=pictures[0])]
+    service.tell("wait until busy")
+    sent += [threads.submit(service.client.post, "/v1/detect", content=one) for one in pictures[1:]]
+    while f'roiserve_queue_depth{{model="fake@1"}} {count - 1}.0' not in service.client.get("/metrics").text:
+        pass
+    return sent
+
+
+def test_sigterm_with_queued_work_answers_all_of_it_and_exits_with_0() -> None:
+    with process() as service, ThreadPoolExecutor(8) as threads:
+        sent = send_to_held_device(service, threads, 8)
+        service.process.send_signal(signal.SIGTERM)
+        service.tell("release")
+        answers = [future.result() for future in sent]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        assert len({answer.json()["detections"][0]["score"] for answer in answers}) == 8
+        assert service.process.wait(60) == 0
+
+
+def test_sigterm_turns_readiness_off_first_and_goes_on_serving_for_the_delay() -> None:
+    with process(ROISERVE_DRAIN_DELAY_SECONDS="600") as service:
+        service.process.send_signal(signal.SIGTERM)
+        while service.client.get("/readyz").status_code != 503:
+            pass
+        assert service.client.post("/v1/detect", content=picture()).status_code == 200
+
+
+def test_work_that_outlasts_the_drain_is_told_so_and_the_exit_is_still_0() -> None:
+    with process(ROISERVE_DRAIN_TIMEOUT_SECONDS="0.2") as service, ThreadPoolExecutor(3) as threads:
+        sent = send_to_held_device(service, threads, 3)
+        service.process.send_signal(signal.SIGTERM)
+        for future in sent:
+            assert_problem(future.result(), 503, "not_ready", "stopped")
+        assert service.process.wait(60) == 0
+
+
+def test_second_signal_ends_at_once_with_1() -> None:
+    with process() as service, ThreadPoolExecutor(1) as threads:
+        [sent] = send_to_held_device(service, threads, 1)
+        service.process.send_signal(signal.SIGTERM)
+        while service.client.get("/readyz").status_code != 503:
+            pass
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(60) == 1
+        with pytest.raises(httpx.TransportError):
+            sent.result()
+
+
+def test_models_that_cannot_be_loaded_are_said_in_words_and_exit_with_1(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "service", "serve", "--port", "0", "--model-store", str(tmp_path / "nowhere")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert run.returncode == 1
+    assert "cannot start" in run.stderr
+    assert "nowhere" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_failed_warm_up_never_becomes_ready(serve: Callable[..., Live]) -> None:
+    live = serve(FakePredictor(warm_up_error=ModelStoreError("the weights are of another model")), wait=False)
+    while live.state.lifecycle.failure is None:
+        assert live.client.get("/readyz").status_code == 503
+    assert str(live.state.lifecycle.failure) == "the weights are of another model"
+    assert live.client.get("/readyz").status_code == 503
