@@ -121,7 +121,7 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists …
         raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
 
 

@@ -103,7 +103,7 @@ def check_safetensors(path: Path) -> None:
         raise ModelStoreError(f"{path}: no such file") from None
     except OSError as error:
         raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ModelStoreError(f"{path}: expected a safetensors file, got {_kind(path)}") from None
     if size != expected_size:
         problem = "truncated" if size < expected_size else "longer than its header says"

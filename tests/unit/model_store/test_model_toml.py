@@ -92,6 +92,8 @@ def test_an_unknown_key_like_no_other_is_answered_with_the_known_ones(path: Path
     [
         (b'labels = "a\nb"', "not valid TOML: .*line 1"),
         (b"labels = '\xff'", "expected UTF-8 text, got the byte 0xff"),
+        (b"labels = " + b"[" * 100_000, "not valid TOML"),
+        (b"labels = " + b"9" * 5_000, "not valid TOML"),
     ],
 )
 def test_what_is_not_toml_is_said_to_be_none(path: Path, content: bytes, problem: str) -> None:

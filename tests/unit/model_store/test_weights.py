@@ -80,6 +80,7 @@ def test_truncated_weights_are_called_truncated(path: Path) -> None:
         (b"a text, longer than eight bytes", "something else"),
         ((4).to_bytes(8, "little") + b"[1] ", "something else"),
         ((10**12).to_bytes(8, "little") + b"{}", "something else"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "something else"),
     ],
 )
 def test_what_is_no_safetensors_file_is_said_to_be_none(path: Path, content: bytes, kind: str) -> None:
