@@ -32,6 +32,8 @@ def configure_logging(*, log_format: Literal["text", "json"], log_level: str) ->
     # Debugging is about this package, not about every chunk of every PNG.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger("service").setLevel(level)
+    # It warns of every damaged form, which is its sender's business.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class JsonFormatter(logging.Formatter):

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import orjson
 from fastapi import Request
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.api.errors import SlowBodyError
+from service.api.multipart import FormReader
 from service.errors import CancelledRequestError, InvalidRequestError, TooLargeError, UnsupportedImageError
 
 _ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
@@ -55,7 +55,7 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
     try:
         async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes)) as stream:
             if content_type == "multipart/form-data":
-                return await _read_form(request.headers, stream)
+                return await _read_form(request.headers["content-type"], stream)
             if content_type == "application/json":
                 # In a thread: tens of megabytes of text would hold up the event loop.
                 return await asyncio.to_thread(_parse_json, await _read_all(stream))
@@ -91,30 +91,19 @@ async def _read_all(stream: AsyncGenerator[bytes, None]) -> bytes:
     return b"".join([chunk async for chunk in stream])
 
 
-class _FormInMemory(MultiPartParser):
-    """Starlette's parser, without its temporary files on disk: the whole body has a limit of its own."""
-
-    spool_max_size = 0  # no limit
-
-
-async def _read_form(headers: Headers, stream: AsyncGenerator[bytes, None]) -> Upload:
-    try:
-        form = await _FormInMemory(headers, stream).parse()
-    except MultiPartException as error:
-        raise InvalidRequestError(f"the body is not a multipart form: {error.message}") from None
-    except ValueError as error:  # Among them what exotic charsets make of the names of fields.
-        raise InvalidRequestError(f"the body is not a multipart form: {error}") from None
-    try:
-        items = form.multi_items()
-        files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
-        if misplaced := [name for name, _ in files if name != "image"]:
-            raise InvalidRequestError(f"expected files in the field 'image' only, got one in {misplaced[0]!r}")
-        options = [(name, value) for name, value in items if isinstance(value, str)]
-        if any(name == "image" for name, _ in options):
-            raise InvalidRequestError("expected the field 'image' to be a file, got text; give the part a filename")
-        return Upload([file.file.read() for _, file in files], form=options)
-    finally:
-        await form.close()
+async def _read_form(content_type: str, stream: AsyncGenerator[bytes, None]) -> Upload:
+    reader = FormReader(content_type)
+    async for chunk in stream:
+        reader.feed(chunk)
+    parts = reader.finish()
+    if misplaced := [part.name for part in parts if part.is_file != (part.name == "image")]:
+        raise InvalidRequestError(
+            f"expected a file (a part with a filename) in the field 'image' and in no other, see {misplaced[0]!r}"
+        )
+    return Upload(
+        [bytes(part.data) for part in parts if part.is_file],
+        form=[(part.name, part.text) for part in parts if not part.is_file],
+    )
 
 
 def _parse_json(data: bytes) -> Upload:

@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.state import ApiState, Phase
 
@@ -23,6 +24,9 @@ from service.api.state import ApiState, Phase
 _KEEP_ALIVE_SECONDS = 75
 # What requests that were given up may take to say so.
 _GRACE_SECONDS = 5
+# A request line with headers that browsers, proxies and tools send; tokens and cookies included, it is a few kilobytes.
+_MAX_HEAD_BYTES = 64 * 1024
+_HEAD_TIMEOUT_SECONDS = 10.0
 
 
 def serve_app(app: FastAPI) -> int:
@@ -49,6 +53,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
         port=state.settings.port,
         lifespan="on",
         ws="none",
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -96,3 +101,57 @@ class DrainingServer(uvicorn.Server):
         timer = asyncio.get_running_loop().call_later(self._settings.drain_timeout_seconds, self._lifecycle.give_up)
         await super().shutdown(sockets)
         timer.cancel()
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Uvicorn's protocol, which by itself waits for the head of a request for ever and holds any amount of it."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        """A caller is there, and shall say what it wants."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_message_begin(self) -> None:
+        """A request begins; on a connection that was kept alive, a further one."""
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """The head is here; its body has limits of its own."""
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Let the head grow up to its limit."""
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._cut_off(f"The request's headers exceed {_MAX_HEAD_BYTES} bytes.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The caller has gone."""
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            message = f"The request's headers were not complete after {_HEAD_TIMEOUT_SECONDS:g} seconds."
+            self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_SECONDS, self._cut_off, message)
+
+    def _head_is_here(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _cut_off(self, message: str) -> None:
+        has_spoken = self._head_bytes > 0
+        self._head_is_here()
+        if has_spoken:
+            self.send_400_response(message)
+        else:
+            self.transport.close()

@@ -120,14 +120,29 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
         "invalid_request",
         "boundary",
     ),
-    "form in a charset that is no charset": (
+    "form that breaks off": (
         {
-            "content": b'--abc\r\nContent-Disposition: form-data; name="a\xff"\r\n\r\nx\r\n--abc--\r\n',
-            "headers": {"Content-Type": "multipart/form-data; boundary=abc; charset=undefined"},
+            "content": b'--abc\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nxyz',
+            "headers": {"Content-Type": "multipart/form-data; boundary=abc"},
         },
         422,
         "invalid_request",
-        "multipart",
+        "breaks off",
+    ),
+    "form that is not UTF-8": (
+        {
+            "content": b'--abc\r\nContent-Disposition: form-data; name="a\xff"\r\n\r\nx\r\n--abc--\r\n',
+            "headers": {"Content-Type": "multipart/form-data; boundary=abc"},
+        },
+        422,
+        "invalid_request",
+        "UTF-8",
+    ),
+    "form with the image as text": (
+        {"files": {"masks": (None, "none"), "image": (None, "text")}},
+        422,
+        "invalid_request",
+        "filename",
     ),
     "broken JSON": (
         {"content": b'{"image": ', "headers": {"Content-Type": "application/json"}},
