@@ -6,14 +6,13 @@ Shapes: R proposals of the whole batch, C channels, S x S output size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torchvision.ops
 from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
-from service.ops.multi_scale import multi_scale
+from service.ops import multi_scale, roi_align, roi_pool
 
 
 class RoIPooler(nn.Module):
@@ -33,10 +32,9 @@ class RoIPooler(nn.Module):
         self.roi = roi
         self.output_size = output_size
         self.strides = dict(strides)
-        if roi.op == "roi_pool":
-            self._op = torchvision.ops.roi_pool
-        else:
-            self._op = partial(torchvision.ops.roi_align, sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)
+        self._op: Callable[..., Tensor] = roi_pool
+        if roi.op == "roi_align":
+            self._op = partial(roi_align, sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)
 
     def forward(
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -42,6 +43,15 @@ class Transform(GeneralizedRCNNTransform):
         """The size of the batch that an image gets when it is alone: images of one padded size may share a batch."""
         height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in self.resized_size(image_size))
         return height, width
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none."""
+        if self.training or target is not None:
+            resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
+            return resized
+        height, width = image.shape[-2:]
+        size = self.resized_size((height, width))
+        return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], None
 
     def prepare(self, images: Sequence[Tensor]) -> ImageList:
         """Make one batch.

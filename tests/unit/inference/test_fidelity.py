@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torchvision.models import detection
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -18,6 +20,7 @@ from service.modeling.config import ModelConfig
 from service.structures import Detections, DetectOptions, Image, Query
 from service.training.loop import evaluation_info
 
+Numbers = NDArray[Any]
 LABELS = [f"class {index}" for index in range(1, 91)]
 MOBILE_320 = {
     "transform": {"min_size": 320, "max_size": 640},
@@ -25,14 +28,13 @@ MOBILE_320 = {
     "rpn": {"pre_nms_top_n_test": 150, "post_nms_top_n_test": 150, "score_thresh": 0.05},
 }
 SMALLER = {
-    "transform": {"min_size": 256, "max_size": 448}
+    "transform": {"min_size": 192, "max_size": 320}
 }  # the same network on fewer pixels: two cores run these tests
 BUILDERS = {
     "fasterrcnn_resnet50_fpn": ("faster_rcnn", "resnet50_fpn", SMALLER),
     "maskrcnn_resnet50_fpn": ("mask_rcnn", "resnet50_fpn", SMALLER),
     "fasterrcnn_mobilenet_v3_large_320_fpn": ("faster_rcnn", "mobilenet_v3_large_fpn", MOBILE_320),
 }
-SCORE_THRESH = {"fasterrcnn_mobilenet_v3_large_320_fpn": 0.005}
 
 
 def picture(height: int, width: int, *, seed: int = 0) -> Image:
@@ -48,11 +50,12 @@ def pair(builder: str) -> tuple[GeneralizedRCNN, Predictor]:
     """torchvision's model with random weights, and our predictor with the same ones."""
     architecture, backbone, tables = BUILDERS[builder]
     torch.manual_seed(1)
-    score_thresh = SCORE_THRESH.get(builder, 0.02)
+    score_thresh = 0.02
     sizes = tables["transform"] if tables is SMALLER else {}
     theirs = getattr(detection, builder)(
         weights=None, weights_backbone=None, num_classes=91, box_score_thresh=score_thresh, **sizes
     ).eval()
+    _condition(theirs, is_mobile=backbone.startswith("mobilenet"))
     config = ModelConfig.model_validate(
         {
             "architecture": architecture,
@@ -67,20 +70,51 @@ def pair(builder: str) -> tuple[GeneralizedRCNN, Predictor]:
     return theirs, Predictor(ours, info=evaluation_info(config), device=torch.device("cpu"))
 
 
+def _condition(model: GeneralizedRCNN, *, is_mobile: bool) -> None:
+    """Make random weights behave as trained ones do: activations of order 1, some classes surer than others.
+
+    As they are drawn, activations grow to thousands through the trunk, and float32's last digits with them; and all 91
+    classes score alike, so that rounding alone decides which comes first.
+    """
+    model.backbone.train()
+    with torch.no_grad():
+        model.backbone(torch.randn(4, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
+        for norm in model.backbone.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = None  # a plain average over what comes next
+        for seed in range(3):
+            images = [torch.from_numpy(picture(256, 256, seed=10 * seed + i).pixels).permute(2, 0, 1) for i in range(4)]
+            model.backbone(torch.stack(images) / 128 - 1)
+        predictor = model.roi_heads.box_predictor
+        if is_mobile:
+            # Its two maps carry the same anchors; unless the RPN tells them apart, rounding chooses between twins.
+            model.rpn.head.cls_logits.weight.mul_(30)
+            model.rpn.head.bbox_pred.weight.mul_(30)
+        predictor.cls_score.weight.mul_(400 if is_mobile else 40)
+        predictor.bbox_pred.weight.mul_(5)
+        if model.roi_heads.mask_predictor is not None:  # few probabilities at the threshold itself
+            model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(100)
+    model.eval()
+
+
 def reference(model: GeneralizedRCNN, image: Image) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         found: dict[str, torch.Tensor] = model([torch.from_numpy(image.pixels).permute(2, 0, 1) / 255])[0]
     return found
 
 
-def assert_same(ours: Detections, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> None:
-    np.testing.assert_array_equal(ours.labels, labels)
-    np.testing.assert_allclose(ours.boxes, boxes, atol=1e-3)
+def assert_same(ours: Detections, boxes: Numbers, labels: Numbers, scores: Numbers) -> None:
+    """Equal as sets: two detections whose scores differ by less than rounding may come in either order."""
+    assert len(ours) == len(boxes)
     np.testing.assert_allclose(ours.scores, scores, atol=1e-4)
+    for box, label, score in zip(boxes, labels, scores, strict=True):
+        near = (np.abs(ours.boxes - box).max(axis=1) <= 1e-3) & (ours.labels == label)
+        assert near.any(), f"no box within 1e-3 px of {box}; nearest {np.abs(ours.boxes - box).max(axis=1).min()}"
+        assert np.abs(ours.scores[near] - score).min() <= 1e-4
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize("size", [(480, 640), (333, 250), (40, 300)])
+@pytest.mark.parametrize("size", [(480, 640), (333, 250), (40, 150)])
 def test_same_weights_give_torchvisions_boxes_labels_and_scores(builder: str, size: tuple[int, int]) -> None:
     theirs, ours = pair(builder)
     image = picture(*size)
@@ -158,7 +192,7 @@ def test_masks_are_computed_for_nobody_who_did_not_ask() -> None:
     assert asked.detections.masks.shape == (3, 28, 28)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 200), (7, 3)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (7, 3)])
 def test_tiny_images_are_answered(size: tuple[int, int]) -> None:
     _, ours = pair("maskrcnn_resnet50_fpn")
     found = ours.predict([Query(picture(*size), DetectOptions(score_thresh=0.0))])[0].detections
