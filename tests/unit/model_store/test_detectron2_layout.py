@@ -141,5 +141,5 @@ def test_what_we_cannot_build_or_need_not_be_told_is_said(path: Path) -> None:
         import_checkpoint(path, labels=LABELS)
     state_dict = {"backbone.bottom_up.x": torch.zeros(1), "roi_heads.box_predictor.cls_score.bias": torch.zeros(4)}
     torch.save(state_dict, path)
-    with pytest.raises(ModelStoreError, match="leave --architecture out"):
+    with pytest.raises(ModelStoreError, match="tells its architecture itself"):
         import_checkpoint(path, labels=LABELS, architecture="fasterrcnn_resnet50_fpn")
