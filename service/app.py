@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -76,7 +76,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await batcher.start()
-        loading = asyncio.create_task(_load_models(state, source))
+        loading = asyncio.create_task(_get_ready(state, source, [masks.warm_up, app.openapi]))
         yield
         loading.cancel()
         with suppress(asyncio.CancelledError):
@@ -104,10 +104,17 @@ def create_app(
     return app
 
 
-async def _load_models(state: ApiState, predictors: Iterator[Predictor]) -> None:
-    """Load and warm up one model after the other, in a thread, then be ready; or say what failed."""
+async def _get_ready(
+    state: ApiState, predictors: Iterator[Predictor], preparations: Sequence[Callable[[], object]]
+) -> None:
+    """Prepare, then load and warm up one model after the other, all in threads; then be ready, or say what failed.
+
+    Args:
+        preparations: what would hold up the first request that needs it.
+    """
     try:
-        await asyncio.to_thread(masks.warm_up)
+        for prepare in preparations:
+            await asyncio.to_thread(prepare)
         while (predictor := await asyncio.to_thread(_next_warm, predictors)) is not None:
             state.models.add(predictor)
             key = predictor.info.key

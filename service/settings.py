@@ -39,8 +39,8 @@ class Settings(BaseSettings):
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the network: auto, float32, float16 or bfloat16."
     )
-    engine: Literal["auto", "eager", "compiled", "openvino"] = Field(
-        "auto", description="What runs the convolutions: auto, eager, compiled or openvino."
+    engine: Literal["auto", "eager"] = Field(
+        "auto", description="What runs the network: auto or eager, PyTorch as it is; auto takes the fastest there is."
     )
 
     max_batch_size: int = Field(8, ge=1, le=1024, description="Most images that share a batch.")

@@ -35,7 +35,7 @@ def test_help_states_ranges_and_defaults() -> None:
     [
         (["--port", "x"], "--port or ROISERVE_PORT"),
         (["--max-batch-size", "0"], "--max-batch-size or ROISERVE_MAX_BATCH_SIZE"),
-        (["--engine", "magic"], "'openvino'"),
+        (["--engine", "magic"], "'eager'"),
     ],
 )
 def test_what_is_wrong_is_said_by_name_and_ends_with_2(flags: list[str], words: str) -> None:
