@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from service.commands.detect import detect
 from service.commands.evaluate import evaluate
 from service.commands.models import models_app
 from service.commands.serve import serve_command
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve_command())
 app.add_typer(models_app)
+app.command("detect")(detect)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def pair(builder: str) -> tuple[GeneralizedRCNN, Predictor]:
     theirs = getattr(detection, builder)(
         weights=None, weights_backbone=None, num_classes=91, box_score_thresh=score_thresh, **sizes
     ).eval()
-    _condition(theirs, is_mobile=backbone.startswith("mobilenet"))
+    _condition(theirs)
     config = ModelConfig.model_validate(
         {
             "architecture": architecture,
@@ -70,31 +70,38 @@ def pair(builder: str) -> tuple[GeneralizedRCNN, Predictor]:
     return theirs, Predictor(ours, info=evaluation_info(config), device=torch.device("cpu"))
 
 
-def _condition(model: GeneralizedRCNN, *, is_mobile: bool) -> None:
-    """Make random weights behave as trained ones do: activations of order 1, some classes surer than others.
+def _condition(model: GeneralizedRCNN) -> None:
+    """Make random weights behave as trained ones do: activations of order 1, some anchors and classes surer than others.
 
-    As they are drawn, activations grow to thousands through the trunk, and float32's last digits with them; and all 91
-    classes score alike, so that rounding alone decides which comes first.
+    As they are drawn, activations grow to thousands through the trunk, and float32's last digits with them; and all
+    anchors and classes score alike, so that rounding alone decides which comes first.
     """
     model.backbone.train()
     with torch.no_grad():
-        model.backbone(torch.randn(4, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
         for norm in model.backbone.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
-                norm.momentum = None  # a plain average over what comes next
-        for seed in range(3):
-            images = [torch.from_numpy(picture(256, 256, seed=10 * seed + i).pixels).permute(2, 0, 1) for i in range(4)]
-            model.backbone(torch.stack(images) / 128 - 1)
-        predictor = model.roi_heads.box_predictor
-        if is_mobile:
-            # Its two maps carry the same anchors; unless the RPN tells them apart, rounding chooses between twins.
-            model.rpn.head.cls_logits.weight.mul_(30)
-            model.rpn.head.bbox_pred.weight.mul_(30)
-        predictor.cls_score.weight.mul_(400 if is_mobile else 40)
-        predictor.bbox_pred.weight.mul_(5)
-        if model.roi_heads.mask_predictor is not None:  # few probabilities at the threshold itself
-            model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(100)
-    model.eval()
+                norm.momentum = None  # a plain average over what comes
+        model.backbone(torch.randn(8, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
+        model.eval()
+        box_predictor, rpn_head = model.roi_heads.box_predictor, model.rpn.head
+        spreads = {
+            rpn_head.cls_logits: 1.0,
+            rpn_head.bbox_pred: 0.05,
+            box_predictor.cls_score: 3.0,
+            box_predictor.bbox_pred: 0.3,
+        }
+        if model.roi_heads.mask_predictor is not None:
+            spreads[model.roi_heads.mask_predictor.mask_fcn_logits] = 100.0  # few probabilities at the threshold itself
+        hooks = [layer.register_forward_hook(partial(_spread, to=spread)) for layer, spread in spreads.items()]
+        model([torch.from_numpy(picture(256, 256).pixels).permute(2, 0, 1) / 255])
+        for hook in hooks:
+            hook.remove()
+
+
+def _spread(layer: torch.nn.Linear | torch.nn.Conv2d, args: object, output: torch.Tensor, *, to: float) -> torch.Tensor:
+    factor = to / output.std()
+    layer.weight.mul_(factor)
+    return output * factor
 
 
 def reference(model: GeneralizedRCNN, image: Image) -> dict[str, torch.Tensor]:

@@ -1,0 +1,88 @@
+"""`roiserve detect` as a user runs it, with a small untrained model: files in, JSON and drawn pictures out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from service.model_store.model_toml import ProvenanceTable
+from service.model_store.store import ModelStore
+from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = ModelConfig.model_validate(
+    {
+        "architecture": "mask_rcnn",
+        "labels": ["thing"],
+        "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
+        "transform": {"min_size": 64, "max_size": 128},
+        "roi": {"box_head_channels": 16, "mask_head_channels": [8]},
+        "detections": {"score_thresh": 0.0, "detections_per_img": 3},
+    }
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    ModelStore(tmp_path / "store").write_model(
+        "tiny",
+        1,
+        config=CONFIG,
+        state_dict=build_model(CONFIG).state_dict(),
+        provenance=ProvenanceTable(),
+        readme="",
+    )
+    pictures = tmp_path / "pictures" / "more"
+    pictures.mkdir(parents=True)
+    Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).save(pictures / "a.png")
+    Image.effect_mandelbrot((60, 90), (-1, -1, 1, 1), 50).save(pictures.parent / "b.jpg")
+    (pictures / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", "detect", "--store", str(folder / "store"), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_folder_becomes_a_line_of_json_and_a_drawn_picture_for_each_picture(folder: Path) -> None:
+    done = run(folder, str(folder / "pictures"), "--json", "--out", str(folder / "drawn"))
+    assert done.returncode == 0, done.stderr
+    documents = {Path(one["file"]).name: one for one in map(json.loads, done.stdout.splitlines())}
+    assert set(documents) == {"a.png", "b.jpg"}
+    assert documents["a.png"]["image"] == {"width": 90, "height": 60, "orientation_applied": False}
+    assert len(documents["a.png"]["detections"]) == 3
+    assert documents["a.png"]["detections"][0]["mask"]["size"] == [60, 90]
+    with Image.open(folder / "drawn" / "b.jpg.png") as drawn:
+        assert drawn.size == (60, 90)
+    stored = json.loads((folder / "drawn" / "b.jpg.json").read_text())
+    assert stored["detections"] == documents["b.jpg"]["detections"]
+
+
+def test_a_bad_file_is_named_and_the_others_are_answered(folder: Path) -> None:
+    done = run(folder, str(folder / "pictures" / "more" / "notes.txt"), str(folder / "pictures" / "b.jpg"))
+    assert done.returncode == 1
+    assert "notes.txt" in done.stderr
+    assert "1 of 2 files failed" in done.stderr
+    assert done.stdout == f"{folder}/pictures/b.jpg: 3 thing\n"
+
+
+def test_what_is_not_there_is_said_before_a_model_is_loaded(folder: Path) -> None:
+    done = run(folder, "nowhere.png")
+    assert (done.returncode, done.stderr) == (1, "roiserve: no such file: nowhere.png\n")
+
+
+def test_an_unknown_model_is_one_line(folder: Path) -> None:
+    done = run(folder, str(folder / "pictures"), "--model", "other")
+    assert done.returncode == 1
+    assert "no model 'other'" in done.stderr
+    assert "tiny@1" in done.stderr
+    assert "Traceback" not in done.stderr
