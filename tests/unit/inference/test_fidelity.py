@@ -22,7 +22,7 @@ from service.training.loop import evaluation_info
 
 Numbers = NDArray[Any]
 LABELS = [f"class {index}" for index in range(1, 91)]
-MOBILE_320 = {
+MOBILE_320: dict[str, Any] = {
     "transform": {"min_size": 320, "max_size": 640},
     "anchors": {"sizes": [[32, 64, 128, 256, 512]] * 3},
     "rpn": {"pre_nms_top_n_test": 150, "post_nms_top_n_test": 150, "score_thresh": 0.05},
@@ -30,7 +30,7 @@ MOBILE_320 = {
 SMALLER = {
     "transform": {"min_size": 192, "max_size": 320}
 }  # the same network on fewer pixels: two cores run these tests
-BUILDERS = {
+BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fasterrcnn_resnet50_fpn": ("faster_rcnn", "resnet50_fpn", SMALLER),
     "maskrcnn_resnet50_fpn": ("mask_rcnn", "resnet50_fpn", SMALLER),
     "fasterrcnn_mobilenet_v3_large_320_fpn": ("faster_rcnn", "mobilenet_v3_large_fpn", MOBILE_320),
@@ -71,7 +71,7 @@ def pair(builder: str) -> tuple[GeneralizedRCNN, Predictor]:
 
 
 def _condition(model: GeneralizedRCNN) -> None:
-    """Make random weights behave as trained ones do: activations of order 1, some anchors and classes surer than others.
+    """Make random weights behave as trained ones do: activations of order 1, some anchors and classes surer.
 
     As they are drawn, activations grow to thousands through the trunk, and float32's last digits with them; and all
     anchors and classes score alike, so that rounding alone decides which comes first.
@@ -83,22 +83,26 @@ def _condition(model: GeneralizedRCNN) -> None:
                 norm.momentum = None  # a plain average over what comes
         model.backbone(torch.randn(8, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
         model.eval()
-        box_predictor, rpn_head = model.roi_heads.box_predictor, model.rpn.head
         spreads = {
-            rpn_head.cls_logits: 1.0,
-            rpn_head.bbox_pred: 0.05,
-            box_predictor.cls_score: 3.0,
-            box_predictor.bbox_pred: 0.3,
+            "rpn.head.cls_logits": 1.0,
+            "rpn.head.bbox_pred": 0.05,
+            "roi_heads.box_predictor.cls_score": 3.0,
+            "roi_heads.box_predictor.bbox_pred": 0.3,
+            "roi_heads.mask_predictor.mask_fcn_logits": 100.0,  # few probabilities at the threshold itself
         }
-        if model.roi_heads.mask_predictor is not None:
-            spreads[model.roi_heads.mask_predictor.mask_fcn_logits] = 100.0  # few probabilities at the threshold itself
-        hooks = [layer.register_forward_hook(partial(_spread, to=spread)) for layer, spread in spreads.items()]
+        layers = dict(model.named_modules())
+        hooks = [
+            layers[name].register_forward_hook(partial(_spread, to=spread))
+            for name, spread in spreads.items()
+            if name in layers
+        ]
         model([torch.from_numpy(picture(256, 256).pixels).permute(2, 0, 1) / 255])
         for hook in hooks:
             hook.remove()
 
 
-def _spread(layer: torch.nn.Linear | torch.nn.Conv2d, args: object, output: torch.Tensor, *, to: float) -> torch.Tensor:
+def _spread(layer: torch.nn.Module, args: object, output: torch.Tensor, *, to: float) -> torch.Tensor:
+    assert isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
     factor = to / output.std()
     layer.weight.mul_(factor)
     return output * factor
