@@ -41,6 +41,17 @@ STEPS = re.compile(r"step (\d+)/60 .*?loss_objectness (\S+)")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*ROISERVE, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> list[str | Path]:
+    """A command that takes 60 steps on 8 pictures."""
+    data = write_slice(require("nuclei"), tmp_path / "data", train=8, val=2, size=(256, 256))
+    config = tmp_path / "model.toml"
+    config.write_text(MODEL_TOML)
+    out = tmp_path / "store" / "cells" / "1"
     command: list[str | Path] = ["train", "--data", data, "--model-config", config, "--out", out, "--epochs", "15"]
     command += ["--images-per-step", "2", "--crop-size", "128", "--warmup-steps", "5", "--evaluate-every", "15"]
     return [*command, "--threads", "2"]
