@@ -81,7 +81,8 @@ def create_app(
         loading.cancel()
         with suppress(asyncio.CancelledError):
             await loading
-        await batcher.stop(settings.drain_timeout_seconds)
+        # The server has waited for the requests: whatever the device is still at, nobody wants it.
+        await batcher.stop(drain_timeout_seconds=0)
         decoders.shutdown(wait=False, cancel_futures=True)
         encoders.shutdown(wait=False, cancel_futures=True)
 
