@@ -1,0 +1,16 @@
+"""Small mask and box to RLE, polygons or PNG; never a full-size canvas for all objects at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.masks.png import encode_crops
+from service.masks.polygons import encode_polygons
+from service.masks.rle import encode_rle
+
+
+def warm_up() -> None:
+    """Compile every encoder's loops, or load them from numba's cache, before the first request waits for it."""
+    masks, boxes = np.ones((1, 2, 2), np.float32), np.array([[0, 0, 2, 2]], np.float32)
+    for encode in (encode_rle, encode_polygons, encode_crops):
+        encode(masks, boxes, (2, 2))

@@ -1,0 +1,181 @@
+"""Small masks and their boxes to the runs of mask pixels in each image column. Called by the encoders beside it.
+The pixels are those of torchvision's `paste_masks_in_image(masks, boxes, image_size, padding=1) >= threshold`, but only
+columns that a box covers are visited, and in them only pixels near the mask's outline.
+
+Shapes: D objects of one image, M x M the mask head's output size. A run is [start, end) in rows of one column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.jit import compiled
+from service.structures import Float32Array, Int64Array
+
+Int32Array = NDArray[np.int32]
+
+# Far above the rounding of a weighted mean of two probabilities, far below what moves a pixel.
+_ROUNDING = np.float32(1e-5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColumnRuns:
+    """The binary masks of one image, as runs in columns.
+
+    Attributes:
+        image_size: (height, width).
+        first_x: (D,) image column of each object's first column.
+        first_column: (D + 1,) object d has the columns `first_column[d]` to `first_column[d + 1]`.
+        first_y: (columns + 1,) column k has the bounds `ys[first_y[k]:first_y[k + 1]]`.
+        ys: start, end, start, end, … of the runs, rising within a column, in rows of the image.
+    """
+
+    image_size: tuple[int, int]
+    first_x: Int64Array
+    first_column: Int64Array
+    first_y: Int64Array
+    ys: Int32Array
+
+    def __len__(self) -> int:
+        return len(self.first_x)
+
+    def of(self, index: int) -> tuple[Int64Array, Int32Array]:
+        """One object's part: where each of its columns begins in its bounds, and the bounds."""
+        columns = self.first_y[self.first_column[index] : self.first_column[index + 1] + 1]
+        return columns - columns[0], self.ys[columns[0] : columns[-1]]
+
+
+def find_runs(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+) -> ColumnRuns:
+    """Spread each mask over its box and keep the pixels of at least `threshold`.
+
+    Args:
+        masks: (D, M, M) float32 probabilities.
+        boxes: (D, 4) float32, in pixels of the image; may reach outside.
+        image_size: (height, width) of the image.
+        threshold: 0 to 1, not 0: pixels outside the box would count.
+
+    Raises:
+        ValueError: shapes other than those, or a box that is not finite.
+    """
+    if masks.ndim != 3 or masks.shape[1] != masks.shape[2] or boxes.shape != (len(masks), 4):
+        raise ValueError(f"expected masks (D, M, M) and boxes (D, 4), got {masks.shape} and {boxes.shape}")
+    if not np.isfinite(boxes).all():
+        raise ValueError("expected finite boxes")
+    height, width = image_size
+    # [object, column, row]: the kernel mixes whole columns. One pixel of zeros around, as torchvision pads.
+    padded = np.ascontiguousarray(np.pad(masks.transpose(0, 2, 1), ((0, 0), (1, 1), (1, 1))), np.float32)
+    pasted = _expand_boxes(boxes.astype(np.float32), masks.shape[1])
+    columns = np.clip(pasted[:, 2] + 1, 0, width) - np.clip(pasted[:, 0], 0, width)
+    first_column = np.concatenate([[0], np.maximum(columns, 0).cumsum()])
+    first_y, ys = _find_runs(padded, pasted, first_column, height, width, np.float32(threshold))
+    return ColumnRuns(image_size, np.clip(pasted[:, 0], 0, width), first_column, first_y, ys)
+
+
+def _expand_boxes(boxes: Float32Array, mask_size: int) -> Int64Array:
+    # torchvision's expand_boxes for the padded mask, and its truncation towards zero; last row and column included.
+    centers = (boxes[:, 2:] + boxes[:, :2]) * np.float32(0.5)
+    halves = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.float32((mask_size + 2) / mask_size)
+    return np.concatenate([centers - halves, centers + halves], axis=1).astype(np.int64)
+
+
+@compiled()
+def _find_runs(
+    masks: Float32Array, boxes: Int64Array, first_column: Int64Array, height: int, width: int, threshold: np.float32
+) -> tuple[Int64Array, Int32Array]:
+    size = masks.shape[1]
+    first_y = np.zeros(first_column[-1] + 1, np.int64)
+    ys = np.empty(4 * len(first_y), np.int32)
+    count = 0
+    values = np.empty(size, np.float32)
+    for d in range(len(boxes)):
+        left, top, right, bottom = boxes[d]
+        x_cells, x_weights = _source_cells(left, right, width, size)
+        y_cells, y_weights = _source_cells(top, bottom, height, size)
+        first_row = np.zeros(size + 1, np.int64)
+        for cell in y_cells:
+            first_row[cell + 1] += 1
+        first_row = first_row.cumsum()
+        for column in range(first_column[d], first_column[d + 1]):
+            x = column - first_column[d]
+            near, far = x_cells[x], min(x_cells[x] + 1, size - 1)
+            for row in range(size):
+                values[row] = _mix(masks[d, near, row], masks[d, far, row], x_weights[x])
+            if count + len(y_cells) + 1 > len(ys):
+                grown = np.empty(2 * (count + len(y_cells) + 1), np.int32)
+                grown[:count] = ys[:count]
+                ys = grown
+            count = _append_runs(values, first_row, y_weights, max(top, 0), threshold, ys, count)
+            first_y[column + 1] = count
+    return first_y, ys[:count].copy()
+
+
+@compiled()
+def _source_cells(first: int, last: int, limit: int, size: int) -> tuple[Int64Array, Float32Array]:
+    """For the pixels of [first, last] inside [0, limit): the mask pixel before each, and the next one's weight.
+
+    Bilinear interpolation with `align_corners=False`, rounding as torch does.
+    """
+    begin = max(first, 0)
+    length = max(min(last + 1, limit) - begin, 0)
+    cells = np.empty(length, np.int64)
+    weights = np.empty(length, np.float32)
+    scale = np.float32(size) / np.float32(max(last + 1 - first, 1))
+    for i in range(length):
+        source = max(_fma(scale, np.float32(begin - first + i) + np.float32(0.5), np.float32(-0.5)), np.float32(0))
+        cells[i] = min(int(source), size - 1)
+        weights[i] = min(source - np.float32(cells[i]), np.float32(1))
+    return cells, weights
+
+
+@compiled()
+def _append_runs(
+    values: Float32Array,
+    first_row: Int64Array,
+    weights: Float32Array,
+    top: int,
+    threshold: np.float32,
+    ys: Int32Array,
+    count: int,
+) -> int:
+    """Append one column's run bounds to `ys`; `values` are its probabilities at the mask's rows.
+
+    Between two mask rows the probability is a line, so where both ends are clearly on one side all pixels between are.
+    """
+    inside = False
+    for row in range(len(values)):
+        begin, end = first_row[row], first_row[row + 1]
+        if begin == end:
+            continue
+        near, far = values[row], values[min(row + 1, len(values) - 1)]
+        above = near > threshold + _ROUNDING and far > threshold + _ROUNDING
+        if above or (near < threshold - _ROUNDING and far < threshold - _ROUNDING):
+            if inside != above:
+                inside = not inside
+                ys[count] = top + begin
+                count += 1
+        else:
+            for y in range(begin, end):
+                if inside != (_mix(near, far, weights[y]) >= threshold):
+                    inside = not inside
+                    ys[count] = top + y
+                    count += 1
+    if inside:
+        ys[count] = top + len(weights)
+        count += 1
+    return count
+
+
+@compiled()
+def _mix(near: np.float32, far: np.float32, weight: np.float32) -> np.float32:
+    return _fma(np.float32(1) - weight, near, weight * far)
+
+
+@compiled()
+def _fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
+    """`a * b + c`, rounded once: so torch's compiler writes it, and on hard edges the last bit decides."""
+    return np.float32(np.float64(a) * np.float64(b) + np.float64(c))

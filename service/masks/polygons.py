@@ -1,0 +1,131 @@
+"""Masks as COCO polygons that run along the edges of the pixels, so that filling them gives back the mask exactly.
+Called by the pipeline in the request's own thread. Knows runs of pixels; knows no image, model or HTTP.
+
+Shapes: D objects of one image, M x M the mask head's output size. A node is one bound of one run: a horizontal pixel
+edge from (x, y) to (x + 1, y), with the mask below it (a start, even index in `ys`) or above it (an end, odd index).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from service.jit import compiled
+from service.masks._runs import Int32Array, find_runs
+from service.structures import Float32Array, Int64Array
+
+
+def encode_polygons(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+) -> list[list[list[float]]]:
+    """Outline the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
+
+    Parts that do not share a pixel edge are polygons of their own. A hole is joined to the outline around it by a
+    vertical cut of no width. Filling the polygons with `pycocotools` gives back the very pixels (IoU 1).
+
+    Args:
+        masks: (D, M, M) float32 probabilities, each spread over its box.
+        boxes: (D, 4) float32, in pixels of the image; may reach outside.
+        image_size: (height, width).
+        threshold: above 0, at most 1.
+
+    Returns:
+        For each object its polygons, none if no pixel is left, each [x1, y1, x2, y2, …] of at least four corners,
+        clockwise, in whole pixels: pixel (row, column) covers [column, column + 1] x [row, row + 1].
+
+    Raises:
+        ValueError: shapes other than those, or a box that is not finite.
+    """
+    runs = find_runs(masks, boxes, image_size, threshold)
+    corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys)
+    flat = corners.tolist()
+    polygons = [flat[start:end] for start, end in pairwise([0, *ends.tolist()])]
+    return [polygons[start:end] for start, end in pairwise([0, *parts.cumsum().tolist()])]
+
+
+@compiled()
+def _trace_objects(
+    first_x: Int64Array, first_column: Int64Array, first_y: Int64Array, ys: Int32Array
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The corners of all polygons in a row, where each polygon's end, and how many polygons each object has."""
+    corners = np.empty(4 * len(ys), np.int64)
+    ends = np.empty(len(ys) // 2, np.int64)
+    parts = np.zeros(len(first_x), np.int64)
+    number = length = 0
+    for d in range(len(first_x)):
+        columns = first_y[first_column[d] : first_column[d + 1] + 1]
+        own = ys[columns[0] : columns[-1]]
+        xs, left, right = _link(own, columns - columns[0])
+        _open_holes(columns - columns[0], xs, left, right)
+        visited = np.zeros(len(own), np.bool_)
+        for first in range(len(own)):
+            if visited[first]:
+                continue
+            node = first
+            while not visited[node]:
+                visited[node] = True
+                neighbor, x = (left[node], xs[node]) if node & 1 else (right[node], xs[node] + 1)
+                if own[neighbor] != own[node]:  # Else the edge goes straight on.
+                    corners[length], corners[length + 1] = first_x[d] + x, own[node]
+                    corners[length + 2], corners[length + 3] = first_x[d] + x, own[neighbor]
+                    length += 4
+                node = neighbor
+            ends[number] = length
+            number += 1
+            parts[d] += 1
+    return corners[:length], ends[:number], parts
+
+
+@compiled()
+def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Each node's column, and the nodes to which the outline leads from its left end and from its right end.
+
+    Where two columns meet, the bounds of both, sorted, pair up: between the first and the second the mask is on one
+    side of the line only, which is a vertical edge; between the second and the third it is on both sides or on none.
+    """
+    xs, left, right = np.empty(len(ys), np.int64), np.empty(len(ys), np.int64), np.empty(len(ys), np.int64)
+    a = 0
+    for x in range(len(columns)):
+        b, middle = columns[x], columns[x]
+        after = columns[x + 1] if x + 1 < len(columns) else middle
+        waiting = -1
+        while a < middle or b < after:
+            # Of equals an end goes first, so that pixels that meet only at a corner are not joined.
+            if b == after or (a < middle and (ys[a] < ys[b] or (ys[a] == ys[b] and a & 1))):
+                node = a
+                a += 1
+            else:
+                node = b
+                xs[b] = x
+                b += 1
+            if waiting < 0:
+                waiting = node
+            else:
+                _connect(waiting, node, middle, left, right)
+                waiting = -1
+    return xs, left, right
+
+
+@compiled()
+def _open_holes(columns: Int64Array, xs: Int64Array, left: Int64Array, right: Int64Array) -> None:
+    """Join each hole's outline to the one around it, or to another hole's, by a cut along a line between columns."""
+    visited = np.zeros(len(xs), np.bool_)
+    for first in range(len(xs)):
+        if visited[first]:
+            continue
+        node = first
+        while not visited[node]:
+            visited[node] = True
+            node = left[node] if node & 1 else right[node]
+        if first & 1:  # The topmost edge of its leftmost column has the mask above it: this outline is a hole's.
+            above, middle = first - 1, columns[xs[first]]
+            _connect(left[above], left[first], middle, left, right)
+            _connect(above, first, middle, left, right)
+
+
+@compiled()
+def _connect(one: int, other: int, middle: int, left: Int64Array, right: Int64Array) -> None:
+    """Join two nodes at a line between columns: nodes before `middle` end at it, the others begin there."""
+    (right if one < middle else left)[one] = other
+    (right if other < middle else left)[other] = one
