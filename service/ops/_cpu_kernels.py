@@ -1,0 +1,205 @@
+"""RoI Align and RoI Pool over all feature levels at once, on the CPU, for channels-last features that need no gradient.
+Called where a batch is predicted, not where one is trained. Threads share the boxes; the innermost loop runs over the
+channels, which lie side by side in memory. Equal to torchvision's kernels level by level, up to the order of the sums.
+
+Shapes: N images, K boxes of the whole batch, C channels, H x W cells of a level, h x w output size. A cell is one
+element of a feature map, `1 / scale` image pixels wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import prange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.jit import compiled
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+# Every model has a thread of its own, and numba ends the process when two threads are in parallel loops at once.
+_one_at_a_time = Lock()
+
+
+def multi_scale_roi_align_channels_last(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Average each bin of each box over bilinear samples, as `torchvision.ops.roi_align` does on the box's level.
+
+    Args:
+        features: (N, C, H, W) float32 for each level; fastest in `torch.channels_last`, else copied to it.
+        rois: (K, 5) float32 as (image index, x1, y1, x2, y2), finite, in image pixels.
+        levels: (K,) int64, each box's index in `features`.
+        scales: cells per image pixel of each level.
+        output_size: (h, w).
+        sampling_ratio: samples along each side of a bin; 0 for as many as the bin has cells.
+        aligned: whether pixel centers, not corners, have whole coordinates.
+
+    Returns:
+        (K, C, h, w) float32 in `torch.channels_last`.
+    """
+    kernel = partial(_roi_align, sampling_ratio=sampling_ratio, aligned=aligned)
+    return _over_levels(kernel, features, rois, levels, scales, output_size)
+
+
+def multi_scale_roi_pool_channels_last(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], output_size: tuple[int, int]
+) -> Tensor:
+    """Take the maximum of each bin's cells, as `torchvision.ops.roi_pool` does; arguments and result as above."""
+    return _over_levels(_roi_pool, features, rois, levels, scales, output_size)
+
+
+def _over_levels(
+    kernel: Callable[[Floats, Floats, Ints, np.float32, Floats], None],
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+) -> Tensor:
+    pooled = np.empty((len(rois), *output_size, features[0].shape[1]), np.float32)
+    table = rois.contiguous().numpy()
+    # Neighbours in the image share cells, so going from top to bottom finds many of them still in the cache.
+    order = np.argsort(table[:, 2], kind="stable")
+    levels_in_order = levels.numpy()[order]
+    with _one_at_a_time:
+        _use_as_many_threads_as_torch()
+        for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+            cells = feature.detach().permute(0, 2, 3, 1).contiguous().numpy()
+            kernel(cells, table, order[levels_in_order == level], np.float32(scale), pooled)
+    return torch.from_numpy(pooled).permute(0, 3, 1, 2)
+
+
+def _use_as_many_threads_as_torch() -> None:
+    config: Any = numba.config  # It gets its attributes at run time.
+    # numba's default, OpenMP, keeps waiting threads spinning on the cores that torch or a decoder needs.
+    config.THREADING_LAYER = "workqueue"
+    numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+
+
+@compiled(parallel=True)
+def _roi_align(
+    feature: Floats, rois: Floats, rows: Ints, scale: np.float32, pooled: Floats, sampling_ratio: int, aligned: bool
+) -> None:
+    for i in prange(len(rows)):
+        roi = rois[rows[i]]
+        _align_box(feature[int(roi[0])], roi[1:] * scale, pooled[rows[i]], sampling_ratio, aligned)
+
+
+@compiled()
+def _align_box(image: Floats, box: Floats, output: Floats, sampling_ratio: int, aligned: bool) -> None:
+    x1, y1, x2, y2 = box - np.float32(0.5 if aligned else 0)
+    y_first, ys, y_weights = _bin_weights(y1, y2, output.shape[0], image.shape[0], sampling_ratio, aligned)
+    x_first, xs, x_weights = _bin_weights(x1, x2, output.shape[1], image.shape[1], sampling_ratio, aligned)
+    output[:] = 0
+    for row in range(output.shape[0]):
+        for column in range(output.shape[1]):
+            sums = output[row, column]
+            for y in range(y_first[row], y_first[row + 1]):
+                for x in range(x_first[column], x_first[column + 1]):
+                    weight, cell = y_weights[y] * x_weights[x], image[ys[y], xs[x]]
+                    for channel in range(len(sums)):
+                        sums[channel] += weight * cell[channel]
+
+
+@compiled()
+def _bin_weights(
+    start: np.float32, end: np.float32, bins: int, limit: int, sampling_ratio: int, aligned: bool
+) -> tuple[Ints, Ints, Floats]:
+    """Along one axis: which cells each bin averages, and with what weights.
+
+    The mean over a grid of bilinear samples is a product of one such list a side; samples that share a cell are merged.
+
+    Returns:
+        first: (bins + 1,) bin b has the entries `first[b]` to `first[b + 1]` of the other two.
+        cells: their indices, in [0, limit).
+        weights: their weights, of sum 1 for a bin that lies inside.
+    """
+    length = end - start if aligned else max(end - start, np.float32(1))
+    bin_length = length / np.float32(bins)
+    samples = sampling_ratio if sampling_ratio > 0 else max(math.ceil(bin_length), 0)
+    first = np.zeros(bins + 1, np.int64)
+    cells, weights = np.empty(2 * bins * samples, np.int64), np.zeros(2 * bins * samples, np.float32)
+    count = 0
+    for b in range(bins):
+        for sample in range(samples):
+            # Rounded step by step as torchvision does: far from the origin the last bit moves the weights.
+            within = (np.float32(sample) + np.float32(0.5)) * bin_length / np.float32(samples)
+            position = start + np.float32(b) * bin_length + within
+            if not np.float32(-1) <= position <= np.float32(limit):
+                continue
+            position = max(position, np.float32(0))
+            low = min(int(position), limit - 1)
+            far = position - np.float32(low) if low + 1 < limit else np.float32(0)
+            count = _add_weight(low, (np.float32(1) - far) / np.float32(samples), cells, weights, first[b], count)
+            if far > 0:
+                count = _add_weight(low + 1, far / np.float32(samples), cells, weights, first[b], count)
+        first[b + 1] = count
+    return first, cells[:count], weights[:count]
+
+
+@compiled()
+def _add_weight(cell: int, weight: np.float32, cells: Ints, weights: Floats, first: int, count: int) -> int:
+    # Samples go one way, so only the last two entries can be of the same cell.
+    for entry in range(max(first, count - 2), count):
+        if cells[entry] == cell:
+            weights[entry] += weight
+            return count
+    cells[count], weights[count] = cell, weight
+    return count + 1
+
+
+@compiled(parallel=True)
+def _roi_pool(feature: Floats, rois: Floats, rows: Ints, scale: np.float32, pooled: Floats) -> None:
+    for i in prange(len(rows)):
+        roi = rois[rows[i]]
+        _pool_box(feature[int(roi[0])], roi[1:] * scale, pooled[rows[i]])
+
+
+@compiled()
+def _pool_box(image: Floats, box: Floats, output: Floats) -> None:
+    y_starts, y_ends = _bin_bounds(box[1], box[3], output.shape[0], image.shape[0])
+    x_starts, x_ends = _bin_bounds(box[0], box[2], output.shape[1], image.shape[1])
+    for row in range(output.shape[0]):
+        for column in range(output.shape[1]):
+            largest = output[row, column]
+            is_empty = y_starts[row] >= y_ends[row] or x_starts[column] >= x_ends[column]
+            largest[:] = np.float32(0) if is_empty else np.finfo(np.float32).min
+            for y in range(y_starts[row], y_ends[row]):
+                for x in range(x_starts[column], x_ends[column]):
+                    cell = image[y, x]
+                    for channel in range(len(largest)):
+                        largest[channel] = max(largest[channel], cell[channel])
+
+
+@compiled()
+def _bin_bounds(start: np.float32, end: np.float32, bins: int, limit: int) -> tuple[Ints, Ints]:
+    """Along one axis: the first cell of each bin and the one after its last, in [0, limit]. Bins may share a cell."""
+    first = _round_half_away(start)
+    bin_length = np.float32(max(_round_half_away(end) - first + 1, 1)) / np.float32(bins)
+    starts, ends = np.empty(bins, np.int64), np.empty(bins, np.int64)
+    for b in range(bins):
+        starts[b] = min(max(first + math.floor(np.float32(b) * bin_length), 0), limit)
+        ends[b] = min(max(first + math.ceil(np.float32(b + 1) * bin_length), 0), limit)
+    return starts, ends
+
+
+@compiled()
+def _round_half_away(value: np.float32) -> int:
+    """C's `round`; Python's and numpy's go to the even neighbour."""
+    return int(math.copysign(math.floor(abs(float(value)) + 0.5), value))
