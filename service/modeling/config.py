@@ -13,7 +13,7 @@ BackboneName = Literal[
     "resnet18_fpn", "resnet34_fpn", "resnet50_fpn", "resnet101_fpn", "narrow_resnet18_fpn", "mobilenet_v3_large_fpn"
 ]
 Norm = Literal["batch_norm", "frozen_batch_norm"]
-RoIOp = Literal["roi_pool", "roi_align"]
+RoIOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
@@ -142,8 +142,9 @@ class RoIConfig(_Table):
 
     Attributes:
         op: the operator of the box branch, and of the mask branch unless `mask.op` says otherwise.
-        sampling_ratio: points a bin side of `roi_align`; 0 adapts to the box. Not used by `roi_pool`.
-        aligned: half-pixel shift of `roi_align` (detectron2's); torchvision's models have false.
+        sampling_ratio: points a bin side that the interpolating operators read; 0 adapts to the box, which `roi_warp`
+            cannot. Not used by `roi_pool`.
+        aligned: half-pixel shift of those operators (detectron2's); torchvision's models have false.
         box_output_size: side of the patch for the box head.
         mask_output_size: side of the patch for the mask head; its masks have twice that.
         box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
@@ -168,6 +169,13 @@ class RoIConfig(_Table):
     bg_iou_thresh: Probability = 0.5
     batch_size_per_image: Count = 512
     positive_fraction: Probability = 0.25
+
+    @model_validator(mode="after")
+    def _warping_has_points(self) -> Self:
+        for key, branch in (("sampling_ratio", self), ("mask.sampling_ratio", self.mask_branch())):
+            if branch.op == "roi_warp" and branch.sampling_ratio == 0:
+                raise ValueError(f"expected {key} of 1 or more for roi_warp (1 is plain resampling), got 0")
+        return self
 
     def mask_branch(self) -> RoIConfig:
         """This configuration with the operator that the mask branch uses."""

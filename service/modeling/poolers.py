@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
-from service.ops import multi_scale, roi_align, roi_pool
+from service.ops import multi_scale, roi_align, roi_align_max, roi_pool, roi_warp
 
 
 class RoIPooler(nn.Module):
@@ -32,9 +32,7 @@ class RoIPooler(nn.Module):
         self.roi = roi
         self.output_size = output_size
         self.strides = dict(strides)
-        self._op: Callable[..., Tensor] = roi_pool
-        if roi.op == "roi_align":
-            self._op = partial(roi_align, sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)
+        self._op = _operator(roi)
 
     def forward(
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
@@ -56,3 +54,11 @@ class RoIPooler(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"op={self.roi.op}, output_size={self.output_size}, strides={self.strides}"
+
+
+def _operator(roi: RoIConfig) -> Callable[..., Tensor]:
+    """The configured operator as a function of (feature, rois, output_size, spatial_scale)."""
+    if roi.op == "roi_pool":
+        return roi_pool
+    interpolating = {"roi_align": roi_align, "roi_align_max": roi_align_max, "roi_warp": roi_warp}
+    return partial(interpolating[roi.op], sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)

@@ -1,12 +1,27 @@
 from __future__ import annotations
 
+from typing import get_args
+
+import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from service.modeling.config import RoIConfig
+from service import ops
+from service.modeling.config import RoIConfig, RoIOp
 from service.modeling.poolers import RoIPooler
 
+CONFIGURED = [
+    RoIConfig(op="roi_pool"),
+    *(
+        RoIConfig(op=op, sampling_ratio=points, aligned=aligned)
+        for op in get_args(RoIOp)
+        for points in (1, 3)
+        for aligned in (False, True)
+        # `roi_pool` has no parameters, and of one point the mean is the largest.
+        if op in ("roi_align", "roi_warp") or (op == "roi_align_max" and points > 1)
+    ),
+]
 STRIDES = {"0": 4, "1": 8, "2": 16, "3": 32}
 
 
@@ -45,10 +60,7 @@ def test_scales_do_not_depend_on_the_first_batch() -> None:
 def test_the_operator_and_its_parameters_are_the_configured_ones() -> None:
     maps, size = features(64, 64), (64, 64)
     proposals = [boxes(10, *size), boxes(0, *size)]
-    answers = [
-        RoIPooler(roi=RoIConfig.model_validate(roi), output_size=3, strides=STRIDES)(maps, proposals, [size, size])
-        for roi in ({"op": "roi_pool"}, {"op": "roi_align"}, {"aligned": True}, {"sampling_ratio": 1})
-    ]
+    answers = [RoIPooler(roi=roi, output_size=3, strides=STRIDES)(maps, proposals, [size, size]) for roi in CONFIGURED]
     for index, one in enumerate(answers):
         assert one.shape == (10, 5, 3, 3)
         assert all(not torch.allclose(one, other) for other in answers[index + 1 :])
@@ -59,3 +71,15 @@ def test_no_boxes_give_no_patches() -> None:
         features(64, 64), [boxes(0, 64, 64), boxes(0, 64, 64)], [(64, 64)] * 2
     )
     assert pooled.shape == (0, 5, 7, 7)
+
+
+@pytest.mark.parametrize("op", get_args(RoIOp))
+def test_each_operator_is_the_one_of_its_name(op: RoIOp) -> None:
+    """Of one level, with the configured points: what `service.ops` answers when it is called by hand."""
+    feature, proposals = {"2": features(160, 160)["2"]}, [boxes(12, 160, 160), boxes(7, 160, 160)]
+    pooler = RoIPooler(roi=RoIConfig(op=op, sampling_ratio=3, aligned=True), output_size=5, strides={"2": 16})
+    by_hand = getattr(ops, op)
+    points = {} if op == "roi_pool" else {"sampling_ratio": 3, "aligned": True}
+    torch.testing.assert_close(
+        pooler(feature, proposals, [(160, 160)] * 2), by_hand(feature["2"], proposals, 5, 1 / 16, **points)
+    )

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from service.modeling.config import RoIConfig
+
+
+def test_the_mask_branch_differs_from_the_box_branch_as_far_as_it_says() -> None:
+    roi = RoIConfig.model_validate({"op": "roi_warp", "aligned": True, "mask": {"op": "roi_align_max"}})
+    mask = roi.mask_branch()
+    assert (roi.op, mask.op) == ("roi_warp", "roi_align_max")
+    assert (mask.sampling_ratio, mask.aligned) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("roi", "key"),
+    [
+        ({"op": "roi_warp", "sampling_ratio": 0}, "sampling_ratio"),
+        ({"sampling_ratio": 0, "mask": {"op": "roi_warp"}}, r"mask\.sampling_ratio"),
+        ({"op": "roi_warp", "mask": {"sampling_ratio": 0}}, r"mask\.sampling_ratio"),
+    ],
+)
+def test_warping_refuses_to_adapt_its_points_in_either_branch(roi: dict[str, object], key: str) -> None:
+    with pytest.raises(ValidationError, match=f"expected {key} of 1 or more for roi_warp"):
+        RoIConfig.model_validate(roi)
+
+
+def test_operators_that_can_adapt_do() -> None:
+    roi = RoIConfig.model_validate({"op": "roi_align_max", "sampling_ratio": 0, "mask": {"op": "roi_pool"}})
+    assert roi.mask_branch().sampling_ratio == 0
