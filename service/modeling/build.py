@@ -65,7 +65,11 @@ def _build_anchor_generator(anchors: AnchorsConfig, strides: Sequence[int]) -> A
 def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
     roi, channels = config.roi, config.backbone.out_channels
     heads = RoIHeads(  # type: ignore[no-untyped-call]  # torchvision has no annotation
-        box_roi_pool=RoIPooler(roi=roi, output_size=roi.box_output_size, strides=backbone.pooled_strides),
+        box_roi_pool=RoIPooler(
+            roi=roi,
+            output_size=roi.spp_levels if roi.op == "spp" else roi.box_output_size,
+            strides=backbone.pooled_strides,
+        ),
         box_head=_build_box_head(roi, channels),
         box_predictor=FastRCNNPredictor(roi.box_head_channels, config.num_classes),
         fg_iou_thresh=roi.fg_iou_thresh,
@@ -91,7 +95,7 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
 
 def _build_box_head(roi: RoIConfig, in_channels: int) -> nn.Module:
     if not roi.box_head_convs:
-        return TwoMLPHead(in_channels * roi.box_output_size**2, roi.box_head_channels)
+        return TwoMLPHead(in_channels * roi.box_bins, roi.box_head_channels)
     return FastRCNNConvFCHead(
         (in_channels, roi.box_output_size, roi.box_output_size),
         list(roi.box_head_convs),

@@ -4,7 +4,7 @@ checked and stored by `service/model_store`. Defaults are torchvision's for `fas
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,11 +13,13 @@ BackboneName = Literal[
     "resnet18_fpn", "resnet34_fpn", "resnet50_fpn", "resnet101_fpn", "narrow_resnet18_fpn", "mobilenet_v3_large_fpn"
 ]
 Norm = Literal["batch_norm", "frozen_batch_norm"]
-RoIOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
+PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
+RoIOp = Literal[PatchOp, "spp"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
+Side = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
 
 FPN_LEVELS: dict[str, int] = {"mobilenet_v3_large_fpn": 3}
@@ -130,9 +132,9 @@ class RPNConfig(_Table):
 
 
 class RoIBranchConfig(_Table):
-    """What the mask branch does differently from `[roi]`; None means the same."""
+    """What the mask branch does differently from `[roi]`; None means the same. A mask needs a square patch."""
 
-    op: RoIOp | None = None
+    op: PatchOp | None = None
     sampling_ratio: Annotated[int, Field(ge=0, le=16)] | None = None
     aligned: bool | None = None
 
@@ -143,9 +145,10 @@ class RoIConfig(_Table):
     Attributes:
         op: the operator of the box branch, and of the mask branch unless `mask.op` says otherwise.
         sampling_ratio: points a bin side that the interpolating operators read; 0 adapts to the box, which `roi_warp`
-            cannot. Not used by `roi_pool`.
+            cannot. Not used by `roi_pool` and `spp`.
         aligned: half-pixel shift of those operators (detectron2's); torchvision's models have false.
-        box_output_size: side of the patch for the box head.
+        box_output_size: side of the patch for the box head. Not used by `spp`.
+        spp_levels: sides of the grids of `spp`, whose bins the box head sees in one row.
         mask_output_size: side of the patch for the mask head; its masks have twice that.
         box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
         box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions.
@@ -158,8 +161,9 @@ class RoIConfig(_Table):
     op: RoIOp = "roi_align"
     sampling_ratio: Annotated[int, Field(ge=0, le=16)] = 2
     aligned: bool = False
-    box_output_size: Annotated[int, Field(ge=1, le=64)] = 7
-    mask_output_size: Annotated[int, Field(ge=1, le=64)] = 14
+    box_output_size: Side = 7
+    spp_levels: tuple[Side, ...] = Field((4, 2, 1), min_length=1, max_length=8)
+    mask_output_size: Side = 14
     box_head_convs: tuple[Channels, ...] = ()
     box_head_channels: Channels = 1024
     mask_head_channels: tuple[Channels, ...] = (256, 256, 256, 256)
@@ -176,6 +180,17 @@ class RoIConfig(_Table):
             if branch.op == "roi_warp" and branch.sampling_ratio == 0:
                 raise ValueError(f"expected {key} of 1 or more for roi_warp (1 is plain resampling), got 0")
         return self
+
+    @model_validator(mode="after")
+    def _convolutions_have_a_square_patch(self) -> Self:
+        if self.op == "spp" and self.box_head_convs:
+            raise ValueError(f"expected op to be {_one_of(PatchOp)} before box_head_convs, got 'spp': a row of bins")
+        return self
+
+    @property
+    def box_bins(self) -> int:
+        """Values a channel that the box head sees of each proposal."""
+        return sum(side**2 for side in self.spp_levels) if self.op == "spp" else self.box_output_size**2
 
     def mask_branch(self) -> RoIConfig:
         """This configuration with the operator that the mask branch uses."""
@@ -227,6 +242,15 @@ class ModelConfig(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _masks_have_a_square_patch(self) -> Self:
+        if self.has_masks and self.roi.mask_branch().op == "spp":
+            raise ValueError(
+                f"expected roi.mask.op to be {_one_of(PatchOp)} beside roi.op = 'spp', which gives a row of bins and "
+                "no square patch for masks; got none"
+            )
+        return self
+
     @property
     def num_classes(self) -> int:
         """Classes with the background."""
@@ -236,3 +260,8 @@ class ModelConfig(_Table):
     def has_masks(self) -> bool:
         """Whether there is a mask branch."""
         return self.architecture == "mask_rcnn"
+
+
+def _one_of(choices: object) -> str:
+    """The values of a `Literal` in words."""
+    return f"one of {', '.join(get_args(choices))}"

@@ -1,7 +1,7 @@
 """RoI poolers: cut a fixed-size patch of features for every proposal. Called by torchvision's `RoIHeads`.
 Knows feature maps and boxes; knows nothing of classes or losses.
 
-Shapes: R proposals of the whole batch, C channels, S x S output size.
+Shapes: R proposals of the whole batch, C channels, S x S output size, B bins of all grids of a spatial pyramid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
-from service.ops import multi_scale, roi_align, roi_align_max, roi_pool, roi_warp
+from service.ops import multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
 
 
 class RoIPooler(nn.Module):
@@ -23,11 +23,11 @@ class RoIPooler(nn.Module):
 
     Args:
         roi: the operator and its parameters.
-        output_size: S.
+        output_size: S; for `spp` the sides of its grids.
         strides: stride of each feature map to pool from, by name, finest first.
     """
 
-    def __init__(self, *, roi: RoIConfig, output_size: int, strides: Mapping[str, int]) -> None:
+    def __init__(self, *, roi: RoIConfig, output_size: int | Sequence[int], strides: Mapping[str, int]) -> None:
         super().__init__()
         self.roi = roi
         self.output_size = output_size
@@ -45,7 +45,7 @@ class RoIPooler(nn.Module):
             image_sizes: not needed; torchvision's heads hand it over.
 
         Returns:
-            (R, C, S, S), the boxes of all images in order.
+            (R, C, S, S), of `spp` (R, C, B, 1); the boxes of all images in order.
         """
         maps = [features[name] for name in self.strides]
         scales = [1 / stride for stride in self.strides.values()]
@@ -60,5 +60,7 @@ def _operator(roi: RoIConfig) -> Callable[..., Tensor]:
     """The configured operator as a function of (feature, rois, output_size, spatial_scale)."""
     if roi.op == "roi_pool":
         return roi_pool
+    if roi.op == "spp":
+        return spp
     interpolating = {"roi_align": roi_align, "roi_align_max": roi_align_max, "roi_warp": roi_warp}
     return partial(interpolating[roi.op], sampling_ratio=roi.sampling_ratio, aligned=roi.aligned)

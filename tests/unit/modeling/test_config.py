@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from service.modeling.config import RoIConfig
+from service.modeling.config import ModelConfig, RoIConfig
 
 
 def test_the_mask_branch_differs_from_the_box_branch_as_far_as_it_says() -> None:
@@ -29,3 +29,20 @@ def test_warping_refuses_to_adapt_its_points_in_either_branch(roi: dict[str, obj
 def test_operators_that_can_adapt_do() -> None:
     roi = RoIConfig.model_validate({"op": "roi_align_max", "sampling_ratio": 0, "mask": {"op": "roi_pool"}})
     assert roi.mask_branch().sampling_ratio == 0
+
+
+def test_a_spatial_pyramid_cannot_stand_before_convolutions() -> None:
+    with pytest.raises(ValidationError, match="expected op to be one of roi_pool, roi_align, roi_align_max, roi_warp"):
+        RoIConfig(op="spp", box_head_convs=(256,))
+
+
+def test_masks_need_a_square_patch_beside_a_spatial_pyramid() -> None:
+    document = {"architecture": "mask_rcnn", "labels": ["cell"], "backbone": {"name": "resnet18_fpn"}}
+    with pytest.raises(ValidationError, match=r"expected roi\.mask\.op to be one of roi_pool, .*, roi_warp beside"):
+        ModelConfig.model_validate({**document, "roi": {"op": "spp"}})
+    with pytest.raises(ValidationError, match="should be 'roi_pool', 'roi_align', 'roi_align_max' or 'roi_warp'"):
+        ModelConfig.model_validate({**document, "roi": {"mask": {"op": "spp"}}})
+    config = ModelConfig.model_validate({**document, "roi": {"op": "spp", "mask": {"op": "roi_align"}}})
+    assert config.roi.mask_branch().op == "roi_align"
+    boxes_only = ModelConfig.model_validate({**document, "architecture": "faster_rcnn", "roi": {"op": "spp"}})
+    assert boxes_only.roi.box_bins == 21

@@ -8,14 +8,14 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
 from service import ops
-from service.modeling.config import RoIConfig, RoIOp
+from service.modeling.config import PatchOp, RoIConfig
 from service.modeling.poolers import RoIPooler
 
 CONFIGURED = [
     RoIConfig(op="roi_pool"),
     *(
         RoIConfig(op=op, sampling_ratio=points, aligned=aligned)
-        for op in get_args(RoIOp)
+        for op in get_args(PatchOp)
         for points in (1, 3)
         for aligned in (False, True)
         # `roi_pool` has no parameters, and of one point the mean is the largest.
@@ -73,8 +73,8 @@ def test_no_boxes_give_no_patches() -> None:
     assert pooled.shape == (0, 5, 7, 7)
 
 
-@pytest.mark.parametrize("op", get_args(RoIOp))
-def test_each_operator_is_the_one_of_its_name(op: RoIOp) -> None:
+@pytest.mark.parametrize("op", get_args(PatchOp))
+def test_each_operator_is_the_one_of_its_name(op: PatchOp) -> None:
     """Of one level, with the configured points: what `service.ops` answers when it is called by hand."""
     feature, proposals = {"2": features(160, 160)["2"]}, [boxes(12, 160, 160), boxes(7, 160, 160)]
     pooler = RoIPooler(roi=RoIConfig(op=op, sampling_ratio=3, aligned=True), output_size=5, strides={"2": 16})
@@ -83,3 +83,13 @@ def test_each_operator_is_the_one_of_its_name(op: RoIOp) -> None:
     torch.testing.assert_close(
         pooler(feature, proposals, [(160, 160)] * 2), by_hand(feature["2"], proposals, 5, 1 / 16, **points)
     )
+
+
+def test_a_spatial_pyramid_has_the_bins_of_all_its_grids_in_a_row() -> None:
+    maps, size = features(64, 64), (64, 64)
+    proposals = [boxes(10, *size), boxes(0, *size)]
+    pyramid = RoIPooler(roi=RoIConfig(op="spp"), output_size=(3, 1), strides=STRIDES)(maps, proposals, [size, size])
+    grid = RoIPooler(roi=RoIConfig(op="roi_pool"), output_size=3, strides=STRIDES)(maps, proposals, [size, size])
+    assert pyramid.shape == (10, 5, 10, 1)  # 3 x 3 + 1 x 1
+    torch.testing.assert_close(pyramid[:, :, :9, 0], grid.flatten(2))
+    torch.testing.assert_close(pyramid[:, :, 9, 0], grid.amax((2, 3)))
