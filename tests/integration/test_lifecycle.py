@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,16 +87,21 @@ def process(**environment: str) -> Iterator[Process]:
         stderr=subprocess.PIPE,
         text=True,
     ) as running:
+        assert running.stderr is not None
+        # Somebody has to read the log to its end: a full pipe would stop the service at its next line.
+        reader = threading.Thread(target=deque, args=(running.stderr, 0))
         try:
-            assert running.stderr is not None
             urls = (re.search(r"running on (http://\S+)", line) for line in running.stderr)
             url = next(match[1] for match in urls if match)
+            reader.start()
             with (service := Process(running, url)).client:
                 while service.client.get("/readyz").status_code != 200:
                     pass
                 yield service
         finally:
             running.kill()
+            if reader.ident is not None:
+                reader.join()
 
 
 def send_to_held_device(service: Process, threads: ThreadPoolExecutor, count: int) -> list[Future[httpx.Response]]:
