@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,12 +59,15 @@ class DetectOptions:
         max_detections: at most this many, best first, 1 to 1000.
         label_ids: keep only these classes (1-based; 0 is the background).
         with_masks: run the mask head (ignored by a model that has none).
+        proposals: (x1, y1, x2, y2) each, finite, x1 < x2 and y1 < y2, in pixels of the image: classify and refine these
+            instead of the RPN's. They may reach beyond the image, where they are clipped.
     """
 
     score_thresh: float | None = None
     max_detections: int | None = None
     label_ids: frozenset[int] | None = None
     with_masks: bool = True
+    proposals: tuple[Box, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

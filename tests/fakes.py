@@ -36,7 +36,8 @@ POISON = 13
 
 class FakePredictor:
     """Finds two objects in every picture: a cat that is its left half, with the picture's mean red / 255 as its score,
-    and a dog that is its green part, or all of it if nothing is green, with a tenth of that.
+    and a dog that is its green part, or all of it if nothing is green, with a tenth of that. Takes every proposal of
+    the caller for such a cat.
 
     Attributes:
         batches: the number of images of each batch.
@@ -83,6 +84,9 @@ class FakePredictor:
         boxes = np.array([[0, 0, width / 2, height], dog], np.float32)
         labels, scores = np.array([1, 2]), np.array([red, red / 10], np.float32)
         options = query.options
+        if options.proposals is not None:
+            boxes = np.array(options.proposals, np.float32).reshape(-1, 4)
+            labels, scores = np.ones(len(boxes), np.int64), np.full(len(boxes), red)
         kept = scores > (self.info.score_thresh if options.score_thresh is None else options.score_thresh)
         if options.label_ids is not None:
             kept &= np.isin(labels, list(options.label_ids))

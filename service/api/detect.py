@@ -22,6 +22,7 @@ from service.api.options import (
     DetectParameters,
     Wish,
     merge_options,
+    read_proposals,
     refuse_repeated_options,
     understand,
 )
@@ -85,7 +86,8 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     record.notes["model"] = predictor.info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
-    return _Order(upload.images, parameters, predictor, understand(parameters, predictor.info), deadline)
+    wish = understand(parameters, predictor.info, read_proposals(upload))
+    return _Order(upload.images, parameters, predictor, wish, deadline)
 
 
 @router.post(
@@ -100,6 +102,7 @@ async def detect(
 
     The image is the raw body, the multipart field `image`, or base64 in the JSON field `image`. Options are query
     parameters, other fields of the form, or other fields of the JSON object; each may be given in one place only.
+    Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
     job = order.job(order.only_image(), record.progress)
@@ -119,6 +122,8 @@ async def detect_batch(
 ) -> Response:
     """Find the objects in several images, each a multipart field `image`: an answer or an error for each, in order."""
     order = await _read_order(request, state, record, query)
+    if order.wish.options.proposals is not None:
+        raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")
     if not order.images:
         raise InvalidRequestError("expected multipart fields 'image', got none")
     results = await while_connected(request, _answer_each(state, order))

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from service.api.errors import ERROR_STATUS, PROBLEM_MEDIA_TYPE
-from service.api.options import DetectParameters
+from service.api.options import BodyParameters, DetectParameters
 from service.api.schemas import Problem
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -42,6 +42,8 @@ def describe_upload(
         several: whether the form may hold several images.
     """
     options = parameters.model_json_schema()["properties"]
+    if not several:
+        options |= BodyParameters.model_json_schema()["properties"]
     image: dict[str, Any] = {"type": "array", "items": _BINARY} if several else _BINARY
     schemas: dict[str, dict[str, Any]] = {
         "multipart": {"multipart/form-data": _upload_schema(image, options)},

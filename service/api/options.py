@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
+import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from service.api.body import Upload
 from service.api.errors import describe_option_errors
@@ -19,8 +20,9 @@ from service.errors import InvalidRequestError
 from service.masks.png import encode_crops, encode_png
 from service.masks.polygons import encode_polygons
 from service.masks.rle import encode_rle
-from service.structures import Detections, DetectOptions, Image, ModelInfo
+from service.structures import Box, Detections, DetectOptions, Image, ModelInfo
 
+MAX_PROPOSALS = 2000
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
 MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
@@ -60,6 +62,17 @@ class DetectParameters(BaseModel):
     )
 
 
+class BodyParameters(BaseModel):
+    """The options that are too long for a query: fields of a form, where they are written as JSON, or of JSON."""
+
+    proposals: list[Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]] | None = Field(
+        None,
+        max_length=MAX_PROPOSALS,
+        description=f"At most {MAX_PROPOSALS} boxes [x1, y1, x2, y2] in pixels of the upright image, clipped to it: "
+        "classify and refine these, as Fast R-CNN does, instead of the proposals of the model's own RPN.",
+    )
+
+
 class AnnotateParameters(DetectParameters):
     """The options of a detection, and the format of the picture."""
 
@@ -79,13 +92,14 @@ def refuse_repeated_options(request: Request) -> None:
 
 
 def merge_options(query: P, upload: Upload) -> P:
-    """The options of the query and of the body together.
+    """The options of the query and of the body together, but for those that only a body may hold.
 
     Raises:
         InvalidRequestError: one is unknown, of the wrong type, out of range, or given twice.
     """
     in_query = query.model_dump(exclude_unset=True)
     in_body = upload.json or _single_values(upload.form)
+    in_body = {name: value for name, value in in_body.items() if name not in BodyParameters.model_fields}
     if twice := sorted(in_query.keys() & in_body.keys()):
         raise InvalidRequestError(f"option {reprlib.repr(twice[0])} is given twice: in the query and in the body")
     try:
@@ -93,6 +107,34 @@ def merge_options(query: P, upload: Upload) -> P:
         return type(query).model_validate(in_query | in_body, strict=bool(upload.json))
     except ValidationError as error:
         raise InvalidRequestError(describe_option_errors(error.errors())) from None
+
+
+def read_proposals(upload: Upload) -> tuple[Box, ...] | None:
+    """The boxes that the caller proposes in a body; None if there are none to take the place of the RPN's.
+
+    Raises:
+        InvalidRequestError: too many, or one is no box; says which.
+    """
+    given = upload.json.get("proposals")
+    if (text := dict(upload.form).get("proposals")) is not None:
+        try:
+            given = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequestError(f"the form's field 'proposals' is not JSON: {error}") from None
+    try:
+        boxes = BodyParameters.model_validate({"proposals": given}, strict=True).proposals
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"[{part}]" for part in first["loc"][1:2])
+        raise InvalidRequestError(
+            f"proposals{where}: {describe_option_errors([first])}; expected [[x1, y1, x2, y2], ...] in pixels"
+        ) from None
+    for index, (x1, y1, x2, y2) in enumerate(boxes or ()):
+        if not (x1 < x2 and y1 < y2):
+            raise InvalidRequestError(
+                f"proposals[{index}]: expected x1 < x2 and y1 < y2, got {reprlib.repr([x1, y1, x2, y2])}"
+            )
+    return None if boxes is None else tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in boxes)
 
 
 def _single_values(items: Sequence[tuple[str, str]]) -> dict[str, object]:
@@ -121,7 +163,7 @@ class Wish:
         return MASK_ENCODERS[self.mask_format](detections.masks, detections.boxes, image.size)
 
 
-def understand(parameters: DetectParameters, info: ModelInfo) -> Wish:
+def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[Box, ...] | None = None) -> Wish:
     """Read the options as a wish to this model.
 
     Raises:
@@ -137,6 +179,7 @@ def understand(parameters: DetectParameters, info: ModelInfo) -> Wish:
         max_detections=parameters.max_detections,
         label_ids=_label_ids(parameters.labels, info),
         with_masks=mask_format != "none",
+        proposals=proposals,
     )
     return Wish(options, mask_format)
 

@@ -75,6 +75,7 @@ class Predictor:
                     [torch.from_numpy(image.pixels).to(self._device) for image in images],
                     [self._selection(query.options) for query in queries],
                     with_masks=[query.options.with_masks for query in queries],
+                    proposals=[self._proposals(query.options) for query in queries],
                     timed=self._timer(stage_seconds),
                 )
         except (RuntimeError, MemoryError) as error:
@@ -93,6 +94,12 @@ class Predictor:
             detections_per_img=info.max_detections if options.max_detections is None else options.max_detections,
             labels=options.label_ids,
         )
+
+    def _proposals(self, options: DetectOptions) -> torch.Tensor | None:
+        if options.proposals is None:
+            return None
+        # In float64, which holds every number of JSON, until they are clipped.
+        return torch.tensor(options.proposals, dtype=torch.float64, device=self._device).reshape(-1, 4)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:

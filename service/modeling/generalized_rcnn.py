@@ -4,17 +4,22 @@ trains, and is the reference that tests hold `detect` to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import generalized_rcnn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from service.modeling.roi_heads import RoIHeads, Selection
 from service.modeling.transform import Transform
+
+MIN_PROPOSAL_SIDE = 1e-3
+"""Pixels of the original image; smaller proposals of the caller are dropped (torchvision's RPN has the same bound)."""
 
 StageTimer = Callable[[str], AbstractContextManager[None]]
 """Gives a context that measures the stage it is named after."""
@@ -50,6 +55,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         selections: Sequence[Selection],
         *,
         with_masks: Sequence[bool],
+        proposals: Sequence[Tensor | None],
         timed: StageTimer = lambda stage: nullcontext(),
     ) -> list[ImageDetections]:
         """Detect objects in a batch.
@@ -59,6 +65,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
                 of the others' if all have one `transform.padded_size`.
             selections: which detections each image keeps.
             with_masks: whether each image's masks are wanted.
+            proposals: (L, 4) in pixels of each original image, clipped to it here: boxes to classify and refine, as
+                Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
             timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`.
         """
         with timed("preprocess"):
@@ -67,9 +75,9 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         with timed("backbone"):
             features = self.backbone(batch.tensors)
         with timed("rpn"):
-            proposals, _ = self.rpn(batch, features)
+            candidates = self._propose(batch, features, images, proposals)
         with timed("roi_heads"):
-            found = self.roi_heads.detect_boxes(features, proposals, sizes, selections)
+            found = self.roi_heads.detect_boxes(features, candidates, sizes, selections)
             masks: list[Tensor | None] = [None] * len(found)
             has_masks = self.roi_heads.mask_head is not None
             wanted = [index for index, wants in enumerate(with_masks) if wants and has_masks]
@@ -85,3 +93,28 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
                 )
                 for one, size, image, mask in zip(found, sizes, images, masks, strict=True)
             ]
+
+    def _propose(
+        self, batch: ImageList, features: Mapping[str, Tensor], images: Sequence[Tensor], given: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Each image's proposals in pixels of the resized image: those that were given, else the RPN's."""
+        waiting = [index for index, boxes in enumerate(given) if boxes is None]
+        proposed = iter(self._run_rpn(batch, features, waiting) if waiting else ())
+        return [
+            next(proposed) if boxes is None else _to_resized(boxes, image.shape[:2], size)
+            for boxes, image, size in zip(given, images, batch.image_sizes, strict=True)
+        ]
+
+    def _run_rpn(self, batch: ImageList, features: Mapping[str, Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """The RPN's proposals for some images of the batch."""
+        if len(indices) < len(batch.image_sizes):
+            features = {name: one[indices] for name, one in features.items()}
+            batch = ImageList(batch.tensors[indices], [batch.image_sizes[index] for index in indices])
+        proposals: list[Tensor] = self.rpn(batch, features)[0]
+        return proposals
+
+
+def _to_resized(boxes: Tensor, original: Sequence[int], resized: Sequence[int]) -> Tensor:
+    inside = clip_boxes_to_image(boxes, (original[0], original[1])).float()
+    # The RPN drops its own empty boxes too; one that lies beside the image is empty once it is clipped.
+    return resize_boxes(inside[remove_small_boxes(inside, MIN_PROPOSAL_SIDE)], list(original), list(resized))

@@ -66,8 +66,9 @@ class RoIHeads(roi_heads.RoIHeads):
         """
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_sizes))
         class_logits, box_regression = self.box_predictor(box_features)
-        boxes = self.box_coder.decode(box_regression.float(), proposals)
         scores = class_logits.float().softmax(-1)
+        # Where no image has a proposal, torchvision's coder leaves the classes' boxes in one row.
+        boxes = self.box_coder.decode(box_regression.float(), proposals).reshape(*scores.shape, 4)
         counts = [len(one) for one in proposals]
         return [
             self._select(image_boxes, image_scores, image_size, selection)

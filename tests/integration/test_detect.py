@@ -181,3 +181,29 @@ def test_large_body_in_many_chunks_arrives_whole(live: Live) -> None:
     response = live.client.post("/v1/detect", content=chunks)
     assert response.request.headers["Transfer-Encoding"] == "chunked"
     assert response.json()["image"] == {"width": 400, "height": 300, "orientation_applied": False}
+
+
+def test_proposals_of_the_caller_take_the_place_of_the_models_own(live: Live) -> None:
+    proposals = [[1, 2, 30, 40], [0.5, 0, 64, 48]]
+    form = live.client.post("/v1/detect", files={"image": PICTURE}, data={"proposals": str(proposals)}).json()
+    body = {"image": base64.b64encode(PICTURE).decode(), "proposals": proposals, "masks": "none"}
+    json = live.client.post("/v1/detect", json=body).json()
+    assert without_masks(form) == json["detections"] == [CAT | {"box": box} for box in proposals]
+    assert live.client.post("/v1/detect", json=body | {"proposals": []}).json()["detections"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "words"),
+    [
+        ("/v1/detect", {"data": {"proposals": "[[0, 0, 9, 9], [9, 0, 0, 9]]"}}, "proposals[1]: expected x1 < x2"),
+        ("/v1/detect", {"data": {"proposals": "[[0, 0, 9, 1e999]]"}}, "not JSON"),
+        ("/v1/detect", {"data": {"proposals": "[[0, 0, 9, 9], [1, 2, 3]]"}}, "proposals[1]"),
+        ("/v1/detect", {"data": {"proposals": str([[0, 0, 9, 9]] * 2001)}}, "at most 2000"),
+        ("/v1/detect", {"params": {"proposals": "[[0, 0, 9, 9]]"}}, "unknown option 'proposals'"),
+        ("/v1/detect/batch", {"data": {"proposals": "[[0, 0, 9, 9]]"}}, "boxes of one image"),
+    ],
+)
+def test_proposals_that_cannot_be_meant_are_refused(live: Live, path: str, options: dict[str, Any], words: str) -> None:
+    response = live.client.post(path, files={"image": PICTURE}, **options)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert words in response.json()["detail"]

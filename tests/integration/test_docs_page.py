@@ -47,7 +47,7 @@ def test_every_option_is_documented_for_query_form_and_json(live: Live) -> None:
     assert all(parameter["description"] for parameter in operation["parameters"])
     content = operation["requestBody"]["content"]
     for media_type in ("multipart/form-data", "application/json"):
-        assert content[media_type]["schema"]["properties"].keys() == {"image", *OPTIONS}
+        assert content[media_type]["schema"]["properties"].keys() == {"image", "proposals", *OPTIONS}
     assert {"application/octet-stream", "image/*"} < content.keys()
 
 

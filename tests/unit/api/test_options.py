@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.api.body import Upload
-from service.api.options import DetectParameters, merge_options, understand
+from service.api.options import MAX_PROPOSALS, DetectParameters, merge_options, read_proposals, understand
 from service.errors import InvalidRequestError
 from service.structures import DetectOptions
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO
@@ -60,3 +60,50 @@ def test_nobody_who_asks_for_no_masks_pays_for_them() -> None:
 
 def test_labels_become_ids_which_begin_with_1() -> None:
     assert understand(DetectParameters(labels=["dog"]), FAKE_INFO).options.label_ids == frozenset({2})
+
+
+def test_proposals_are_the_same_in_form_and_json() -> None:
+    json = Upload([], json={"proposals": [[0, 1.5, 10, 20]], "score_thresh": 0.5})
+    form = Upload([], form=[("proposals", "[[0, 1.5, 10, 20]]"), ("score_thresh", "0.5")])
+    for upload in (json, form):
+        proposals = read_proposals(upload)
+        assert merge_options(DetectParameters(), upload) == DetectParameters(score_thresh=0.5)
+        assert understand(DetectParameters(), FAKE_INFO, proposals).options.proposals == ((0.0, 1.5, 10.0, 20.0),)
+
+
+def test_no_proposals_differ_from_none_at_all() -> None:
+    assert read_proposals(Upload([], json={"proposals": []})) == ()
+    assert read_proposals(Upload([], json={"proposals": None})) is None
+    assert read_proposals(Upload([])) is None
+
+
+BOX = [0, 0, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("proposals", "words"),
+    [
+        ([BOX, [5, 0, 5, 10]], r"proposals\[1\]: expected x1 < x2 and y1 < y2, got \[5.0, 0.0, 5.0, 10.0\]"),
+        ([BOX, BOX, [0, 10, 10, 0]], r"proposals\[2\]: expected x1 < x2"),
+        ([BOX, [0, 0, float("nan"), 10]], r"proposals\[1\]: .*finite"),
+        ([[0, 0, float("inf"), 10]], r"proposals\[0\]: .*finite"),
+        ([BOX, [0, 0, 10]], r"proposals\[1\]: .*at least 4"),
+        ([[0, 0, 10, "10"]], r"proposals\[0\]: .*number"),
+        ([[0, 0, 10, True]], r"proposals\[0\]: .*number"),
+        (BOX, r"proposals\[0\]: .*list"),
+        ("0,0,10,10", "proposals: .*list"),
+        ([BOX] * (MAX_PROPOSALS + 1), "at most 2000 items"),
+    ],
+)
+def test_proposal_that_is_no_box_is_refused_by_its_number(proposals: object, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        read_proposals(Upload([], json={"proposals": proposals}))
+
+
+def test_as_many_proposals_as_are_allowed_are_taken() -> None:
+    assert len(read_proposals(Upload([], json={"proposals": [BOX] * MAX_PROPOSALS})) or ()) == MAX_PROPOSALS
+
+
+def test_proposals_of_a_form_are_json() -> None:
+    with pytest.raises(InvalidRequestError, match="'proposals' is not JSON"):
+        read_proposals(Upload([], form=[("proposals", "0 0 10 10")]))

@@ -1,0 +1,123 @@
+"""Proposals of the caller are classified and refined as the RPN's own are, and the RPN runs only for who needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection.transform import resize_boxes
+
+from service.inference.predictor import Predictor
+from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
+from service.structures import Box, Detections, DetectOptions, Image, Query
+from service.training.loop import evaluation_info
+
+CONFIG = ModelConfig.model_validate(
+    {
+        "architecture": "mask_rcnn",
+        "labels": ["a", "b"],
+        "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
+        "transform": {"min_size": 160, "max_size": 320},
+        "rpn": {"post_nms_top_n_test": 50},
+        "roi": {"box_head_channels": 32, "mask_head_channels": [16]},
+        "detections": {"score_thresh": 0.0, "detections_per_img": 20},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    torch.manual_seed(0)
+    model = build_model(CONFIG)
+    # Random weights find all classes equally likely; spread them so that rounding does not decide which comes first.
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight.mul_(50)
+    return Predictor(model, info=evaluation_info(CONFIG), device=torch.device("cpu"))
+
+
+def picture(seed: int, height: int = 120, width: int = 200) -> Image:
+    return Image(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@contextmanager
+def rpn_runs(predictor: Predictor) -> Iterator[list[list[torch.Tensor]]]:
+    """Collects the proposals of each run of the RPN."""
+    runs: list[list[torch.Tensor]] = []
+    hook = predictor._model.rpn.register_forward_hook(lambda module, args, output: runs.append(output[0]))
+    try:
+        yield runs
+    finally:
+        hook.remove()
+
+
+def detect(predictor: Predictor, *queries: Query) -> list[Detections]:
+    return [prediction.detections for prediction in predictor.predict(queries)]
+
+
+def own_proposals(predictor: Predictor, image: Image) -> tuple[Detections, tuple[Box, ...]]:
+    """The ordinary answer, and the RPN's proposals behind it in pixels of the image."""
+    with rpn_runs(predictor) as runs:
+        (found,) = detect(predictor, Query(image))
+    resized = predictor._model.transform.resized_size(image.size)
+    boxes = resize_boxes(runs[0][0], list(resized), list(image.size)).tolist()
+    return found, tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in boxes)
+
+
+def assert_same(found: Detections, expected: Detections) -> None:
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert found.masks is not None
+    assert expected.masks is not None
+    np.testing.assert_allclose(found.masks, expected.masks, atol=1e-4)
+
+
+def test_the_rpns_own_proposals_passed_by_the_caller_give_the_ordinary_answer(predictor: Predictor) -> None:
+    image = picture(0)
+    expected, proposals = own_proposals(predictor, image)
+    assert len(proposals) == 50
+    with rpn_runs(predictor) as runs:
+        (found,) = detect(predictor, Query(image, DetectOptions(proposals=proposals)))
+    assert runs == []
+    assert len(found) >= 10
+    assert_same(found, expected)
+
+
+def test_one_batch_mixes_images_with_and_without_proposals(predictor: Predictor) -> None:
+    images = [picture(seed) for seed in range(4)]
+    (first, given), (second, _), (third, also_given), (last, _) = (own_proposals(predictor, one) for one in images)
+    options = [DetectOptions(proposals=given), DetectOptions(), DetectOptions(proposals=also_given), DetectOptions()]
+    with rpn_runs(predictor) as runs:
+        found = detect(predictor, *(Query(image, wish) for image, wish in zip(images, options, strict=True)))
+    assert [len(proposals) for proposals in runs] == [2]
+    for one, expected in zip(found, (first, second, third, last), strict=True):
+        assert_same(one, expected)
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_no_proposals_no_detections(predictor: Predictor, with_masks: bool) -> None:
+    nothing = Query(picture(0), DetectOptions(proposals=(), with_masks=with_masks))
+    (alone,) = detect(predictor, nothing)
+    beside, other = detect(predictor, nothing, Query(picture(1)))
+    assert (len(alone), len(beside)) == (0, 0)
+    assert len(other) > 0
+
+
+def test_proposals_are_clipped_to_the_image(predictor: Predictor) -> None:
+    image = picture(0, height=120, width=200)
+    beyond = DetectOptions(proposals=((-1e300, -5.0, 100.0, 60.0), (50.0, 30.0, 1e300, 1e300)))
+    inside = DetectOptions(proposals=((0.0, 0.0, 100.0, 60.0), (50.0, 30.0, 200.0, 120.0)))
+    (found,), (expected,) = detect(predictor, Query(image, beyond)), detect(predictor, Query(image, inside))
+    assert len(found) > 0
+    assert_same(found, expected)
+
+
+def test_proposal_beside_the_image_is_left_out(predictor: Predictor) -> None:
+    image = picture(0, height=120, width=200)
+    beside = DetectOptions(proposals=((200.0, 0.0, 300.0, 60.0), (-9.0, -9.0, 0.0, 0.0)))
+    assert len(detect(predictor, Query(image, beside))[0]) == 0
