@@ -195,7 +195,7 @@ class Pipeline:
         padded_size = job.predictor.group_key(image.size)
         padded_pixels = padded_size[0] * padded_size[1]
         work = Work(job.predictor, Query(image, job.options), padded_pixels, job.progress)
-        group = (job.predictor.info.key, padded_size)
+        group = (job.predictor.info.key, padded_size, job.options.roi_op)
         self._submitted.add(work)
         try:
             answer = await self._batcher.submit(work, group=group, cost=padded_pixels, deadline=job.deadline)

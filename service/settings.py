@@ -69,6 +69,11 @@ class Settings(BaseSettings):
         description="Most pixels waiting for the device, after resizing and padding; more are refused with 429.",
     )
 
+    allow_roi_op_override: bool = Field(
+        False,
+        description="Whether a request may name another RoI operator than its model's (true or false), for comparison.",
+    )
+
     request_timeout_ms: int = Field(
         30_000,
         ge=1,

@@ -61,6 +61,7 @@ class DetectOptions:
         with_masks: run the mask head (ignored by a model that has none).
         proposals: (x1, y1, x2, y2) each, finite, x1 < x2 and y1 < y2, in pixels of the image: classify and refine these
             instead of the RPN's. They may reach beyond the image, where they are clipped.
+        roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
     """
 
     score_thresh: float | None = None
@@ -68,6 +69,7 @@ class DetectOptions:
     label_ids: frozenset[int] | None = None
     with_masks: bool = True
     proposals: tuple[Box, ...] | None = None
+    roi_op: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +136,7 @@ class ModelInfo:
         score_thresh: the default threshold, 0 to 1.
         max_detections: the default bound of detections an image.
         has_masks: whether it is a Mask R-CNN.
+        roi_ops: RoI operators that can take the place of `roi_op`, itself among them; none if its heads fit no other.
     """
 
     name: str
@@ -148,6 +151,7 @@ class ModelInfo:
     engine: str
     precision: str
     device: str
+    roi_ops: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

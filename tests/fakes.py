@@ -27,8 +27,9 @@ FAKE_INFO = ModelInfo(
     engine="eager",
     precision="float32",
     device="cpu",
+    roi_ops=("roi_pool", "roi_align"),
 )
-FAKE_BOXES_INFO = replace(FAKE_INFO, name="fake-boxes", architecture="faster_rcnn", has_masks=False)
+FAKE_BOXES_INFO = replace(FAKE_INFO, name="fake-boxes", architecture="faster_rcnn", has_masks=False, roi_ops=())
 
 # A picture whose top left pixel has this red value makes the model fail.
 POISON = 13

@@ -30,7 +30,7 @@ from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, 
 from service.api.state import ApiState, State
 from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
 from service.imaging.overlay import draw_detections, encode_picture
-from service.pipeline import Job, Predictor, Progress
+from service.pipeline import Answer, Job, Predictor, Progress
 from service.structures import Detections, Image
 
 router = APIRouter(
@@ -63,6 +63,9 @@ class _Order(Generic[P]):
             progress=progress,
         )
 
+    def describe(self, answer: Answer[Sequence[object] | None], progress: Progress) -> dict[str, object]:
+        return detections_document(self.predictor.info, answer, progress, roi_op=self.wish.options.roi_op)
+
     def only_image(self) -> bytes:
         if len(self.images) != 1:
             raise InvalidRequestError(
@@ -82,6 +85,8 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
         state.metrics.cancelled.labels(record.progress.stage).inc()
         raise
     parameters = merge_options(query, upload)
+    if parameters.roi_op is not None and not settings.allow_roi_op_override:
+        raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
     predictor = state.models.find(parameters.model)
     record.notes["model"] = predictor.info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
@@ -108,7 +113,7 @@ async def detect(
     job = order.job(order.only_image(), record.progress)
     answer = await while_connected(request, state.pipeline.run(job, order.wish.encode))
     record.notes |= {"batch_size": answer.batch_size, "detections": len(answer.detections)}
-    document = detections_document(order.predictor.info, answer, record.progress)
+    document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
 
 
@@ -149,7 +154,7 @@ async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], ima
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}
-    return detections_document(order.predictor.info, answer, progress)
+    return order.describe(answer, progress)
 
 
 @router.post(

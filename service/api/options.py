@@ -54,6 +54,12 @@ class DetectParameters(BaseModel):
         description="Form of the masks: rle (COCO), polygons, png (of the whole image, base64), crop (png of the mask "
         "alone and its origin) or none. Unset: rle if the model has masks, else none.",
     )
+    roi_op: str | None = Field(
+        None,
+        max_length=200,
+        description="RoI operator of the box and the mask branch for this request, such as roi_pool, if the server "
+        "allows it (allow_roi_op_override). Unset, the model's.",
+    )
     timeout_ms: int | None = Field(
         None,
         ge=1,
@@ -167,12 +173,18 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
     """Read the options as a wish to this model.
 
     Raises:
-        InvalidRequestError: a label that it does not know, or masks that it does not have.
+        InvalidRequestError: a label that it does not know, masks that it does not have, or an RoI operator that it
+            cannot take.
     """
     mask_format: MaskFormat = parameters.masks or ("rle" if info.has_masks else "none")
     if mask_format != "none" and not info.has_masks:
         raise InvalidRequestError(
             f"masks={mask_format} needs a model with masks, {info.key} is a {info.architecture}; leave the option out"
+        )
+    if parameters.roi_op is not None and parameters.roi_op not in info.roi_ops:
+        known = ", ".join(info.roi_ops) or f"only its own, {info.roi_op}, without this option"
+        raise InvalidRequestError(
+            f"{info.key} cannot take roi_op={reprlib.repr(parameters.roi_op)}; it can take: {known}"
         )
     options = DetectOptions(
         score_thresh=parameters.score_thresh,
@@ -180,6 +192,7 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
         label_ids=_label_ids(parameters.labels, info),
         with_masks=mask_format != "none",
         proposals=proposals,
+        roi_op=parameters.roi_op,
     )
     return Wish(options, mask_format)
 

@@ -103,6 +103,7 @@ class ModelDescription(BaseModel):
     architecture: str
     backbone: str
     roi_op: str
+    roi_ops: list[str] = Field(description="What the option roi_op may name, if the server allows it.")
     labels: list[str] = Field(description="The label at index i has the id i + 1.")
     score_thresh: float
     max_detections: int
@@ -128,8 +129,14 @@ def detections_document(
     info: ModelInfo,
     answer: Answer[Sequence[object] | None],
     progress: Progress,
+    *,
+    roi_op: str | None = None,
 ) -> dict[str, object]:
-    """What was found in one image, as `ImageDetections` describes it; holds NumPy rows, which orjson writes."""
+    """What was found in one image, as `ImageDetections` describes it; holds NumPy rows, which orjson writes.
+
+    Args:
+        roi_op: the operator that the request named instead of the model's.
+    """
     height, width = answer.image_size
     found = answer.detections
     labels = found.labels.tolist()
@@ -145,7 +152,7 @@ def detections_document(
     return {
         "model": info.name,
         "version": info.version,
-        "roi_op": info.roi_op,
+        "roi_op": roi_op or info.roi_op,
         "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied},
         "detections": detections,
         "timings_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},

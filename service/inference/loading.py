@@ -4,6 +4,8 @@ Called by `app.py` and by offline commands.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from service.errors import ServiceError
@@ -11,6 +13,7 @@ from service.inference.predictor import Predictor
 from service.model_store.store import StoredModel
 from service.model_store.weights import load_into
 from service.modeling.build import build_model
+from service.modeling.config import ModelConfig, PatchOp
 from service.structures import ModelInfo
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,10 +50,17 @@ def load_predictor(stored: StoredModel, *, device: str = "auto", precision: str 
             engine="eager",
             precision="float32" if precision == "auto" else precision,
             device=str(target),
+            roi_ops=interchangeable_ops(config),
         ),
         device=target,
         autocast_dtype=DTYPES.get(precision),
     )
+
+
+def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
+    """The RoI operators that may take the place of the configured one: those that give a patch of the same size."""
+    patch_ops: tuple[str, ...] = get_args(PatchOp)
+    return patch_ops if config.roi.op in patch_ops else ()
 
 
 def choose_device(device: str) -> torch.device:

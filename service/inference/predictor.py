@@ -59,16 +59,21 @@ class Predictor:
         """Detect objects in a batch of images, each by its own options.
 
         Args:
-            queries: at least one image; for answers that do not depend on batch mates, all of one `group_key`.
+            queries: at least one image, all with the same `roi_op`; for answers that do not depend on batch mates,
+                all of one `group_key`.
 
         Returns:
             One prediction for each query, in order.
 
         Raises:
             InferenceError: the network failed, for example for lack of memory.
+            ValueError: their `roi_op` differ.
         """
         stage_seconds: dict[str, float] = {}
         images = [query.image for query in queries]
+        roi_ops = {query.options.roi_op for query in queries}
+        if len(roi_ops) > 1:
+            raise ValueError(f"expected one roi_op for the whole batch, got {roi_ops}")
         try:
             with self._autocast():
                 found = self._model.detect(
@@ -76,6 +81,7 @@ class Predictor:
                     [self._selection(query.options) for query in queries],
                     with_masks=[query.options.with_masks for query in queries],
                     proposals=[self._proposals(query.options) for query in queries],
+                    roi_op=roi_ops.pop(),
                     timed=self._timer(stage_seconds),
                 )
         except (RuntimeError, MemoryError) as error:

@@ -56,6 +56,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         *,
         with_masks: Sequence[bool],
         proposals: Sequence[Tensor | None],
+        roi_op: str | None = None,
         timed: StageTimer = lambda stage: nullcontext(),
     ) -> list[ImageDetections]:
         """Detect objects in a batch.
@@ -67,6 +68,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
             with_masks: whether each image's masks are wanted.
             proposals: (L, 4) in pixels of each original image, clipped to it here: boxes to classify and refine, as
                 Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
+            roi_op: the operator of the box and the mask branch for this batch; None for the model's own.
             timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`.
         """
         with timed("preprocess"):
@@ -77,14 +79,14 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         with timed("rpn"):
             candidates = self._propose(batch, features, images, proposals)
         with timed("roi_heads"):
-            found = self.roi_heads.detect_boxes(features, candidates, sizes, selections)
+            found = self.roi_heads.detect_boxes(features, candidates, sizes, selections, roi_op=roi_op)
             masks: list[Tensor | None] = [None] * len(found)
             has_masks = self.roi_heads.mask_head is not None
             wanted = [index for index, wants in enumerate(with_masks) if wants and has_masks]
             if wanted:
                 # The pooler finds an image's features by its place in the batch, so the others take part with no boxes.
                 asked = [one if index in wanted else one.none() for index, one in enumerate(found)]
-                predicted = self.roi_heads.detect_masks(features, asked, sizes)
+                predicted = self.roi_heads.detect_masks(features, asked, sizes, roi_op=roi_op)
                 masks = [predicted[index] if index in wanted else None for index in range(len(found))]
         with timed("postprocess"):
             return [

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.models.detection import roi_heads
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from service.modeling.poolers import RoIPooler
+
 MIN_BOX_SIDE = 1e-2
 """Pixels; smaller boxes are dropped, as torchvision does."""
 
@@ -55,6 +57,8 @@ class RoIHeads(roi_heads.RoIHeads):
         proposals: list[Tensor],
         image_sizes: Sequence[tuple[int, int]],
         selections: Sequence[Selection],
+        *,
+        roi_op: str | None = None,
     ) -> list[BoxDetections]:
         """Classify and refine the proposals of each image, and keep what its selection asks for.
 
@@ -63,8 +67,9 @@ class RoIHeads(roi_heads.RoIHeads):
             proposals: (L, 4) for each image, in pixels of the resized image.
             image_sizes: each resized image's (height, width); boxes are clipped to it.
             selections: one for each image.
+            roi_op: the operator instead of the configured one, with the same parameters.
         """
-        box_features = self.box_head(self.box_roi_pool(features, proposals, image_sizes))
+        box_features = self.box_head(_with_op(self.box_roi_pool, roi_op)(features, proposals, image_sizes))
         class_logits, box_regression = self.box_predictor(box_features)
         scores = class_logits.float().softmax(-1)
         # Where no image has a proposal, torchvision's coder leaves the classes' boxes in one row.
@@ -82,11 +87,14 @@ class RoIHeads(roi_heads.RoIHeads):
         features: Mapping[str, Tensor],
         detections: Sequence[BoxDetections],
         image_sizes: Sequence[tuple[int, int]],
+        *,
+        roi_op: str | None = None,
     ) -> list[Tensor]:
         """Predict the mask of each detection: (D, M, M) probabilities of its own class, for each image."""
         boxes = [one.boxes for one in detections]
         labels = torch.cat([one.labels for one in detections])
-        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_sizes)))
+        pooled = _with_op(self.mask_roi_pool, roi_op)(features, boxes, image_sizes)
+        logits = self.mask_predictor(self.mask_head(pooled))
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]
         return list(own_class.float().sigmoid().split([len(one) for one in boxes]))
 
@@ -107,3 +115,11 @@ class RoIHeads(roi_heads.RoIHeads):
         boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
         keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: selection.detections_per_img]
         return BoxDetections(boxes[keep], labels[keep], scores[keep])
+
+
+def _with_op(pooler: RoIPooler, op: str | None) -> RoIPooler:
+    """The pooler with another operator. Poolers have no weights, so one can be made for a single call."""
+    if op is None:
+        return pooler
+    roi = pooler.roi.model_copy(update={"op": op})
+    return RoIPooler(roi=roi, output_size=pooler.output_size, strides=pooler.strides)

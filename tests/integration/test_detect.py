@@ -207,3 +207,27 @@ def test_proposals_that_cannot_be_meant_are_refused(live: Live, path: str, optio
     response = live.client.post(path, files={"image": PICTURE}, **options)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
     assert words in response.json()["detail"]
+
+
+def test_roi_op_of_a_request_is_echoed_and_refused_where_the_server_does_not_allow_it(
+    live: Live, serve: Callable[..., Live]
+) -> None:
+    refused = live.detect(PICTURE, roi_op="roi_pool")
+    assert refused.status_code == 422
+    assert "allow_roi_op_override" in refused.json()["detail"]
+    allowing = serve(allow_roi_op_override=True)
+    assert allowing.detect(PICTURE, roi_op="roi_pool").json()["roi_op"] == "roi_pool"
+    assert allowing.detect(PICTURE).json()["roi_op"] == "roi_align"
+    assert "it can take: roi_pool, roi_align" in allowing.detect(PICTURE, roi_op="magic").json()["detail"]
+
+
+def test_images_with_different_operators_do_not_share_a_batch(serve: Callable[..., Live]) -> None:
+    live = serve(max_batch_size=8, allow_roi_op_override=True)
+    first = live.hold_device()
+    ops = ["roi_pool", "roi_align", "roi_pool", "roi_align", "roi_pool"]
+    waiting = [live.in_background(live.detect, PICTURE, roi_op=op) for op in ops]
+    live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', len(ops))
+    live.release_device()
+    sizes = [(future.result().json()["roi_op"], future.result().json()["batch_size"]) for future in waiting]
+    assert sizes == [(op, {"roi_pool": 3, "roi_align": 2}[op]) for op in ops]
+    assert first.result().json()["batch_size"] == 1

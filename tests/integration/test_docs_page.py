@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.conftest import Live
 
-OPTIONS = {"model", "score_thresh", "max_detections", "labels", "masks", "timeout_ms"}
+OPTIONS = {"model", "score_thresh", "max_detections", "labels", "masks", "roi_op", "timeout_ms"}
 
 
 def test_page_loads_everything_from_this_server(live: Live) -> None:

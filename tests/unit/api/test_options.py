@@ -107,3 +107,11 @@ def test_as_many_proposals_as_are_allowed_are_taken() -> None:
 def test_proposals_of_a_form_are_json() -> None:
     with pytest.raises(InvalidRequestError, match="'proposals' is not JSON"):
         read_proposals(Upload([], form=[("proposals", "0 0 10 10")]))
+
+
+def test_roi_op_is_one_that_the_model_can_take() -> None:
+    assert understand(DetectParameters(roi_op="roi_pool"), FAKE_INFO).options.roi_op == "roi_pool"
+    with pytest.raises(InvalidRequestError, match="cannot take roi_op='spp'; it can take: roi_pool, roi_align"):
+        understand(DetectParameters(roi_op="spp"), FAKE_INFO)
+    with pytest.raises(InvalidRequestError, match="only its own, roi_align"):
+        understand(DetectParameters(roi_op="roi_align"), FAKE_BOXES_INFO)

@@ -1,4 +1,6 @@
-"""Proposals of the caller are classified and refined as the RPN's own are, and the RPN runs only for who needs it."""
+"""Proposals of the caller are classified and refined as the RPN's own are, and the RPN runs only for who needs it;
+another RoI operator gives what a model that was built with it gives.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import resize_boxes
 
+from service.inference.loading import interchangeable_ops
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
@@ -29,14 +32,18 @@ CONFIG = ModelConfig.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
+def build(config: ModelConfig) -> Predictor:
     torch.manual_seed(0)
-    model = build_model(CONFIG)
+    model = build_model(config)
     # Random weights find all classes equally likely; spread them so that rounding does not decide which comes first.
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(50)
-    return Predictor(model, info=evaluation_info(CONFIG), device=torch.device("cpu"))
+    return Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return build(CONFIG)
 
 
 def picture(seed: int, height: int = 120, width: int = 200) -> Image:
@@ -121,3 +128,24 @@ def test_proposal_beside_the_image_is_left_out(predictor: Predictor) -> None:
     image = picture(0, height=120, width=200)
     beside = DetectOptions(proposals=((200.0, 0.0, 300.0, 60.0), (-9.0, -9.0, 0.0, 0.0)))
     assert len(detect(predictor, Query(image, beside))[0]) == 0
+
+
+@pytest.mark.parametrize("op", [op for op in interchangeable_ops(CONFIG) if op != CONFIG.roi.op])
+def test_another_roi_op_answers_as_a_model_built_with_it(predictor: Predictor, op: str) -> None:
+    roi = CONFIG.roi.model_copy(update={"op": op})
+    (expected,) = detect(build(CONFIG.model_copy(update={"roi": roi})), Query(picture(0)))
+    (found,) = detect(predictor, Query(picture(0), DetectOptions(roi_op=op)))
+    assert_same(found, expected)
+    (own,) = detect(predictor, Query(picture(0)))
+    assert not np.array_equal(found.scores, own.scores)
+
+
+def test_heads_that_fit_no_other_operator_have_none_to_choose_from() -> None:
+    pyramid = CONFIG.roi.model_copy(update={"op": "spp"})
+    assert interchangeable_ops(CONFIG.model_copy(update={"roi": pyramid})) == ()
+    assert "roi_pool" in interchangeable_ops(CONFIG)
+
+
+def test_batch_of_two_operators_is_refused(predictor: Predictor) -> None:
+    with pytest.raises(ValueError, match="one roi_op"):
+        predictor.predict([Query(picture(0)), Query(picture(0), DetectOptions(roi_op="roi_pool"))])
