@@ -55,7 +55,7 @@ format: setup ## Bring the code into the form that `make check` expects
 
 bench: setup ## Run every benchmark (ARGS= goes to each)
 	@set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
+		echo "== $$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" $(ARGS); \
 	done
 
 clean: ## Remove caches and build outputs; .venv stays
