@@ -1,4 +1,5 @@
-"""Backbones: a trunk and its feature pyramid, with torchvision's attribute names (`body`, `fpn`). Called by `build.py`.
+"""Backbones: a trunk and its feature pyramid, if it has one, with torchvision's attribute names (`body`, `fpn`). Called
+by `build.py`.
 Knows convolutions and strides; knows nothing of boxes.
 """
 
@@ -9,7 +10,8 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torchvision.models import mobilenet, resnet
+from torchvision.models import mobilenet, resnet, vgg
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -20,17 +22,39 @@ NormLayer = Callable[[int], nn.Module]
 
 
 class Backbone(NamedTuple):
-    """A trunk with its pyramid, and where the RoI heads may pool.
+    """A trunk with its pyramid, if any, and where the RoI heads may pool.
 
     Attributes:
         module: (N, 3, H, W) -> feature maps by name, finest first.
         pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
         strides: stride of each map that the RPN sees, finest first.
+        out_channels: of every map.
+        res5: the trunk's last stage where it is the box head, (K, out_channels, S, S) -> (K, 2 * out_channels, S', S')
+            with S' = S / 2 rounded up.
     """
 
-    module: BackboneWithFPN
+    module: nn.Module
     pooled_strides: dict[str, int]
     strides: tuple[int, ...]
+    out_channels: int
+    res5: nn.Module | None = None
+
+
+class SingleMap(nn.Module):
+    """A trunk without a pyramid.
+
+    Args:
+        trunk: its parts in the order in which they run.
+        last: name of the part whose output is the map; those behind it are left out.
+    """
+
+    def __init__(self, trunk: nn.Module, *, last: str) -> None:
+        super().__init__()
+        self.body = IntermediateLayerGetter(trunk, return_layers={last: "0"})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> the one map, as `0`."""
+        return self.body(x)  # type: ignore[no-any-return]  # nn.Module's call
 
 
 class NarrowResNet18(nn.Module):
@@ -49,9 +73,7 @@ class NarrowResNet18(nn.Module):
         self.layer2 = _stage(width, width * 2, stride=2, norm_layer=norm_layer)
         self.layer3 = _stage(width * 2, width * 4, stride=2, norm_layer=norm_layer)
         self.layer4 = _stage(width * 4, width * 8, stride=2, norm_layer=norm_layer)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 8 * width, H / 32, W / 32)."""
@@ -60,7 +82,9 @@ class NarrowResNet18(nn.Module):
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
-    """Build the trunk and pyramid that `config` names, with random weights."""
+    """Build the trunk, and pyramid if any, that `config` names, with random weights."""
+    if config.name == "vgg16":
+        return _vgg16()
     trunk_norm = norm_layer(config.norm, eps=config.norm_eps)
     if config.name == "mobilenet_v3_large_fpn":
         return _mobilenet_fpn(trunk_norm, config)
@@ -68,9 +92,12 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         assert config.width is not None  # BackboneConfig says so
         narrow = NarrowResNet18(width=config.width, norm_layer=trunk_norm)
         return _resnet_fpn(narrow, config.width, config)
-    trunk: resnet.ResNet = getattr(resnet, config.name.removesuffix("_fpn"))(weights=None, norm_layer=trunk_norm)
+    trunk: resnet.ResNet = getattr(resnet, config.name.split("_")[0])(weights=None, norm_layer=trunk_norm)
     if config.stride_in_1x1:
         _stride_in_1x1(trunk)
+    if config.has_res5_head:
+        module = SingleMap(trunk, last="layer3")
+        return Backbone(module, {"0": 16}, strides=(16,), out_channels=trunk.inplanes // 2, res5=trunk.layer4)
     return _resnet_fpn(trunk, trunk.inplanes // 8, config)
 
 
@@ -88,7 +115,12 @@ def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, config: BackboneCon
         extra_blocks=LastLevelMaxPool(),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
-    return Backbone(module, {"0": 4, "1": 8, "2": 16, "3": 32}, strides=(4, 8, 16, 32, 64))
+    return Backbone(
+        module,
+        {"0": 4, "1": 8, "2": 16, "3": 32},
+        strides=(4, 8, 16, 32, 64),
+        out_channels=config.out_channels,
+    )
 
 
 def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
@@ -104,7 +136,24 @@ def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
-    return Backbone(module, {"0": 32}, strides=(32, 32, 64))
+    return Backbone(module, {"0": 32}, strides=(32, 32, 64), out_channels=config.out_channels)
+
+
+def _vgg16() -> Backbone:
+    # torchvision's whole VGG-16 would make a classifier of 120 million weights, to be thrown away.
+    trunk = vgg.make_layers(vgg.cfgs["D"])
+    _initialise(trunk)
+    # 28 is conv5_3, 29 its ReLU, 30 the last pooling, in whose place the RoIs are pooled.
+    return Backbone(SingleMap(trunk, last="29"), {"0": 16}, strides=(16,), out_channels=512)
+
+
+def _initialise(trunk: nn.Module) -> None:
+    """Random convolutions as torchvision's trunks have them (He et al. 2015, "Delving deep into rectifiers")."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _stage(in_channels: int, channels: int, *, stride: int, norm_layer: NormLayer) -> nn.Sequential:

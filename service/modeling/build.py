@@ -16,6 +16,7 @@ from service.modeling.anchors import Detectron2AnchorGenerator
 from service.modeling.backbone import Backbone, build_backbone, norm_layer
 from service.modeling.config import AnchorsConfig, ModelConfig, RoIConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
+from service.modeling.heads import DropoutMLPHead, Res5BoxHead, Res5MaskHead
 from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import RoIHeads
 from service.modeling.transform import Transform
@@ -40,7 +41,7 @@ def _build_rpn(config: ModelConfig, backbone: Backbone) -> RegionProposalNetwork
     return RegionProposalNetwork(
         anchor_generator=anchor_generator,
         head=RPNHead(
-            config.backbone.out_channels,
+            backbone.out_channels,
             anchor_generator.num_anchors_per_location()[0],
             conv_depth=rpn.head_conv_depth,
         ),
@@ -63,15 +64,17 @@ def _build_anchor_generator(anchors: AnchorsConfig, strides: Sequence[int]) -> A
 
 
 def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
-    roi, channels = config.roi, config.backbone.out_channels
+    roi = config.roi
     heads = RoIHeads(  # type: ignore[no-untyped-call]  # torchvision has no annotation
         box_roi_pool=RoIPooler(
             roi=roi,
             output_size=roi.spp_levels if roi.op == "spp" else roi.box_output_size,
             strides=backbone.pooled_strides,
         ),
-        box_head=_build_box_head(roi, channels),
-        box_predictor=FastRCNNPredictor(roi.box_head_channels, config.num_classes),
+        box_head=_build_box_head(roi, backbone),
+        box_predictor=FastRCNNPredictor(
+            2 * backbone.out_channels if backbone.res5 is not None else roi.box_head_channels, config.num_classes
+        ),
         fg_iou_thresh=roi.fg_iou_thresh,
         bg_iou_thresh=roi.bg_iou_thresh,
         batch_size_per_image=roi.batch_size_per_image,
@@ -82,22 +85,38 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
         detections_per_img=config.detections.detections_per_img,
     )
     if config.has_masks:
-        mask_channels = roi.mask_head_channels
+        mask_channels = roi.mask_head_channels[-1]
         heads.mask_roi_pool = RoIPooler(
             roi=roi.mask_branch(), output_size=roi.mask_output_size, strides=backbone.pooled_strides
         )
-        heads.mask_head = MaskRCNNHeads(
-            channels, mask_channels, dilation=1, norm_layer=roi.head_norm and norm_layer(roi.head_norm)
+        heads.mask_head = _build_mask_head(roi, backbone)
+        heads.mask_predictor = MaskRCNNPredictor(
+            2 * backbone.out_channels if backbone.res5 is not None else mask_channels, mask_channels, config.num_classes
         )
-        heads.mask_predictor = MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], config.num_classes)
     return heads
 
 
-def _build_box_head(roi: RoIConfig, in_channels: int) -> nn.Module:
+def _build_mask_head(roi: RoIConfig, backbone: Backbone) -> nn.Module:
+    if backbone.res5 is not None:
+        return Res5MaskHead(backbone.res5)
+    return MaskRCNNHeads(
+        backbone.out_channels,
+        roi.mask_head_channels,
+        dilation=1,
+        norm_layer=roi.head_norm and norm_layer(roi.head_norm),
+    )
+
+
+def _build_box_head(roi: RoIConfig, backbone: Backbone) -> nn.Module:
+    if backbone.res5 is not None:
+        return Res5BoxHead(backbone.res5)
     if not roi.box_head_convs:
-        return TwoMLPHead(in_channels * roi.box_bins, roi.box_head_channels)
+        in_channels = backbone.out_channels * roi.box_bins
+        if roi.box_head_dropout:
+            return DropoutMLPHead(in_channels, roi.box_head_channels, dropout=roi.box_head_dropout)
+        return TwoMLPHead(in_channels, roi.box_head_channels)
     return FastRCNNConvFCHead(
-        (in_channels, roi.box_output_size, roi.box_output_size),
+        (backbone.out_channels, roi.box_output_size, roi.box_output_size),
         list(roi.box_head_convs),
         [roi.box_head_channels],
         norm_layer=roi.head_norm and norm_layer(roi.head_norm),

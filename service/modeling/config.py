@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Architecture = Literal["faster_rcnn", "mask_rcnn"]
 BackboneName = Literal[
-    "resnet18_fpn", "resnet34_fpn", "resnet50_fpn", "resnet101_fpn", "narrow_resnet18_fpn", "mobilenet_v3_large_fpn"
+    "resnet18_fpn",
+    "resnet34_fpn",
+    "resnet50_fpn",
+    "resnet101_fpn",
+    "narrow_resnet18_fpn",
+    "mobilenet_v3_large_fpn",
+    "resnet50_c4",
+    "resnet101_c4",
+    "vgg16",
 ]
 Norm = Literal["batch_norm", "frozen_batch_norm"]
 PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
@@ -22,8 +30,8 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
 
-FPN_LEVELS: dict[str, int] = {"mobilenet_v3_large_fpn": 3}
-"""Feature maps that the RPN sees, the extra max-pooled one included; 5 where not named."""
+NUM_LEVELS: dict[str, int] = {"mobilenet_v3_large_fpn": 3, "resnet50_c4": 1, "resnet101_c4": 1, "vgg16": 1}
+"""Feature maps that the RPN sees, a pyramid's extra max-pooled one included; 5 where not named."""
 
 
 class _Table(BaseModel):
@@ -36,12 +44,13 @@ class BackboneConfig(_Table):
     """Which trunk makes the feature maps.
 
     Attributes:
-        name: torchvision's trunk with its feature pyramid, or `narrow_resnet18_fpn`: ResNet-18 with `width` channels
-            in its first stage instead of 64.
-        out_channels: channels of every feature map of the pyramid.
+        name: torchvision's trunk with its feature pyramid (`narrow_resnet18_fpn`: ResNet-18 with `width` channels in
+            its first stage instead of 64), or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
+            pooler as the box head, or `vgg16`'s conv5_3.
+        out_channels: channels of every feature map of the pyramid. Not used without a pyramid.
         width: channels of the first stage, for the narrow trunk only.
         norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
-            keeps those that were loaded (fine-tuning with few images a step).
+            keeps those that were loaded (fine-tuning with few images a step). `vgg16` has no norms.
         norm_eps: added to the variance in the trunk's norms; 0 in torchvision's published `*_resnet50_fpn` detectors.
         fpn_norm: norm behind the pyramid's convolutions, which then have no bias; none if not named.
         stride_in_1x1: the strided bottleneck of a stage strides in its first convolution, 1 x 1, as detectron2's MSRA
@@ -58,8 +67,14 @@ class BackboneConfig(_Table):
 
     @model_validator(mode="after")
     def _stride_belongs_to_bottlenecks(self) -> Self:
-        if self.stride_in_1x1 and self.name not in ("resnet50_fpn", "resnet101_fpn"):
-            raise ValueError(f"'stride_in_1x1' is for resnet50_fpn and resnet101_fpn, got name={self.name!r}")
+        if self.stride_in_1x1 and not self.name.startswith(("resnet50_", "resnet101_")):
+            raise ValueError(f"'stride_in_1x1' is for resnet50_* and resnet101_*, got name={self.name!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _pyramid_norm_belongs_to_a_pyramid(self) -> Self:
+        if self.fpn_norm and not self.name.endswith("_fpn"):
+            raise ValueError(f"'fpn_norm' is for the backbones named *_fpn, got name={self.name!r}")
         return self
 
     @model_validator(mode="after")
@@ -73,7 +88,12 @@ class BackboneConfig(_Table):
     @property
     def num_levels(self) -> int:
         """Feature maps that the RPN sees."""
-        return FPN_LEVELS.get(self.name, 5)
+        return NUM_LEVELS.get(self.name, 5)
+
+    @property
+    def has_res5_head(self) -> bool:
+        """Whether the trunk's last stage, res5, is the box head."""
+        return self.name.endswith("_c4")
 
 
 class TransformConfig(_Table):
@@ -151,8 +171,11 @@ class RoIConfig(_Table):
         spp_levels: sides of the grids of `spp`, whose bins the box head sees in one row.
         mask_output_size: side of the patch for the mask head; its masks have twice that.
         box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
-        box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions.
-        mask_head_channels: output channels of each 3 x 3 convolution of the mask head.
+        box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions. Not used where
+            res5 is the box head.
+        box_head_dropout: share of those two layers' values that training drops.
+        mask_head_channels: output channels of each 3 x 3 convolution of the mask head, and the last of them also of its
+            transposed convolution. Where res5 is the head there are no others, and this is one number.
         head_norm: norm behind the convolutions of both heads, which then have no bias; none if not named.
         mask: what the mask branch does differently.
         fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: how proposals are sampled in training.
@@ -166,6 +189,7 @@ class RoIConfig(_Table):
     mask_output_size: Side = 14
     box_head_convs: tuple[Channels, ...] = ()
     box_head_channels: Channels = 1024
+    box_head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mask_head_channels: tuple[Channels, ...] = (256, 256, 256, 256)
     head_norm: Norm | None = None
     mask: RoIBranchConfig = RoIBranchConfig()
@@ -185,6 +209,12 @@ class RoIConfig(_Table):
     def _convolutions_have_a_square_patch(self) -> Self:
         if self.op == "spp" and self.box_head_convs:
             raise ValueError(f"expected op to be {_one_of(PatchOp)} before box_head_convs, got 'spp': a row of bins")
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_belongs_to_hidden_layers(self) -> Self:
+        if self.box_head_dropout and self.box_head_convs:
+            raise ValueError("'box_head_dropout' is for a box head of two hidden layers, got box_head_convs too")
         return self
 
     @property
@@ -248,6 +278,27 @@ class ModelConfig(_Table):
             raise ValueError(
                 f"expected roi.mask.op to be {_one_of(PatchOp)} beside roi.op = 'spp', which gives a row of bins and "
                 "no square patch for masks; got none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _res5_stands_alone(self) -> Self:
+        if not self.backbone.has_res5_head:
+            return self
+        name, roi = self.backbone.name, self.roi
+        if roi.op == "spp":
+            raise ValueError(
+                f"expected roi.op to be {_one_of(PatchOp)} with {name}, whose box head takes a square patch, got 'spp'"
+            )
+        if roi.box_head_convs or roi.box_head_dropout or roi.head_norm:
+            raise ValueError(
+                f"expected no roi.box_head_convs, roi.box_head_dropout or roi.head_norm with {name}, whose box head is "
+                "res5, got one"
+            )
+        if self.has_masks and len(roi.mask_head_channels) != 1:
+            raise ValueError(
+                f"expected one number in roi.mask_head_channels with {name}, whose mask head is res5 and a transposed "
+                f"convolution of so many channels, such as [256], got {list(roi.mask_head_channels)}"
             )
         return self
 

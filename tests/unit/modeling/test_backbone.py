@@ -2,6 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torchvision.models import resnet, vgg
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -25,15 +26,46 @@ def test_bottlenecks_stride_where_the_configuration_says() -> None:
 
 
 def test_only_bottlenecks_can_be_told_where_to_stride() -> None:
-    with pytest.raises(ValidationError, match="'stride_in_1x1' is for resnet50_fpn and resnet101_fpn"):
+    with pytest.raises(ValidationError, match=r"'stride_in_1x1' is for resnet50_\* and resnet101_\*"):
         BackboneConfig(name="resnet18_fpn", stride_in_1x1=True)
 
 
 def test_trunk_and_pyramid_have_the_norms_that_the_configuration_names() -> None:
     config = BackboneConfig(name="narrow_resnet18_fpn", width=8, norm_eps=0.5, fpn_norm="batch_norm")
     module = build_backbone(config).module
-    trunk = [norm for norm in module.body.modules() if isinstance(norm, FrozenBatchNorm2d)]
-    pyramid = [norm for norm in module.fpn.modules() if isinstance(norm, nn.BatchNorm2d)]
+    trunk = [norm for norm in module.get_submodule("body").modules() if isinstance(norm, FrozenBatchNorm2d)]
+    pyramid = [norm for norm in module.get_submodule("fpn").modules() if isinstance(norm, nn.BatchNorm2d)]
     # ResNet-18: one norm in the stem, four in each of four stages, three in shortcuts; a pyramid has two a level.
     assert [norm.eps for norm in trunk] == [0.5] * 20
     assert [norm.eps for norm in pyramid] == [1e-5] * 8
+
+
+@pytest.mark.parametrize("stride_in_1x1", [False, True])
+def test_c4_is_torchvisions_trunk_up_to_conv4_with_res5_apart(stride_in_1x1: bool) -> None:
+    backbone = build_backbone(BackboneConfig(name="resnet50_c4", stride_in_1x1=stride_in_1x1))
+    theirs = resnet.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    whole = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    body = {key: value for key, value in whole.items() if not key.startswith("layer4.")}
+    backbone.module.get_submodule("body").load_state_dict(body, strict=True)
+    assert backbone.res5 is not None
+    backbone.res5.load_state_dict({key[7:]: whole[key] for key in whole.keys() - body.keys()}, strict=True)
+    maps = backbone.module(torch.randn(1, 3, 64, 96))
+    assert {name: one.shape for name, one in maps.items()} == {"0": (1, backbone.out_channels, 64 / 16, 96 / 16)}
+    patch = torch.randn(2, 1024, 14, 14)
+    assert torch.equal(backbone.res5(patch), theirs.layer4(patch)) is not stride_in_1x1
+
+
+def test_vgg16_is_torchvisions_up_to_conv5_3() -> None:
+    backbone = build_backbone(BackboneConfig(name="vgg16"))
+    theirs = vgg.make_layers(vgg.cfgs["D"])[:-1]  # torchvision's `features` without the last pooling
+    theirs.load_state_dict(backbone.module.get_submodule("body").state_dict(), strict=True)
+    image = torch.randn(1, 3, 64, 96)
+    (conv5_3,) = backbone.module(image).values()
+    assert conv5_3.shape == (1, backbone.out_channels, 64 / 16, 96 / 16)
+    assert torch.equal(conv5_3, theirs(image))
+    assert 0.1 < conv5_3.std() < 10  # random weights keep what goes through them at one scale
+
+
+def test_a_norm_of_the_pyramid_needs_a_pyramid() -> None:
+    with pytest.raises(ValidationError, match=r"'fpn_norm' is for the backbones named \*_fpn"):
+        BackboneConfig(name="resnet50_c4", fpn_norm="batch_norm")

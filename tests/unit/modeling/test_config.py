@@ -46,3 +46,30 @@ def test_masks_need_a_square_patch_beside_a_spatial_pyramid() -> None:
     assert config.roi.mask_branch().op == "roi_align"
     boxes_only = ModelConfig.model_validate({**document, "architecture": "faster_rcnn", "roi": {"op": "spp"}})
     assert boxes_only.roi.box_bins == 21
+
+
+@pytest.mark.parametrize(
+    ("roi", "expected"),
+    [
+        ({"op": "spp"}, "roi.op to be one of roi_pool, roi_align, roi_align_max, roi_warp with resnet50_c4"),
+        ({"box_head_convs": [8]}, "no roi.box_head_convs, roi.box_head_dropout or roi.head_norm with resnet50_c4"),
+        ({"head_norm": "batch_norm"}, "no roi.box_head_convs, roi.box_head_dropout or roi.head_norm with resnet50_c4"),
+        ({"mask_head_channels": [8, 8]}, "one number in roi.mask_head_channels with resnet50_c4"),
+    ],
+)
+def test_res5_takes_a_square_patch_and_no_layers_beside_it(roi: dict[str, object], expected: str) -> None:
+    document = {
+        "architecture": "mask_rcnn",
+        "labels": ["cell"],
+        "backbone": {"name": "resnet50_c4"},
+        "anchors": {"sizes": [[32, 64]]},
+    }
+    plain = {"mask_head_channels": [8], "mask": {"op": "roi_align"}}
+    assert ModelConfig.model_validate({**document, "roi": plain}).backbone.has_res5_head
+    with pytest.raises(ValidationError, match=f"expected {expected}"):
+        ModelConfig.model_validate({**document, "roi": {**plain, **roi}})
+
+
+def test_dropout_is_for_hidden_layers() -> None:
+    with pytest.raises(ValidationError, match="'box_head_dropout' is for a box head of two hidden layers"):
+        RoIConfig(box_head_dropout=0.5, box_head_convs=(8,))
