@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from service.commands.compare import compare
 from service.commands.detect import detect
 from service.commands.evaluate import evaluate
 from service.commands.models import models_app
@@ -27,6 +28,7 @@ app.add_typer(models_app)
 app.command("detect")(detect)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
+app.command("compare")(compare)
 
 
 def main() -> None:

@@ -1,0 +1,160 @@
+"""`roiserve compare`: one model under several RoI operators, on one data set. Words, tables and progress bars only; the
+work is done by `service/training/comparing.py`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from service.model_store.store import StoredModel
+    from service.training.comparing import Run
+    from service.training.dataset import CocoDataset
+    from service.training.loop import TrainConfig
+
+
+def compare(
+    model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
+    data: Annotated[Path, typer.Option(help="COCO-format annotation file to evaluate on, such as DIR/val.json.")],
+    roi_op: Annotated[
+        str, typer.Option(metavar="OP,OP,…", help="RoI operators of the box and the mask branch, with commas between.")
+    ] = "roi_pool,roi_align",
+    out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
+    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the model's network anew for each operator, from random weights.")
+    ] = False,
+    train_data: Annotated[
+        Path | None, typer.Option(help="With --retrain: folder with train.json and images/ (COCO format).")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="With --retrain: passes over the training pictures.")] = 20,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="With --retrain: runs of each operator, with the seeds 0, 1, …; gives a spread.")
+    ] = 1,
+    images_per_step: Annotated[int, typer.Option(min=1, help="With --retrain: pictures in one optimiser step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="With --retrain: AdamW's highest.")] = 1e-3,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="With --retrain: steps until it is reached.")] = 100,
+    crop_size: Annotated[
+        int, typer.Option(min=32, help="With --retrain: side of the training pictures, in pixels after resizing.")
+    ] = 384,
+    runs_dir: Annotated[
+        Path, typer.Option(help="With --retrain: where the runs keep their state; the same command goes on from there.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Evaluate one set of weights under several RoI operators, or train each from the same seed.
+
+    Example: roiserve compare --model nuclei --data cells/val.json --roi-op roi_pool,roi_align --out compared.md
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from service.inference.loading import interchangeable_ops
+    from service.model_store.store import ModelStore
+    from service.training.comparing import markdown
+    from service.training.dataset import load_coco
+    from service.training.loop import TrainConfig
+
+    if retrain != (train_data is not None):
+        raise typer.BadParameter("--retrain and --train-data DIR belong together")
+    stored = ModelStore(store).find(model)
+    ops = _operators(roi_op, interchangeable_ops(stored.model_toml), stored.key)
+    labels = stored.model_toml.labels
+    val = load_coco(data, labels=labels)
+    with Progress(console=Console(stderr=True)) as progress:
+        if train_data is None:
+            runs = list(_measure_each(stored, ops, val, device, progress))
+        else:
+            train = load_coco(train_data / "train.json", labels=labels, needs_masks=stored.model_toml.has_masks)
+            configs = [
+                TrainConfig(
+                    epochs=epochs,
+                    images_per_step=images_per_step,
+                    learning_rate=learning_rate,
+                    warmup_steps=warmup_steps,
+                    crop_size=crop_size,
+                    # The last weights count, so that nothing is chosen by what it is then measured by.
+                    evaluate_every=epochs,
+                    seed=seed,
+                )
+                for seed in range(seeds)
+            ]
+            runs = list(_retrain_each(stored, ops, configs, train, val, device, runs_dir, progress))
+    title = f"{stored.key} on {len(val)} pictures of {data}"
+    _print_table(title, runs)
+    if out is not None:
+        out.write_text(markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]])), encoding="utf-8")
+
+
+def _operators(text: str, known: Sequence[str], model: str) -> list[str]:
+    ops = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if unknown := [op for op in ops if op not in known] or ([] if ops else [text]):
+        choices = ", ".join(known) or "no other than its own"
+        raise typer.BadParameter(f"{model} cannot take the RoI operator {unknown[0]!r}; it can take: {choices}")
+    return ops
+
+
+def _measure_each(
+    stored: StoredModel, ops: Sequence[str], val: CocoDataset, device: str, progress: Progress
+) -> Iterator[Run]:
+    from service.inference.loading import load_predictor
+    from service.training.comparing import measure
+
+    predictor = load_predictor(stored, device=device)
+    for op in ops:
+        task = progress.add_task(op, total=len(val))
+        yield measure(predictor, val, roi_op=op, advance=lambda task=task: progress.advance(task))  # type: ignore[misc]
+
+
+def _retrain_each(
+    stored: StoredModel,
+    ops: Sequence[str],
+    configs: Sequence[TrainConfig],
+    train: CocoDataset,
+    val: CocoDataset,
+    device: str,
+    runs_dir: Path,
+    progress: Progress,
+) -> Iterator[Run]:
+    from service.inference.loading import choose_device
+    from service.training.comparing import measure, retrain
+    from service.training.loop import Progress as TrainingProgress
+
+    for config in configs:
+        for op in ops:
+            task = progress.add_task(f"{op}, seed {config.seed}", total=None)
+
+            def on_step(now: TrainingProgress, task: TaskID = task) -> None:
+                progress.update(task, completed=now.step, total=now.num_steps)
+
+            predictor = retrain(
+                stored.model_toml,
+                roi_op=op,
+                train_config=config,
+                train=train,
+                val=val,
+                state_path=runs_dir / f"{stored.key}-{op}-{config.seed}" / "state.pt",
+                device=choose_device(device),
+                on_step=on_step,
+            )
+            yield measure(predictor, val, roi_op=op)
+
+
+def _print_table(title: str, runs: Sequence[Run]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from service.training.comparing import COLUMNS, table
+
+    printed = Table(*COLUMNS, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in table(runs):
+        printed.add_row(*row)
+    Console().print(printed)

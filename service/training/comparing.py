@@ -1,0 +1,149 @@
+"""One network under several RoI operators: the same weights, or trained anew for each. Called by `roiserve compare`;
+gives figures and tables of text, prints nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from service.inference.predictor import Predictor
+from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
+from service.structures import Image, ModelInfo, Prediction, Query
+from service.training.dataset import CocoDataset
+from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate
+from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
+
+COLUMNS = ("operator", "of", "AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "ms per image")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One evaluation under one operator.
+
+    Attributes:
+        milliseconds_per_image: median time of a picture alone, from pixels to boxes and small masks, with as many
+            detections as count.
+    """
+
+    roi_op: str
+    evaluation: Evaluation
+    milliseconds_per_image: float
+
+
+class _Operated:
+    """A predictor under another operator, timed."""
+
+    def __init__(self, predictor: Predicts, roi_op: str) -> None:
+        self._predictor = predictor
+        self._roi_op = roi_op
+        self.seconds: list[float] = []
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._predictor.info
+
+    def predict(self, queries: Sequence[Query]) -> list[Prediction]:
+        queries = [Query(query.image, replace(query.options, roi_op=self._roi_op)) for query in queries]
+        started = time.perf_counter()
+        predictions = self._predictor.predict(queries)
+        self.seconds.append(time.perf_counter() - started)
+        return predictions
+
+
+def measure(
+    predictor: Predicts, dataset: CocoDataset, *, roi_op: str, advance: Callable[[], None] = lambda: None
+) -> Run:
+    """Evaluate a predictor with the box and the mask branch under this operator, one of its `roi_ops`.
+
+    Args:
+        advance: called after every picture.
+    """
+    operated = _Operated(predictor, roi_op)
+    # The first call compiles kernels and finds memory; it is no picture's time.
+    operated.predict([Query(Image(dataset.samples[0].read_pixels()))])
+    operated.seconds.clear()
+    evaluation = evaluate(operated, dataset, advance=advance)
+    return Run(roi_op, evaluation, 1000 * statistics.median(operated.seconds))
+
+
+def retrain(
+    config: ModelConfig,
+    *,
+    roi_op: str,
+    train_config: TrainConfig,
+    train: CocoDataset,
+    val: CocoDataset,
+    state_path: Path,
+    device: torch.device,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Predictor:
+    """Train the network from random weights with this operator in both branches; one seed gives every operator the
+    same first weights and the same pictures in the same order.
+
+    Args:
+        state_path: of the run, which goes on from there if it was interrupted.
+    """
+    mask = config.roi.mask.model_copy(update={"op": None})
+    config = config.model_copy(update={"roi": config.roi.model_copy(update={"op": roi_op, "mask": mask})})
+    trainer = Trainer(
+        model_config=config,
+        train_config=train_config,
+        train=train,
+        val=val,
+        state_path=state_path,
+        device=device,
+    )
+    model = build_model(config)
+    model.load_state_dict(trainer.run(on_step=on_step).weights)
+    return Predictor(model.to(device), info=evaluation_info(config), device=device)
+
+
+def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Rows of text under `COLUMNS`, for boxes first: the mean over each operator's runs, and ± their standard
+    deviation where there are several.
+    """
+    by_op = {op: [run for run in runs if run.roi_op == op] for op in dict.fromkeys(run.roi_op for run in runs)}
+    return [
+        (op, kind, *_mean_figures([figures for name, figures in _rows(of_op) if name == kind]), _mean_time(of_op))
+        for kind in dict(_rows(runs))
+        for op, of_op in by_op.items()
+    ]
+
+
+def markdown(runs: Sequence[Run], *, title: str, command: str) -> str:
+    """The table as a Markdown page, with the command that made it."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *table(runs)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    note = (
+        "AP is COCO's, in percent; small is under 32 × 32 pixels, large over 96 × 96. Several seeds: mean ± standard "
+        "deviation. The time is the median of a picture alone."
+    )
+    return "\n".join([f"# {title}", "", *lines, "", note, "", "```bash", command, "```", ""])
+
+
+def _rows(runs: Sequence[Run]) -> Iterator[tuple[str, AveragePrecision]]:
+    for run in runs:
+        yield from run.evaluation.rows()
+
+
+def _mean_figures(figures: Sequence[AveragePrecision]) -> tuple[str, ...]:
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    return tuple(_mean_and_spread([100 * getattr(one, name) for one in figures]) for name in names)
+
+
+def _mean_time(runs: Sequence[Run]) -> str:
+    return _mean_and_spread([run.milliseconds_per_image for run in runs])
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    if mean != mean:
+        return "–"  # the data set has no such object
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
