@@ -6,13 +6,17 @@ Shapes: R proposals of the whole batch, C channels, S x S output size, B bins of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
-from service.ops import multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
+from service.ops import assign_levels, multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
+from service.ops._cpu_kernels import multi_scale_roi_align_channels_last
+from service.ops.rois import as_rois
 
 
 class RoIPooler(nn.Module):
@@ -49,7 +53,30 @@ class RoIPooler(nn.Module):
         """
         maps = [features[name] for name in self.strides]
         scales = [1 / stride for stride in self.strides.values()]
+        if self._suits_the_cpu_kernel(maps):
+            return self._align_on_cpu(maps, boxes, scales)
         return multi_scale(self._op, maps, boxes, self.output_size, scales)
+
+    def _suits_the_cpu_kernel(self, maps: Sequence[Tensor]) -> bool:
+        return (
+            self.roi.op == "roi_align"
+            and self.roi.sampling_ratio > 0
+            and not torch.is_grad_enabled()
+            and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in maps)
+        )
+
+    def _align_on_cpu(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        assert isinstance(self.output_size, int)  # only spp has grids
+        finest = round(-math.log2(scales[0]))
+        return multi_scale_roi_align_channels_last(
+            maps,
+            as_rois(list(boxes), maps[0], 1.0),
+            assign_levels(boxes, min_level=finest, max_level=finest + len(scales) - 1),
+            scales,
+            (self.output_size, self.output_size),
+            self.roi.sampling_ratio,
+            self.roi.aligned,
+        )
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
