@@ -28,6 +28,7 @@ def compare(
         str, typer.Option(metavar="OP,OP,…", help="RoI operators of the box and the mask branch, with commas between.")
     ] = "roi_pool,roi_align",
     out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures as bars into this SVG file.")] = None,
     store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     retrain: Annotated[
@@ -60,6 +61,7 @@ def compare(
     from service.inference.loading import interchangeable_ops
     from service.model_store.store import ModelStore
     from service.training.comparing import markdown
+    from service.training.comparison_plot import draw_bars
     from service.training.dataset import load_coco
     from service.training.loop import TrainConfig
 
@@ -92,6 +94,8 @@ def compare(
     _print_table(title, runs)
     if out is not None:
         out.write_text(markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]])), encoding="utf-8")
+    if plot is not None:
+        plot.write_text(draw_bars(runs, title=title), encoding="utf-8")
 
 
 def _operators(text: str, known: Sequence[str], model: str) -> list[str]:
@@ -150,11 +154,13 @@ def _retrain_each(
 
 def _print_table(title: str, runs: Sequence[Run]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from service.training.comparing import COLUMNS, table
 
-    printed = Table(*COLUMNS, title=title, title_justify="left", box=None, pad_edge=False)
+    # The operator's name stays whole in a narrow terminal.
+    operator = Column(COLUMNS[0], no_wrap=True, min_width=max(len(run.roi_op) for run in runs))
+    printed = Table(operator, *COLUMNS[1:], title=title, title_justify="left", box=None, pad_edge=False)
     for row in table(runs):
         printed.add_row(*row)
     Console().print(printed)

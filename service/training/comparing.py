@@ -20,7 +20,16 @@ from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate
 from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
 
-COLUMNS = ("operator", "of", "AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "ms per image")
+FIGURES = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+}
+"""Of `AveragePrecision`, by attribute: what people call them."""
+COLUMNS = ("operator", "of", *FIGURES.values(), "ms per image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +114,19 @@ def retrain(
     return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
+def by_operator(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each operator, in the order in which the operators came."""
+    return {op: [run for run in runs if run.roi_op == op] for op in dict.fromkeys(run.roi_op for run in runs)}
+
+
 def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Rows of text under `COLUMNS`, for boxes first: the mean over each operator's runs, and ± their standard
     deviation where there are several.
     """
-    by_op = {op: [run for run in runs if run.roi_op == op] for op in dict.fromkeys(run.roi_op for run in runs)}
     return [
         (op, kind, *_mean_figures([figures for name, figures in _rows(of_op) if name == kind]), _mean_time(of_op))
         for kind in dict(_rows(runs))
-        for op, of_op in by_op.items()
+        for op, of_op in by_operator(runs).items()
     ]
 
 
@@ -134,8 +147,7 @@ def _rows(runs: Sequence[Run]) -> Iterator[tuple[str, AveragePrecision]]:
 
 
 def _mean_figures(figures: Sequence[AveragePrecision]) -> tuple[str, ...]:
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    return tuple(_mean_and_spread([100 * getattr(one, name) for one in figures]) for name in names)
+    return tuple(_mean_and_spread([100 * getattr(one, name) for one in figures]) for name in FIGURES)
 
 
 def _mean_time(runs: Sequence[Run]) -> str:

@@ -35,8 +35,8 @@ def compare(store: Path, *arguments: str | Path) -> Result:
 
 
 def test_one_set_of_weights_is_compared_under_the_named_operators(store: Path, tmp_path: Path) -> None:
-    out = tmp_path / "compared.md"
-    result = compare(store, "--roi-op", "roi_pool,roi_align", "--out", out)
+    out, plot = tmp_path / "compared.md", tmp_path / "compared.svg"
+    result = compare(store, "--roi-op", "roi_pool,roi_align", "--out", out, "--plot", plot)
     assert result.exit_code == 0, result.output
     rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| roi_")]
     assert [row[:2] for row in rows] == [
@@ -47,6 +47,7 @@ def test_one_set_of_weights_is_compared_under_the_named_operators(store: Path, t
     ]
     for row in rows:
         assert " ".join(row[2:]) in " ".join(result.stdout.split())
+    assert plot.read_text().startswith("<svg")
 
 
 def test_retraining_reports_a_spread_over_the_seeds(store: Path, tmp_path: Path) -> None:
