@@ -93,3 +93,18 @@ def test_a_spatial_pyramid_has_the_bins_of_all_its_grids_in_a_row() -> None:
     assert pyramid.shape == (10, 5, 10, 1)  # 3 x 3 + 1 x 1
     torch.testing.assert_close(pyramid[:, :, :9, 0], grid.flatten(2))
     torch.testing.assert_close(pyramid[:, :, 9, 0], grid.amax((2, 3)))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("strides", [STRIDES, {"0": 32}])
+def test_without_gradients_the_cpu_kernel_gives_the_same_patches(aligned: bool, strides: dict[str, int]) -> None:
+    maps, size = features(640, 800), (640, 800)
+    if len(strides) == 1:
+        maps = {"0": maps["3"]}
+    proposals = [boxes(40, *size), boxes(0, *size)]
+    pooler = RoIPooler(roi=RoIConfig(aligned=aligned), output_size=7, strides=strides)
+    with_gradients = pooler(maps, proposals, [size, size])
+    with torch.inference_mode():
+        without = pooler(maps, proposals, [size, size])
+    assert without.is_contiguous(memory_format=torch.channels_last)  # as the kernel writes them
+    torch.testing.assert_close(without, with_gradients, atol=1e-5, rtol=1e-5)
