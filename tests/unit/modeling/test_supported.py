@@ -1,0 +1,158 @@
+"""Whatever the table "What can be combined" of docs/models.md says yes to is built, answers and trains; the rest is
+refused with what would have been right.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from service.inference.predictor import Predictor
+from service.modeling.build import build_model
+from service.modeling.config import NUM_LEVELS, Architecture, BackboneName, ModelConfig, PatchOp, RoIOp
+from service.modeling.generalized_rcnn import GeneralizedRCNN
+from service.structures import DetectOptions, Image, Query
+from service.training.loop import LOSSES, evaluation_info
+
+PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+Cell = tuple[str, str]
+
+
+def table() -> dict[Cell, str]:
+    """What the page says of each (backbone, operator): `yes`, `box branch` or `no`."""
+    section = PAGE.split("## What can be combined\n")[1].split("\n## ")[0]
+    header, _, *rows = (line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|"))
+    return {
+        (backbone, op): answer
+        for backbones, *answers in rows
+        for backbone in re.findall(r"`(\w+)`(?=,|:|$)", backbones)
+        for ops, answer in zip(header[1:], answers, strict=True)
+        for op in re.findall(r"`(\w+)`", ops)
+    }
+
+
+TABLE = table()
+SUPPORTED = [cell for cell, answer in TABLE.items() if answer != "no"]
+UNSUPPORTED = [cell for cell, answer in TABLE.items() if answer == "no"]
+
+
+def document(architecture: str, backbone: str, op: str) -> dict[str, Any]:
+    """The smallest network of a cell: two cores run these tests."""
+    width = {"width": 8} if backbone == "narrow_resnet18_fpn" else {}
+    few = {f"{when}_nms_top_n_{phase}": 8 for when in ("pre", "post") for phase in ("train", "test")}
+    return {
+        "architecture": architecture,
+        "labels": ["disc"],
+        "backbone": {"name": backbone, "norm": "batch_norm", "out_channels": 8, **width},
+        "transform": {"min_size": 64, "max_size": 64},
+        "anchors": {"sizes": [[16, 32]] * NUM_LEVELS.get(backbone, 5)},
+        "rpn": few,
+        "roi": {
+            "op": op,
+            "box_output_size": 2,
+            "mask_output_size": 4,
+            "box_head_channels": 8,
+            "mask_head_channels": [8],
+            "batch_size_per_image": 4,
+            "mask": {"op": "roi_align"} if op == "spp" else {},
+        },
+    }
+
+
+def disc() -> tuple[Image, dict[str, torch.Tensor]]:
+    """A white disc of radius 20 on black, and where it is."""
+    y, x = np.mgrid[:64, :64]
+    inside = (x - 30) ** 2 + (y - 28) ** 2 < 20**2
+    image = Image(np.repeat(inside[:, :, None], 3, axis=2).astype(np.uint8) * 255)
+    target = {
+        "boxes": torch.tensor([[10.0, 8, 50, 48]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.from_numpy(inside[None].astype(np.uint8)),
+    }
+    return image, target
+
+
+def losses_of(model: GeneralizedRCNN) -> dict[str, torch.Tensor]:
+    """On two pictures, with the same proposals sampled in every call."""
+    torch.manual_seed(0)
+    image, target = disc()
+    pixels = torch.from_numpy(image.pixels).permute(2, 0, 1) / 255
+    losses: dict[str, torch.Tensor] = model.train()([pixels, pixels.flip(2)], [target, target])
+    return losses
+
+
+def take_step(model: GeneralizedRCNN, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """One step; returns the losses before it."""
+    losses = losses_of(model)
+    optimizer.zero_grad()
+    torch.stack(list(losses.values())).sum().backward()
+    optimizer.step()
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def settle_norms(model: GeneralizedRCNN) -> None:
+    """Give the norms the statistics of the pictures under the present weights.
+
+    After two steps their usual averages still are of the start, which adds up over a hundred layers to boxes far away.
+    """
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1.0
+    losses_of(model)
+
+
+def test_the_page_speaks_of_every_backbone_and_operator() -> None:
+    assert set(TABLE) == {(backbone, op) for backbone in get_args(BackboneName) for op in get_args(RoIOp)}
+    assert set(TABLE.values()) == {"yes", "box branch", "no"}
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+@pytest.mark.parametrize(("backbone", "op"), SUPPORTED)
+def test_a_supported_cell_is_built_answers_and_trains(architecture: str, backbone: str, op: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(document(architecture, backbone, op))
+    model = build_model(config)
+    assert model.roi_heads.box_roi_pool.roi.op == op
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    first, second = take_step(model, optimizer), take_step(model, optimizer)
+    assert set(first) == set(LOSSES if config.has_masks else LOSSES[:-1])
+    assert np.isfinite([*first.values(), *second.values()]).all()
+    assert all(first[name] != second[name] for name in first)  # every branch has learnt something
+    for part in (model.backbone, model.rpn, model.roi_heads):
+        gradients = [one.grad for one in part.parameters()]
+        assert all(one is not None and one.isfinite().all() for one in gradients)
+        assert any(one is not None and one.any() for one in gradients)
+
+    settle_norms(model)
+    predictor = Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
+    found = predictor.predict([Query(disc()[0], DetectOptions(score_thresh=0.0))])[0].detections
+    assert len(found) >= 1
+    assert (found.masks is not None) is config.has_masks
+    if found.masks is not None:
+        side = 4 if backbone.endswith("_c4") else 8
+        assert found.masks.shape == (len(found), side, side)
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+@pytest.mark.parametrize(("backbone", "op"), UNSUPPORTED)
+def test_an_unsupported_cell_is_refused_with_the_supported_ones(architecture: str, backbone: str, op: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig.model_validate(document(architecture, backbone, op))
+    assert f"with {backbone}" in str(caught.value)
+    assert {other for other in get_args(PatchOp) if other not in str(caught.value)} == set()
+
+
+@pytest.mark.parametrize("backbone", [backbone for (backbone, _), answer in TABLE.items() if answer == "box branch"])
+def test_what_is_for_the_box_branch_alone_is_refused_to_masks_with_what_they_can_take(backbone: str) -> None:
+    both = document("mask_rcnn", backbone, "spp")
+    both["roi"]["mask"] = {}
+    with pytest.raises(ValidationError, match=rf"roi\.mask\.op to be one of {', '.join(get_args(PatchOp))}"):
+        ModelConfig.model_validate(both)
