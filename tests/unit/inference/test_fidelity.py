@@ -88,7 +88,7 @@ def _condition(model: GeneralizedRCNN) -> None:
             "rpn.head.bbox_pred": 0.05,
             "roi_heads.box_predictor.cls_score": 3.0,
             "roi_heads.box_predictor.bbox_pred": 0.3,
-            "roi_heads.mask_predictor.mask_fcn_logits": 100.0,  # few probabilities at the threshold itself
+            "roi_heads.mask_predictor.mask_fcn_logits": 5.0,  # few probabilities at the threshold itself
         }
         layers = dict(model.named_modules())
         hooks = [
