@@ -90,8 +90,10 @@ def test_one_map_detectors_with_torchvisions_weights_give_its_boxes(name: str) -
     with torch.inference_mode():
         expected, found = theirs([image])[0], ours([image])[0]
     assert len(expected["boxes"]) >= 10
-    for key in ("boxes", "scores", "labels"):
-        torch.testing.assert_close(found[key], expected[key])
+    # Our RoI kernel adds in another order. Scores of random weights are small: they are compared by their ratio.
+    torch.testing.assert_close(found["boxes"], expected["boxes"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["scores"], expected["scores"], atol=0, rtol=1e-3)
+    assert torch.equal(found["labels"], expected["labels"])
 
 
 def test_the_papers_networks_on_the_page_are_built_as_it_says() -> None:
