@@ -58,9 +58,14 @@ def load_predictor(stored: StoredModel, *, device: str = "auto", precision: str 
 
 
 def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
-    """The RoI operators that may take the place of the configured one: those that give a patch of the same size."""
+    """The RoI operators that may take the place of the configured one in both branches: those that give a patch of the
+    same size, with the configured number of points.
+    """
     patch_ops: tuple[str, ...] = get_args(PatchOp)
-    return patch_ops if config.roi.op in patch_ops else ()
+    if config.roi.op not in patch_ops:
+        return ()
+    is_adaptive = 0 in (config.roi.sampling_ratio, config.roi.mask_branch().sampling_ratio)
+    return tuple(op for op in patch_ops if not (op == "roi_warp" and is_adaptive))
 
 
 def choose_device(device: str) -> torch.device:

@@ -144,6 +144,9 @@ def test_heads_that_fit_no_other_operator_have_none_to_choose_from() -> None:
     pyramid = CONFIG.roi.model_copy(update={"op": "spp"})
     assert interchangeable_ops(CONFIG.model_copy(update={"roi": pyramid})) == ()
     assert "roi_pool" in interchangeable_ops(CONFIG)
+    assert "roi_warp" in interchangeable_ops(CONFIG)
+    adaptive = CONFIG.roi.model_copy(update={"sampling_ratio": 0})  # RoI Warp needs a number of points
+    assert "roi_warp" not in interchangeable_ops(CONFIG.model_copy(update={"roi": adaptive}))
 
 
 def test_batch_of_two_operators_is_refused(predictor: Predictor) -> None:
