@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
 from service.ops import assign_levels, multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
-from service.ops._cpu_kernels import multi_scale_roi_align_channels_last
+from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
 from service.ops.rois import as_rois
 
 
@@ -54,28 +54,27 @@ class RoIPooler(nn.Module):
         maps = [features[name] for name in self.strides]
         scales = [1 / stride for stride in self.strides.values()]
         if self._suits_the_cpu_kernel(maps):
-            return self._align_on_cpu(maps, boxes, scales)
+            return self._pool_on_cpu(maps, boxes, scales)
         return multi_scale(self._op, maps, boxes, self.output_size, scales)
 
     def _suits_the_cpu_kernel(self, maps: Sequence[Tensor]) -> bool:
+        has_kernel = self.roi.op == "roi_pool" or (self.roi.op == "roi_align" and self.roi.sampling_ratio > 0)
         return (
-            self.roi.op == "roi_align"
-            and self.roi.sampling_ratio > 0
+            has_kernel
             and not torch.is_grad_enabled()
             and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in maps)
         )
 
-    def _align_on_cpu(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    def _pool_on_cpu(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         assert isinstance(self.output_size, int)  # only spp has grids
+        rois = as_rois(list(boxes), maps[0], 1.0)
         finest = round(-math.log2(scales[0]))
+        levels = assign_levels(boxes, min_level=finest, max_level=finest + len(scales) - 1)
+        size = (self.output_size, self.output_size)
+        if self.roi.op == "roi_pool":
+            return multi_scale_roi_pool_channels_last(maps, rois, levels, scales, size)
         return multi_scale_roi_align_channels_last(
-            maps,
-            as_rois(list(boxes), maps[0], 1.0),
-            assign_levels(boxes, min_level=finest, max_level=finest + len(scales) - 1),
-            scales,
-            (self.output_size, self.output_size),
-            self.roi.sampling_ratio,
-            self.roi.aligned,
+            maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned
         )
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -95,14 +95,14 @@ def test_a_spatial_pyramid_has_the_bins_of_all_its_grids_in_a_row() -> None:
     torch.testing.assert_close(pyramid[:, :, 9, 0], grid.amax((2, 3)))
 
 
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("roi", [{}, {"aligned": True}, {"sampling_ratio": 3}, {"op": "roi_pool"}])
 @pytest.mark.parametrize("strides", [STRIDES, {"0": 32}])
-def test_without_gradients_the_cpu_kernel_gives_the_same_patches(aligned: bool, strides: dict[str, int]) -> None:
+def test_without_gradients_the_cpu_kernel_gives_the_same_patches(roi: dict[str, Any], strides: dict[str, int]) -> None:
     maps, size = features(640, 800), (640, 800)
     if len(strides) == 1:
         maps = {"0": maps["3"]}
     proposals = [boxes(40, *size), boxes(0, *size)]
-    pooler = RoIPooler(roi=RoIConfig(aligned=aligned), output_size=7, strides=strides)
+    pooler = RoIPooler(roi=RoIConfig.model_validate(roi), output_size=7, strides=strides)
     with_gradients = pooler(maps, proposals, [size, size])
     with torch.inference_mode():
         without = pooler(maps, proposals, [size, size])
