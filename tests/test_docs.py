@@ -136,7 +136,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_tracked_files_name_no_machine_of_their_authors() -> None:
     """No package registry's address and no folder of a developer's machine: the project must not depend on either."""
-    places = ["pypi" + ".org", "pythonhosted" + ".org", "deb.debian" + ".org", "npmjs" + ".org", "/" + "work/"]
+    places = ["pypi" + ".org", "python" + "hosted", "deb.debian" + ".org", "npmjs" + ".org", "/" + "work/"]
     run = subprocess.run(
         ["git", "grep", "-I", "-n", "-F", *(word for place in places for word in ("-e", place))],
         cwd=ROOT,
