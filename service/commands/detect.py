@@ -69,21 +69,40 @@ def detect(
     Example: roiserve detect photo.jpg more/ --out drawn/
     """
     pictures = _pictures(files)
+    if out is not None:
+        _refuse_to_overwrite(pictures, out)
     # Imported here, so that `roiserve --help` need not wait for torch.
     from service.api.options import DetectParameters
-    from service.settings import Settings
+    from service.commands.serve import read_settings
 
-    settings = Settings(model_store=store, models=(model,) if model else (), device=device)
+    settings = read_settings({"model_store": store, "models": (model,) if model else (), "device": device})
     parameters = DetectParameters(score_thresh=score_thresh, max_detections=max_detections, labels=labels, masks=masks)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     failed = asyncio.run(_detect_files(pictures, settings, parameters, out=out, as_json=json))
     if failed:
         typer.secho(f"{failed} of {len(pictures)} files failed", fg="red", err=True)
         raise typer.Exit(1)
 
 
-def _pictures(files: Sequence[Path]) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A file, and where what is made of it goes below `--out`: there with `.png` and `.json` added."""
+
+    file: Path
+    target: Path
+
+
+def _refuse_to_overwrite(pictures: Sequence[_Picture], out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InvalidRequestError(f"expected a folder for --out, got the file {out}")
+    taken: dict[Path, Path] = {}
+    for picture in pictures:
+        if (other := taken.setdefault(picture.target, picture.file)) != picture.file:
+            raise InvalidRequestError(
+                f"{other} and {picture.file} would both be written to {out / picture.target}; give them one --out each"
+            )
+
+
+def _pictures(files: Sequence[Path]) -> list[_Picture]:
     """The files themselves, and of folders all pictures below them, by name.
 
     Raises:
@@ -91,19 +110,20 @@ def _pictures(files: Sequence[Path]) -> list[Path]:
     """
     if missing := [str(file) for file in files if not file.exists()]:
         raise InvalidRequestError(f"no such file: {', '.join(missing)}")
-    pictures: list[Path] = []
+    pictures: list[_Picture] = []
     for file in files:
         if file.is_dir():
-            pictures += sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES)
+            found = sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES)
+            pictures += [_Picture(one, one.relative_to(file)) for one in found]
         else:
-            pictures.append(file)
+            pictures.append(_Picture(file, Path(file.name)))
     if not pictures:
         raise InvalidRequestError(f"no pictures in {', '.join(map(str, files))}")
     return pictures
 
 
 async def _detect_files(
-    pictures: Sequence[Path], settings: Settings, parameters: DetectParameters, *, out: Path | None, as_json: bool
+    pictures: Sequence[_Picture], settings: Settings, parameters: DetectParameters, *, out: Path | None, as_json: bool
 ) -> int:
     """Send every file through the pipeline, a few at a time, and report in order; returns how many failed."""
     from rich.console import Console
@@ -120,10 +140,10 @@ async def _detect_files(
             task = progress.add_task(predictor.info.key, total=len(pictures))
             for first in range(0, len(pictures), FILES_IN_FLIGHT):
                 some = pictures[first : first + FILES_IN_FLIGHT]
-                coming = (_detect_file(file, state, predictor, wish, draw=out is not None) for file in some)
-                for file, result in zip(some, await asyncio.gather(*coming), strict=True):
+                coming = (_detect_file(one.file, state, predictor, wish, draw=out is not None) for one in some)
+                for picture, result in zip(some, await asyncio.gather(*coming), strict=True):
                     failed += isinstance(result, ServiceError)
-                    _report(file, result, out=out, as_json=as_json)
+                    _report(picture, result, out=out, as_json=as_json)
                     progress.advance(task)
     return failed
 
@@ -178,18 +198,21 @@ def _draw(image: Image, detections: Detections, predictor: Predictor) -> bytes:
     return encode_picture(draw_detections(image, detections, predictor.info.labels), "png")
 
 
-def _report(file: Path, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:
+def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:
     import orjson
 
+    file = picture.file
     if isinstance(result, ServiceError):
         typer.secho(f"{file}: {result}", fg="red", err=True)
         document: dict[str, object] = {"file": str(file), "error": {"code": result.code, "detail": str(result)}}
     else:
         document = {"file": str(file), **result.document}
         if out is not None and result.drawn is not None:
-            # The whole name, so that a.jpg and a.png do not meet.
-            (out / f"{file.name}.png").write_bytes(result.drawn)
-            (out / f"{file.name}.json").write_bytes(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
+            # Suffixes are added, not replaced, so that a.jpg and a.png do not meet.
+            target = out / picture.target
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{target}.png").write_bytes(result.drawn)
+            Path(f"{target}.json").write_bytes(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
     if as_json:
         typer.echo(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
     elif isinstance(result, _Result):

@@ -23,7 +23,7 @@ def serve_command() -> Callable[..., None]:
 
         Example: roiserve serve --port 9000 --models nuclei,blood-cells@1 --device cpu
         """
-        settings = _read_settings({name: value for name, value in flags.items() if value is not None})
+        settings = read_settings({name: value for name, value in flags.items() if value is not None})
         # Imported when they are needed, so that `roiserve --help` need not wait for them.
         from service.app import create_app
         from service.commands._server import serve_app
@@ -59,7 +59,7 @@ def _range_words(field: FieldInfo) -> Iterator[str]:
                 yield f"{words} {value}"
 
 
-def _read_settings(flags: dict[str, Any]) -> Settings:
+def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags over environment over defaults. What is wrong is said by name and ends the program with status 2."""
     try:
         return Settings(**flags)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from service.training.evaluation import Evaluation
-    from service.training.loop import Best, Trainer
+    from service.training.loop import Best, TrainConfig, Trainer
     from service.training.loop import Progress as TrainingProgress
 
 
@@ -67,7 +69,7 @@ def train(
     from service.model_store.model_toml import read_model_config
     from service.training.dataset import load_coco
     from service.training.export import export_model, load_initial_weights, target_of
-    from service.training.loop import TrainConfig, Trainer
+    from service.training.loop import Trainer
 
     if threads:
         torch.set_num_threads(threads)
@@ -84,7 +86,7 @@ def train(
         precision = "bfloat16" if target_device.type == "cuda" else "float32"
     trainer = Trainer(
         model_config=config,
-        train_config=TrainConfig(
+        train_config=_train_config(
             epochs=epochs,
             images_per_step=images_per_step,
             learning_rate=learning_rate,
@@ -119,6 +121,18 @@ def train(
     typer.echo(f"{stored.key} is in {stored.path}, from epoch {best.epoch}")
 
 
+def _train_config(**values: object) -> TrainConfig:
+    from pydantic import ValidationError
+
+    from service.training.loop import TrainConfig
+
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}" for one in error.errors()]
+        raise InvalidRequestError("; ".join(problems)) from None
+
+
 def _run_with_progress(trainer: Trainer) -> Best:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -126,7 +140,7 @@ def _run_with_progress(trainer: Trainer) -> Best:
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     averages: dict[str, float] = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=trainer.num_steps)
 
         def on_step(now: TrainingProgress) -> None:

@@ -76,7 +76,10 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ServiceError(f"expected the device auto, cpu, cuda or cuda:N, got {device!r}") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ServiceError(f"no device {device!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return target

@@ -7,6 +7,7 @@ Shapes: K objects of one image, H x W the image.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,8 @@ def load_coco(
             boxes outside their image or of no area, missing or broken segmentations.
     """
     raw = _read_json(path)
+    if malformed := [*_malformed(raw)]:
+        raise DatasetError(_report(path, malformed))
     categories = {category["id"]: str(category["name"]) for category in raw["categories"]}
     names = tuple(labels) if labels is not None else tuple(categories[key] for key in sorted(categories))
     problems = [
@@ -174,6 +177,21 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return raw  # type: ignore[no-any-return]  # json gives Any
 
 
+def _malformed(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What is missing for the rest to be looked at at all."""
+    if not raw["images"]:
+        yield "expected at least one image, got none"
+    for place, image in enumerate(raw["images"]):
+        sides = (image.get("width"), image.get("height"))
+        if "id" not in image or not isinstance(image.get("file_name"), str):
+            yield f"images[{place}]: expected id and file_name, got {image}"
+        elif not all(isinstance(side, int) and side > 0 for side in sides):
+            yield f"image {image['id']}: expected width and height in pixels, got {sides[0]} and {sides[1]}"
+    for place, category in enumerate(raw["categories"]):
+        if "id" not in category or not isinstance(category.get("name"), str):
+            yield f"categories[{place}]: expected id and name, got {category}"
+
+
 def _picture_path(folder: Path, file_name: str) -> Path | None:
     return next((path for path in (folder / "images" / file_name, folder / file_name) if path.is_file()), None)
 
@@ -187,9 +205,10 @@ def _annotation_problems(
         return
     if annotation.get("category_id") not in label_of:
         yield f"unknown category_id {annotation.get('category_id')}"
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
-        yield f"expected bbox [x, y, width, height], got {box}"
+    box: Any = annotation.get("bbox")
+    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+    if not is_box or not all(map(math.isfinite, box)):
+        yield f"expected bbox [x, y, width, height] of finite numbers, got {box}"
         return
     x, y, width, height = box
     if not (width > 0 and height > 0):
@@ -205,10 +224,22 @@ def _segmentation_problems(segmentation: object, image_size: tuple[int, int]) ->
     if isinstance(segmentation, dict):
         if list(segmentation.get("size", ())) != list(image_size):
             yield f"expected an RLE of size {list(image_size)}, got {segmentation.get('size')}"
+        else:
+            yield from _rle_problems(segmentation, image_size)
     elif not isinstance(segmentation, list) or not segmentation:
         yield "expected a segmentation (polygons or RLE), got none"
     elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         yield "expected polygons of at least 3 points as [x, y, x, y, …]"
+
+
+def _rle_problems(rle: Mapping[str, Any], image_size: tuple[int, int]) -> Iterator[str]:
+    try:
+        mask = _object_mask(rle, image_size)
+    except (KeyError, TypeError, ValueError) as error:
+        yield f"expected COCO's run lengths in 'counts', got some that do not decode: {error}"
+        return
+    if mask.bitmap.size == 0:
+        yield "expected an RLE with at least one pixel, got an empty one"
 
 
 def _report(path: Path, problems: Sequence[str]) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from service.errors import ServiceError
@@ -66,6 +66,13 @@ class TrainConfig(BaseModel):
     precision: str = Field("float32", pattern="^(float32|bfloat16)$")
     evaluate_every: int = Field(5, ge=1)
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _scales_rise(self) -> Self:
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise ValueError(f"expected 0 < min_scale <= max_scale, got {low} and {high}")
+        return self
 
     def augmentation(self) -> Augmentation:
         """The part that `augment` needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,25 @@ def test_a_folder_becomes_a_line_of_json_and_a_drawn_picture_for_each_picture(fo
         assert drawn.size == (60, 90)
     stored = json.loads((folder / "drawn" / "b.jpg.json").read_text())
     assert stored["detections"] == documents["b.jpg"]["detections"]
+
+
+def test_two_pictures_that_would_be_written_to_one_place_are_refused(folder: Path) -> None:
+    (folder / "other").mkdir()
+    shutil.copy(folder / "pictures" / "b.jpg", folder / "other")
+    done = run(folder, str(folder / "pictures"), str(folder / "other"), "--out", str(folder / "drawn"))
+    assert done.returncode == 1
+    assert "would both be written to" in done.stderr
+    assert not (folder / "drawn").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--device", "foo"], "ROISERVE_DEVICE"), (["--out", "README.md"], "expected a folder")]
+)
+def test_wrong_options_are_one_line_each(folder: Path, arguments: list[str], words: str) -> None:
+    done = run(folder, str(folder / "pictures"), *arguments)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(folder: Path) -> None:

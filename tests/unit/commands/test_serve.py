@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from service.commands.serve import _read_settings, serve_command
+from service.commands.serve import read_settings, serve_command
 from service.settings import Settings
 
 
@@ -47,5 +47,5 @@ def test_what_is_wrong_is_said_by_name_and_ends_with_2(flags: list[str], words: 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROISERVE_PORT", "1")
     monkeypatch.setenv("ROISERVE_HOST", "0.0.0.0")
-    settings = _read_settings({"port": "2", "api_keys": "a,b"})
+    settings = read_settings({"port": "2", "api_keys": "a,b"})
     assert (settings.port, settings.host, len(settings.api_keys)) == (2, "0.0.0.0", 2)

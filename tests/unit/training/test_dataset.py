@@ -64,18 +64,22 @@ def test_every_bad_annotation_is_named_in_one_report(tmp_path: Path) -> None:
         {**CAT, "image_id": 4},
         {**CAT, "segmentation": []},
         {**CAT, "bbox": "wide"},
+        {**CAT, "bbox": [float("nan"), 5, 1, 1]},
+        {**CAT, "segmentation": {"size": [10, 20], "counts": "garbage"}},
     )
     with pytest.raises(DatasetError) as caught:
         load_coco(path, needs_masks=True)
     report = str(caught.value)
-    assert "6 problem(s)" in report
+    assert "8 problem(s)" in report
     for words in (
         "annotation 2: box [15, 0, 10, 5] reaches outside its image of 20 x 10",
         "annotation 3: expected a box with area, got 0 x 5",
         "annotation 4: unknown category_id 9",
         "annotation 5: unknown image_id 4",
         "annotation 6: expected a segmentation",
-        "annotation 7: expected bbox [x, y, width, height], got wide",
+        "annotation 7: expected bbox [x, y, width, height] of finite numbers, got wide",
+        "annotation 8: expected bbox [x, y, width, height] of finite numbers, got [nan, 5, 1, 1]",
+        "annotation 9: expected COCO's run lengths in 'counts', got some that do not decode",
     ):
         assert words in report
 
@@ -103,6 +107,22 @@ def test_labels_that_do_not_fit_the_categories_are_named(tmp_path: Path) -> None
 def test_a_file_that_is_no_coco_is_refused(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(content)
+    with pytest.raises(DatasetError, match=words):
+        load_coco(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("images", [], "expected at least one image, got none"),
+        ("images", [{"id": 1, "file_name": "a.png", "height": 10}], "image 1: expected width and height in pixels"),
+        ("images", [{"id": 1, "height": 10, "width": 20}], r"images\[0\]: expected id and file_name"),
+        ("categories", [{"id": 1}], r"categories\[0\]: expected id and name"),
+    ],
+)
+def test_what_an_image_or_a_category_lacks_is_named(tmp_path: Path, key: str, value: object, words: str) -> None:
+    path = write(tmp_path, CAT)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(DatasetError, match=words):
         load_coco(path)
 
