@@ -23,7 +23,7 @@ from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
 from service.batching.batcher import Batcher
-from service.errors import ServiceError
+from service.errors import ModelNotFoundError, ModelStoreError, ServiceError
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Pipeline, Predictor, Work, predict_batch
@@ -90,8 +90,10 @@ def create_app(
         title="RoIServe",
         summary="Images in; boxes, labels, scores and masks out.",
         version=version("roiserve"),
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to whatever Host the caller named
         lifespan=lifespan,
     )
     app.state.api = state
@@ -100,7 +102,7 @@ def create_app(
     for router in routers:
         app.include_router(router)
     paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
-    add_error_handlers(app, measures, paths=paths)
+    add_error_handlers(app, measures, paths=list(dict.fromkeys(paths)))
     describe_app(app)
     return app
 
@@ -145,13 +147,45 @@ def _next_warm(predictors: Iterator[Predictor]) -> Predictor | None:
 
 
 def _stored_predictors(settings: Settings) -> Iterator[Predictor]:
-    """The models that the settings name, each loaded when it is asked for."""
+    """The models that the settings name, each loaded when it is asked for.
+
+    If they name none, the newest of each name that is not broken.
+
+    Raises:
+        ModelNotFoundError: one that the settings name, or the default model, is not there; before any is loaded.
+        ModelStoreError: one that the settings name is broken, or all are.
+    """
     # Imported here, in the loading thread, because torch takes seconds and probes want an answer meanwhile.
     from service.inference.loading import load_predictor
-    from service.model_store.store import ModelStore
+    from service.model_store.store import ModelStore, StoredModel
 
     store = ModelStore(settings.model_store)
-    newest = {model.name: model for model in store.list()}  # Versions rise, so the last one of a name stays.
-    chosen = [store.find(name) for name in settings.models] if settings.models else newest.values()
-    for stored in chosen:
-        yield load_predictor(stored, device=settings.device, precision=settings.precision)
+    known = store.list()
+    # For each model that is to be served, the versions that may be it, best first. One named twice is loaded once.
+    if settings.models:
+        choices = {stored.key: [stored] for stored in map(store.find, settings.models)}
+    else:
+        choices = {one.name: [other for other in reversed(known) if other.name == one.name] for one in known}
+    names = {name for choice in choices.values() for stored in choice for name in (stored.name, stored.key)}
+    if settings.default_model is not None and settings.default_model not in names:
+        words = ", ".join(sorted(names)) or "none"
+        raise ModelNotFoundError(f"no default model {settings.default_model!r} among those to load; known: {words}")
+
+    def load_first_good(choice: Sequence[StoredModel]) -> Predictor | None:
+        for stored in choice:
+            logger.info("loading model", extra={"fields": {"model": stored.key}})
+            try:
+                return load_predictor(stored, device=settings.device, precision=settings.precision)
+            except ModelStoreError as error:
+                if settings.models:
+                    raise
+                logger.error("model is broken", extra={"fields": {"model": stored.key, "reason": str(error)}})
+        return None
+
+    are_all_broken = bool(choices)
+    for choice in choices.values():
+        if (predictor := load_first_good(choice)) is not None:
+            are_all_broken = False
+            yield predictor
+    if are_all_broken:
+        raise ModelStoreError(f"every model in {store.root} is broken")

@@ -12,12 +12,14 @@ from service.errors import NotReadyError
 router = APIRouter(tags=["health"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", responses=describe_answer(Health))
 async def live() -> Response:
     """Whether the process answers; if not, restart it."""
     return json_response({"status": "ok"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=describe_answer(Health) | describe_errors(503))
 async def ready(state: State) -> Response:
     """Whether requests are wanted: all models are loaded and warmed up, and the service is not about to stop."""

@@ -95,6 +95,11 @@ def test_errors_are_counted_by_their_code(live: Live) -> None:
     assert live.metric('roiserve_requests_total{route="/v1/detect",status="415"}') >= 1
 
 
+def test_description_of_the_routes_is_counted_as_a_route_of_its_own(live: Live) -> None:
+    live.client.get("/openapi.json")
+    assert live.metric('roiserve_requests_total{route="/openapi.json",status="200"}') >= 1
+
+
 def test_routes_that_strangers_make_up_are_one_series(live: Live) -> None:
     for path in ("/a", "/b", "/v1/nothing"):
         live.client.get(path)
