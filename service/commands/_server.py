@@ -5,6 +5,7 @@ uvicorn and signals, nothing of what the app does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.state import ApiState, Phase
 
+logger = logging.getLogger(__name__)
+
 # Longer than the usual 60 seconds of proxies: they, not we, should close an idle connection, for if we do it may be
 # while a request is on its way.
 _KEEP_ALIVE_SECONDS = 75
@@ -26,6 +29,7 @@ _KEEP_ALIVE_SECONDS = 75
 _GRACE_SECONDS = 5
 # A request line with headers that browsers, proxies and tools send; tokens and cookies included, it is a few kilobytes.
 _MAX_HEAD_BYTES = 64 * 1024
+_TOO_LONG_HEAD = f"The request's headers exceed {_MAX_HEAD_BYTES} bytes."
 _HEAD_TIMEOUT_SECONDS = 10.0
 
 
@@ -96,6 +100,15 @@ class DrainingServer(uvicorn.Server):
             return True
         return self._lifecycle.failure is not None or await super().on_tick(counter)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; uvicorn ends the process if it cannot, and says why but not what to do."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            address = f"--host {self._settings.host} --port {self._settings.port}"
+            logger.error("cannot listen", extra={"fields": {"address": address, "hint": "--port 0 takes a free one"}})
+            raise SystemExit(1) from None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new connections, wait for the requests under way, and give up those that take too long."""
         timer = asyncio.get_running_loop().call_later(self._settings.drain_timeout_seconds, self._lifecycle.give_up)
@@ -108,6 +121,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _parsed_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """A caller is there, and shall say what it wants."""
@@ -117,7 +131,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins; on a connection that was kept alive, a further one."""
         super().on_message_begin()
+        self._parsed_bytes = 0
         self._await_head()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the target."""
+        self._count_parsed(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        self._count_parsed(len(name) + len(value))
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is here; its body has limits of its own."""
@@ -125,17 +150,29 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Let the head grow up to its limit."""
+        """Let the head grow up to its limit; what of it the parser still holds counts here."""
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._head_timer is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES:
-                self._cut_off(f"The request's headers exceed {_MAX_HEAD_BYTES} bytes.")
+                self._cut_off(_TOO_LONG_HEAD)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, or too long a one: the parser knows only that we stopped it."""
+        super().send_400_response(_TOO_LONG_HEAD if self._parsed_bytes > _MAX_HEAD_BYTES else msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The caller has gone."""
         self._head_is_here()
         super().connection_lost(exc)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: a websocket is refused as any other request for a route that is not there."""
+
+    def _count_parsed(self, size: int) -> None:
+        self._parsed_bytes += size
+        if self._parsed_bytes > _MAX_HEAD_BYTES:
+            raise ValueError(_TOO_LONG_HEAD)  # which ends the parsing
 
     def _await_head(self) -> None:
         if self._head_timer is None:

@@ -69,6 +69,23 @@ def test_endless_headers_are_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch
     assert live.client.get("/healthz").status_code == 200
 
 
+def test_whole_head_over_the_limit_is_refused_although_it_comes_in_one_piece(live: Live) -> None:
+    for extra in (b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 70_000, b"GET /healthz?" + b"x" * 70_000 + b" HTTP/1.1"):
+        with connected(live) as connection:
+            connection.sendall(extra + b"\r\n\r\n")
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.endswith(b"The request's headers exceed 65536 bytes.")
+
+
+def test_websockets_are_refused_without_advice_to_install_them(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade = b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    with connected(live) as connection:
+        connection.sendall(upgrade)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+    assert "pip install" not in caplog.text
+
+
 @pytest.mark.parametrize(("sent", "answer"), [(b"", b""), (b"GET /healthz HTT", b"HTTP/1.1 400 Bad Request\r\n")])
 def test_slow_headers_are_cut_off(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, sent: bytes, answer: bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,30 @@ def test_live_but_not_ready_until_the_warm_up_is_done(serve: Callable[..., Live]
     live.wait_until_ready()
     assert live.detect(picture()).status_code == 200
     assert live.metric('roiserve_model_ready{model="fake@1"}') == 1
+
+
+def test_probes_answer_head_as_get(serve: Callable[..., Live]) -> None:
+    live = serve()
+    assert [live.client.head(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+    live.state.lifecycle.phase = Phase.DRAINING
+    assert [live.client.head(path).status_code for path in ("/healthz", "/readyz")] == [200, 503]
+
+
+def test_port_in_use_is_said_with_the_flag_to_change() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = subprocess.run(
+            [sys.executable, "-m", "tests.integration.serve_fake"],
+            cwd=ROOT,
+            env={**os.environ, "ROISERVE_PORT": str(port), "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+    assert run.returncode == 1
+    assert f"--port {port}" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_draining_service_wants_no_more_requests_but_still_answers(serve: Callable[..., Live]) -> None:
