@@ -6,11 +6,13 @@ reads the environment.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "ROISERVE_"
@@ -32,9 +34,7 @@ class Settings(BaseSettings):
         None, description="Model for requests that name none; unset takes the first with masks, else the first."
     )
     device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Where models run: auto, cpu, cuda or cuda:N; auto takes CUDA where there is one.",
+        "auto", description="Where models run: auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."
     )
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the network: auto, float32, float16 or bfloat16."
@@ -101,10 +101,10 @@ class Settings(BaseSettings):
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
-        description="Keys that may call /v1, separated by commas; empty lets everyone in. Best set as a variable.",
+        description="Keys that may call /v1, separated by commas; without any everyone may. Best set as a variable.",
     )
     admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Keys that may also change models, separated by commas. Best set as a variable."
+        (), description="Further keys that may call /v1, separated by commas. Best set as a variable."
     )
 
     drain_delay_seconds: float = Field(
@@ -126,6 +126,13 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: str | Sequence[str]) -> Sequence[str]:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
+            raise PydanticCustomError("device", "expected auto, cpu, cuda or cuda:N")
         return value
 
 

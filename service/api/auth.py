@@ -18,18 +18,19 @@ _Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_err
 
 
 def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
-    """Let only bearers of a user's or an administrator's key pass, if users' keys are configured.
+    """Let only bearers of a user's or an administrator's key pass, if any key is configured.
 
     Raises:
         MissingKeyError: no key came, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
         KeyNotAllowedError: it is not one of ours.
     """
-    if not state.settings.api_keys:
+    keys = [*state.settings.api_keys, *state.settings.admin_keys]
+    if not keys:
         return
     key = bearer.credentials if bearer else header
     if key is None:
         raise MissingKeyError("send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`")
-    if not _is_one_of(key, [*state.settings.api_keys, *state.settings.admin_keys]):
+    if not _is_one_of(key, keys):
         raise KeyNotAllowedError("the key that was sent may not do this")
 
 

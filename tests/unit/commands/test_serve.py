@@ -36,6 +36,7 @@ def test_help_states_ranges_and_defaults() -> None:
         (["--port", "x"], "--port or ROISERVE_PORT"),
         (["--max-batch-size", "0"], "--max-batch-size or ROISERVE_MAX_BATCH_SIZE"),
         (["--engine", "magic"], "'eager'"),
+        (["--device", "tpu"], "ROISERVE_DEVICE: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
 def test_what_is_wrong_is_said_by_name_and_ends_with_2(flags: list[str], words: str) -> None:
