@@ -222,7 +222,8 @@ class Pipeline:
         if self._jobs >= self._max_jobs:
             # Little's law: what is under way now will be done after about the time that one job takes.
             raise OverloadedError(
-                f"the queue is full: {self._jobs} images are under way", retry_after_seconds=self._seconds_per_job
+                f"the queue is full: {self._jobs} images wait or are under way, at most {self._max_jobs}",
+                retry_after_seconds=self._seconds_per_job,
             )
         started_at = time.monotonic()
         self._jobs += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import reprlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -96,10 +97,13 @@ async def _read_form(content_type: str, stream: AsyncGenerator[bytes, None]) -> 
     async for chunk in stream:
         reader.feed(chunk)
     parts = reader.finish()
-    if misplaced := [part.name for part in parts if part.is_file != (part.name == "image")]:
-        raise InvalidRequestError(
-            f"expected a file (a part with a filename) in the field 'image' and in no other, see {misplaced[0]!r}"
-        )
+    for part in parts:
+        if part.name == "image" and not part.is_file:
+            raise InvalidRequestError(
+                "the field 'image' came without a filename; send a file (curl: -F image=@photo.jpg)"
+            )
+        if part.is_file and part.name != "image":
+            raise InvalidRequestError(f"a file came in the field {reprlib.repr(part.name)}; files go into 'image'")
     return Upload(
         [bytes(part.data) for part in parts if part.is_file],
         form=[(part.name, part.text) for part in parts if not part.is_file],

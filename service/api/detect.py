@@ -67,7 +67,9 @@ class _Order(Generic[P]):
         return detections_document(self.predictor.info, answer, progress, roi_op=self.wish.options.roi_op)
 
     def only_image(self) -> bytes:
-        if len(self.images) != 1:
+        if not self.images:
+            raise InvalidRequestError("expected one image, as the field 'image', got none")
+        if len(self.images) > 1:
             raise InvalidRequestError(
                 f"expected one image, as the field 'image', got {len(self.images)}; /v1/detect/batch takes several"
             )
@@ -125,7 +127,10 @@ async def detect(
 async def detect_batch(
     request: Request, state: State, record: Record, query: Annotated[DetectParameters, Query()]
 ) -> Response:
-    """Find the objects in several images, each a multipart field `image`: an answer or an error for each, in order."""
+    """Find the objects in several images, each a multipart field `image`: an answer or an error for each, in order.
+
+    All of them share the request's one deadline (`timeout_ms`).
+    """
     order = await _read_order(request, state, record, query)
     if order.wish.options.proposals is not None:
         raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")

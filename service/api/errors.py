@@ -178,7 +178,20 @@ def _describe(error: Mapping[str, Any]) -> str:
     option = next(
         (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path")), ""
     )
-    if error["type"] == "extra_forbidden":
-        return f"unknown option {reprlib.repr(option)}"
-    # Shortened: what came may be as long as a body.
-    return f"option {option!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {reprlib.repr(error['input'])}"
+    if error["type"] == "unknown_option":
+        return str(error["msg"])
+    return f"option {option!r}: {describe_expectation(error)}"
+
+
+def describe_expectation(error: Mapping[str, Any]) -> str:
+    """What pydantic expected of a value and what came."""
+    if error["type"] == "too_short":
+        return f"expected at least {error['ctx']['min_length']} items, got {error['ctx']['actual_length']}"
+    if error["type"] == "too_long":
+        return f"expected at most {error['ctx']['max_length']} items, got {error['ctx']['actual_length']}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {_quote(error['input'])}"
+
+
+def _quote(value: object) -> str:
+    """What came, as the caller wrote it; shortened, for it may be as long as a body."""
+    return orjson.dumps(value).decode() if value is None or isinstance(value, bool) else reprlib.repr(value)

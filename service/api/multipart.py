@@ -81,6 +81,10 @@ class FormReader:
         """All parts."""
         if not self._is_complete:
             raise InvalidRequestError("the body is not a whole multipart form: it breaks off")
+        if any(not part.name for part in self._parts):
+            raise InvalidRequestError(
+                "a part of the form has no name; expected 'Content-Disposition: form-data; name=\"...\"'"
+            )
         return self._parts
 
     def _begin_part(self) -> None:

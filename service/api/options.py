@@ -8,14 +8,16 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from service.api.body import Upload
-from service.api.errors import describe_option_errors
+from service.api.errors import describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
 from service.masks.png import encode_crops, encode_png
 from service.masks.polygons import encode_polygons
@@ -34,8 +36,6 @@ MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
 
 class DetectParameters(BaseModel):
     """The options of one request; None means the default of the model or of the server."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(
         None, max_length=200, description="Model to ask: name or name@version; unset takes the server's default."
@@ -66,6 +66,23 @@ class DetectParameters(BaseModel):
         le=3_600_000,
         description="Give up when this many milliseconds have passed since the request came; at most the server's.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_options(cls, given: object) -> object:
+        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
+        if unknown:
+            # Its message may hold braces, which a template of its own would not survive.
+            raise PydanticCustomError("unknown_option", "{words}", {"words": _unknown_words(unknown[0], cls)})
+        return given
+
+
+def _unknown_words(name: str, kind: type[BaseModel]) -> str:
+    if name in BodyParameters.model_fields:
+        return f"option {name!r} goes into the form or the JSON, not into the query"
+    similar = get_close_matches(name[:100], kind.model_fields, n=1)
+    hint = f"did you mean {similar[0]!r}?" if similar else f"there are: {', '.join(kind.model_fields)}"
+    return f"unknown option {reprlib.repr(name)}; {hint}"
 
 
 class BodyParameters(BaseModel):
@@ -132,15 +149,19 @@ def read_proposals(upload: Upload) -> tuple[Box, ...] | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"[{part}]" for part in first["loc"][1:2])
-        raise InvalidRequestError(
-            f"proposals{where}: {describe_option_errors([first])}; expected [[x1, y1, x2, y2], ...] in pixels"
-        ) from None
+        raise InvalidRequestError(f"proposals{where}: {_describe_proposal_error(first)}") from None
     for index, (x1, y1, x2, y2) in enumerate(boxes or ()):
         if not (x1 < x2 and y1 < y2):
             raise InvalidRequestError(
                 f"proposals[{index}]: expected x1 < x2 and y1 < y2, got {reprlib.repr([x1, y1, x2, y2])}"
             )
     return None if boxes is None else tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in boxes)
+
+
+def _describe_proposal_error(error: ErrorDetails) -> str:
+    if error["type"] in ("too_short", "too_long") and len(error["loc"]) == 2:
+        return f"expected 4 numbers, got {len(error['input'])}"
+    return f"{describe_expectation(error)}; expected [[x1, y1, x2, y2], ...] in pixels"
 
 
 def _single_values(items: Sequence[tuple[str, str]]) -> dict[str, object]:

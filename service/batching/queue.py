@@ -134,10 +134,10 @@ class RequestQueue(Generic[T]):
             raise NotReadyError("the service is stopping and takes no new requests")
         line = self._line(entry.priority)
         if len(line) >= self._max_queue_size:
-            raise self._overloaded(f"{len(line)} {entry.priority} requests wait, the bound is {self._max_queue_size}")
+            raise self._overloaded(f"{len(line)} images wait, at most {self._max_queue_size}")
         if len(line) > 0 and line.cost + entry.cost > self._max_queue_cost:
             total = line.cost + entry.cost
-            raise self._overloaded(f"{entry.priority} requests of {total} pixels, the bound is {self._max_queue_cost}")
+            raise self._overloaded(f"images of {total} pixels would wait, at most {self._max_queue_cost}")
         line.add(entry)
 
     def remove(self, entry: Entry[T]) -> bool:

@@ -199,7 +199,7 @@ def test_proposals_of_the_caller_take_the_place_of_the_models_own(live: Live) ->
         ("/v1/detect", {"data": {"proposals": "[[0, 0, 9, 1e999]]"}}, "not JSON"),
         ("/v1/detect", {"data": {"proposals": "[[0, 0, 9, 9], [1, 2, 3]]"}}, "proposals[1]"),
         ("/v1/detect", {"data": {"proposals": str([[0, 0, 9, 9]] * 2001)}}, "at most 2000"),
-        ("/v1/detect", {"params": {"proposals": "[[0, 0, 9, 9]]"}}, "unknown option 'proposals'"),
+        ("/v1/detect", {"params": {"proposals": "[[0, 0, 9, 9]]"}}, "'proposals' goes into the form or the JSON"),
         ("/v1/detect/batch", {"data": {"proposals": "[[0, 0, 9, 9]]"}}, "boxes of one image"),
     ],
 )

@@ -59,12 +59,17 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
     "gzip": ({"content": GOOD, "headers": {"Content-Encoding": "gzip"}}, 415, "unsupported_image", "gzip"),
     "unknown model": ({"content": GOOD, "params": {"model": "x"}}, 404, "model_not_found", "fake-boxes@1, fake@1"),
     "unknown version": ({"content": GOOD, "params": {"model": "fake@7"}}, 404, "model_not_found", "fake@1"),
-    "unknown option": ({"content": GOOD, "params": {"thresh": 1}}, 422, "invalid_request", "unknown option 'thresh'"),
-    "proposals, which come later": (
+    "unknown option": (
+        {"content": GOOD, "params": {"thresh": 1}},
+        422,
+        "invalid_request",
+        "did you mean 'score_thresh'?",
+    ),
+    "proposals in the query": (
         {"content": GOOD, "params": {"proposals": "[]"}},
         422,
         "invalid_request",
-        "unknown option 'proposals'",
+        "'proposals' goes into the form or the JSON",
     ),
     "threshold above 1": ({"content": GOOD, "params": {"score_thresh": 1.5}}, 422, "invalid_request", "score_thresh"),
     "threshold not a number": (
@@ -142,7 +147,22 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
         {"files": {"masks": (None, "none"), "image": (None, "text")}},
         422,
         "invalid_request",
-        "filename",
+        "the field 'image' came without a filename",
+    ),
+    "form without any image": (
+        {"files": {"masks": (None, "none")}},
+        422,
+        "invalid_request",
+        "expected one image, as the field 'image', got none",
+    ),
+    "form with a part without a name": (
+        {
+            "content": b"--abc\r\nContent-Type: image/png\r\n\r\nx\r\n--abc--\r\n",
+            "headers": {"Content-Type": "multipart/form-data; boundary=abc"},
+        },
+        422,
+        "invalid_request",
+        "has no name",
     ),
     "broken JSON": (
         {"content": b'{"image": ', "headers": {"Content-Type": "application/json"}},
@@ -174,6 +194,12 @@ def test_bad_request_gets_its_own_answer_and_harms_no_other(live: Live, name: st
 
 def test_unknown_route_lists_the_known_ones(live: Live) -> None:
     assert_problem(live.client.get("/v2/nothing"), 404, "route_not_found", "/v1/detect", "/readyz")
+
+
+def test_slash_at_the_end_is_another_route_and_never_a_redirect_to_the_callers_host(live: Live) -> None:
+    response = live.client.post("/v1/detect/", content=GOOD, headers={"Host": "evil.example"})
+    assert_problem(response, 404, "route_not_found", "/v1/detect")
+    assert "location" not in response.headers
 
 
 def test_wrong_method_says_which_is_right(live: Live) -> None:
@@ -216,6 +242,12 @@ def test_missing_and_wrong_keys_are_told_apart(serve: Callable[..., Live]) -> No
         assert live.client.post("/v1/detect", content=GOOD, headers=header).status_code == 200
 
 
+def test_keys_of_administrators_alone_close_the_service_too(serve: Callable[..., Live]) -> None:
+    live = serve(admin_keys="root")
+    assert_problem(live.detect(GOOD), 401, "missing_key")
+    assert live.client.get("/v1/models", headers={"X-API-Key": "root"}).status_code == 200
+
+
 def test_probes_and_metrics_need_no_key(serve: Callable[..., Live]) -> None:
     live = serve(api_keys="alpha")
     for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
@@ -229,7 +261,7 @@ def test_full_queue_refuses_at_once_and_says_when_to_come_back(serve: Callable[.
     waiting = [live.in_background(live.detect, GOOD) for _ in range(2)]
     live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', 2)
     refused = live.detect(GOOD)
-    assert_problem(refused, 429, "overloaded", "full")
+    assert_problem(refused, 429, "overloaded", "the queue is full: 3 images wait or are under way, at most 3")
     assert int(refused.headers["Retry-After"]) >= 1
     live.release_device()
     assert [future.result().status_code for future in (first, *waiting)] == [200, 200, 200]
