@@ -37,23 +37,34 @@ def load_predictor(stored: StoredModel, *, device: str = "auto", precision: str 
     load_into(model, stored.load_weights(), source=str(stored.path))
     return Predictor(
         model.to(target),
-        info=ModelInfo(
+        info=describe(
+            config,
             name=stored.name,
             version=stored.version,
-            architecture=config.architecture,
-            backbone=config.backbone.name,
-            roi_op=config.roi.op,
-            labels=config.labels,
-            score_thresh=config.detections.score_thresh,
-            max_detections=config.detections.detections_per_img,
-            has_masks=config.has_masks,
-            engine="eager",
             precision="float32" if precision == "auto" else precision,
             device=str(target),
-            roi_ops=interchangeable_ops(config),
         ),
         device=target,
         autocast_dtype=DTYPES.get(precision),
+    )
+
+
+def describe(config: ModelConfig, *, name: str, version: int, precision: str, device: str) -> ModelInfo:
+    """What callers may know of a network of this configuration."""
+    return ModelInfo(
+        name=name,
+        version=version,
+        architecture=config.architecture,
+        backbone=config.backbone.name,
+        roi_op=config.roi.op,
+        labels=config.labels,
+        score_thresh=config.detections.score_thresh,
+        max_detections=config.detections.detections_per_img,
+        has_masks=config.has_masks,
+        engine="eager",
+        precision=precision,
+        device=device,
+        roi_ops=interchangeable_ops(config),
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from service.errors import ServiceError
+from service.inference.loading import describe
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
@@ -351,20 +352,7 @@ def _target(picture: TrainingPicture, device: torch.device) -> dict[str, Tensor]
 
 def evaluation_info(config: ModelConfig) -> ModelInfo:
     """What a predictor needs to know of a network that is in no store yet."""
-    return ModelInfo(
-        name="training",
-        version=0,
-        architecture=config.architecture,
-        backbone=config.backbone.name,
-        roi_op=config.roi.op,
-        labels=config.labels,
-        score_thresh=config.detections.score_thresh,
-        max_detections=config.detections.detections_per_img,
-        has_masks=config.has_masks,
-        engine="eager",
-        precision="float32",
-        device="cpu",
-    )
+    return describe(config, name="training", version=0, precision="float32", device="cpu")
 
 
 def _best_to_dict(best: Best) -> dict[str, Any]:

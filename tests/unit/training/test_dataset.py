@@ -127,6 +127,13 @@ def test_what_an_image_or_a_category_lacks_is_named(tmp_path: Path, key: str, va
         load_coco(path)
 
 
+def test_pictures_are_decoded_as_the_server_decodes_them(tmp_path: Path) -> None:
+    """16-bit grey is scaled, where Pillow's own conversion would turn it white."""
+    path = write(tmp_path, CAT)
+    Image.fromarray(np.full((10, 20), 32768, np.uint16)).save(tmp_path / "a.png")
+    assert set(load_coco(path).samples[0].read_pixels().ravel()) <= {127, 128}
+
+
 def test_a_picture_of_another_size_than_annotated_is_refused_when_read(tmp_path: Path) -> None:
     path = write(tmp_path, CAT)
     Image.new("RGB", (21, 10)).save(tmp_path / "a.png")
