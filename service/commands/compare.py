@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from service.training.comparing import Run
     from service.training.dataset import CocoDataset
     from service.training.loop import TrainConfig
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def compare(
@@ -47,6 +49,10 @@ def compare(
     crop_size: Annotated[
         int, typer.Option(min=32, help="With --retrain: side of the training pictures, in pixels after resizing.")
     ] = 384,
+    precision: Annotated[
+        Precision, typer.Option(help="With --retrain: of convolutions and matrix products in training.")
+    ] = "float32",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads for the network; 0: one a core.")] = 0,
     runs_dir: Annotated[
         Path, typer.Option(help="With --retrain: where the runs keep their state; the same command goes on from there.")
     ] = Path("runs/compare"),
@@ -55,6 +61,7 @@ def compare(
 
     Example: roiserve compare --model nuclei --data cells/val.json --roi-op roi_pool,roi_align --out compared.md
     """
+    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -65,6 +72,8 @@ def compare(
     from service.training.dataset import load_coco
     from service.training.loop import TrainConfig
 
+    if threads:
+        torch.set_num_threads(threads)
     if retrain != (train_data is not None):
         raise typer.BadParameter("--retrain and --train-data DIR belong together")
     stored = ModelStore(store).find(model)
@@ -83,6 +92,7 @@ def compare(
                     learning_rate=learning_rate,
                     warmup_steps=warmup_steps,
                     crop_size=crop_size,
+                    precision=precision,
                     # The last weights count, so that nothing is chosen by what it is then measured by.
                     evaluate_every=epochs,
                     seed=seed,
