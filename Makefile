@@ -31,7 +31,7 @@ $(BIN)/python:
 # Made again only when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this downloads about 3 GB, PyTorch with CUDA for the most part"
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,timm]'
 	@touch $@
 
 # A flag only where one was asked for, so that ROISERVE_HOST and the like count.
