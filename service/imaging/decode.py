@@ -8,15 +8,16 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import cast
 
+import cv2
 import numpy as np
-import PIL.Image
+import simplejpeg
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -26,7 +27,7 @@ from service.errors import InvalidImageError, InvalidRequestError, TooLargeError
 from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
 from service.imaging.pixels import to_rgb
-from service.structures import Image
+from service.structures import Image, UInt8Array
 
 _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
@@ -36,15 +37,17 @@ _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "BMP": BmpImageFile,
     "TIFF": TiffImageFile,
 }
-# What makes the picture upright, by EXIF orientation (Pillow rotates anticlockwise).
+# What these kinds of JPEG mean in RGB leaves no choice. Ink (CMYK) and whatever is rarer is Pillow's.
+_PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
+# By EXIF orientation: swap rows and columns, then mirror (OpenCV's flip code: 0 upside down, 1 left to right, -1 both).
 _UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
+    2: (False, 1),
+    3: (False, -1),
+    4: (False, 0),
+    5: (True, None),
+    6: (True, 1),
+    7: (True, -1),
+    8: (True, 0),
 }
 
 
@@ -81,9 +84,8 @@ def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
     with _as_invalid_image(image_format):
         container = read_container(data, image_format)
         _check_size(container.image_size, limits)
-        picture = to_rgb(_decode(container, image_format))
-        upright = picture.transpose(_UPRIGHT[container.orientation]) if container.orientation != 1 else picture
-        return Image(np.array(upright), orientation_applied=container.orientation != 1)
+        pixels = _decode(container, image_format)
+        return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 
 
 def _check_size(image_size: tuple[int, int], limits: ImageLimits) -> None:
@@ -99,14 +101,44 @@ def _check_size(image_size: tuple[int, int], limits: ImageLimits) -> None:
         raise TooLargeError(f"{width} x {height} pixels; a side may be {limits.max_aspect_ratio:g} times the other")
 
 
-def _decode(container: Container, image_format: ImageFormat) -> PIL.Image.Image:
+def _decode(container: Container, image_format: ImageFormat) -> UInt8Array:
+    if image_format == "JPEG":
+        # It takes a half to a third of Pillow's time for the same pixels, but would accept less: it calls anything out
+        # of order an error, which Pillow does only where pixels are missing. So what it refuses, Pillow judges.
+        with suppress(ValueError):
+            return _decode_plain_jpeg(container)
+    return _decode_with_pillow(container, image_format)
+
+
+def _decode_plain_jpeg(container: Container) -> UInt8Array:
+    """Decode with libjpeg-turbo and without a copy.
+
+    Raises:
+        ValueError: a kind that has no plain colours, or data that are not in order.
+    """
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(container.pixel_data)
+    if (height, width) != container.image_size or colours not in _PLAIN_COLOURS:
+        raise ValueError
+    pixels: UInt8Array = simplejpeg.decode_jpeg(container.pixel_data)
+    return pixels
+
+
+def _decode_with_pillow(container: Container, image_format: ImageFormat) -> UInt8Array:
     # Always from memory: from a real file Pillow believes a chunk's length and allocates it. And not through
     # `PIL.Image.open`, which tries formats in turn and warns about sizes that our limits allow.
     picture = _DECODERS[image_format](io.BytesIO(container.pixel_data))
     if (picture.height, picture.width) != container.image_size:
         raise InvalidImageError(f"two parts of the {image_format} data disagree about the size")
     picture.load()
-    return picture
+    return np.array(to_rgb(picture))
+
+
+def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:
+    if orientation == 1:
+        return pixels
+    swaps_sides, flip_code = _UPRIGHT[orientation]
+    turned = cv2.transpose(pixels) if swaps_sides else pixels
+    return cast(UInt8Array, turned if flip_code is None else cv2.flip(turned, flip_code))
 
 
 @contextmanager
@@ -116,9 +148,8 @@ def _as_invalid_image(image_format: ImageFormat) -> Iterator[None]:
         yield
     except InvalidRequestError:
         raise
-    except (struct.error, IndexError) as error:
-        raise InvalidImageError(f"the {image_format} data end too early") from error
     except Exception as error:
-        raise InvalidImageError(
-            f"the {image_format} data do not decode: {str(error) or type(error).__name__}"
-        ) from error
+        # Decoders speak of streams, tiles and buffers, which means nothing to whoever sent the file.
+        ends_early = isinstance(error, struct.error | IndexError) or "truncated" in str(error).lower()
+        problem = "are truncated" if ends_early else "are damaged, or of a kind that we do not read"
+        raise InvalidImageError(f"the {image_format} data {problem}") from error

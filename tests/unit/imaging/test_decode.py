@@ -10,10 +10,12 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +73,31 @@ def test_jpeg_gives_the_pixels_of_pillow(mode: str, options: dict[str, object]) 
     assert np.array_equal(decode_image(data, limits=LIMITS).pixels, reference)
 
 
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(3, 2), (17, 31), (320, 239)])
+def test_jpeg_gives_the_pixels_of_pillow_for_odd_sizes_and_all_colour_resolutions(
+    size: tuple[int, int], progressive: bool, subsampling: str
+) -> None:
+    """Both are libjpeg-turbo, with its exact cosine transform and its smooth upsampling: not one bit differs."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    factor = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling}")
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
+    data = cv2.imencode(".jpg", pixels, options)[1].tobytes()
+    reference = np.asarray(PIL.Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_image(data, limits=LIMITS).pixels, reference)
+
+
+def test_a_jpeg_out_of_order_is_read_where_no_pixels_are_missing() -> None:
+    """libjpeg-turbo by itself would refuse bytes too many before a restart marker; many cameras leave some."""
+    data = encoded(gradient(64, 64), "JPEG", restart_marker_blocks=1)
+    marker = data.index(b"\xff\xd0")
+    odd = data[:marker] + bytes(9) + data[marker:]
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        simplejpeg.decode_jpeg(odd)
+    assert np.array_equal(decode_image(odd, limits=LIMITS).pixels, decode_image(data, limits=LIMITS).pixels)
+
+
 @pytest.mark.parametrize("image_format", ["GIF", "WebP"])
 def test_an_animation_gives_its_first_frame(image_format: str) -> None:
     frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
@@ -79,9 +106,13 @@ def test_an_animation_gives_its_first_frame(image_format: str) -> None:
     assert np.array_equal(pixels, np.broadcast_to([255, 0, 0], (8, 8, 3)))
 
 
-def test_pixels_can_be_written_to_and_lie_in_order() -> None:
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_can_be_written_to_and_lie_in_order(image_format: str, orientation: int) -> None:
     """torch wraps them without a copy, and warns about arrays that cannot be written to."""
-    pixels = decode_image(encoded(gradient(), "PNG"), limits=LIMITS).pixels
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decode_image(encoded(gradient(), image_format, exif=exif), limits=LIMITS).pixels
     assert pixels.flags.writeable
     assert pixels.flags.c_contiguous
 
@@ -150,6 +181,15 @@ def test_a_truncated_file_is_refused(image_format: str, kept: float) -> None:
     data = encoded(noise, image_format)
     with pytest.raises(InvalidImageError, match=image_format):
         decode_image(data[: int(kept * len(data))], limits=LIMITS)
+
+
+def test_damaged_data_are_called_damaged_in_words_of_ours() -> None:
+    """Pillow speaks of a broken data stream."""
+    data = bytearray(encoded(gradient(), "JPEG"))
+    table = data.index(b"\xff\xc4")  # a Huffman table: 17 bytes of counts, which may not add up to more than 256
+    data[table + 5 : table + 21] = b"\xff" * 16
+    with pytest.raises(InvalidImageError, match=r"^the JPEG data are damaged, or of a kind that we do not read$"):
+        decode_image(bytes(data), limits=LIMITS)
 
 
 def test_a_truncated_progressive_jpeg_is_refused() -> None:
