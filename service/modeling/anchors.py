@@ -13,6 +13,9 @@ class Detectron2AnchorGenerator(AnchorGenerator):
     """torchvision's generator without its two roundings: of the anchors' corners to whole pixels, and of the maps'
     strides, which it takes as image size // map size (800 // 13 = 61 for the coarsest map, whose stride is 64).
 
+    The anchors of a place come size by size, each in all ratios; torchvision's come ratio by ratio. It is the order of
+    the RPN head's channels.
+
     Args:
         sizes: for every feature map the square roots of the anchors' areas, in pixels of the resized image.
         aspect_ratios: for every feature map height / width.
@@ -36,10 +39,10 @@ class Detectron2AnchorGenerator(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """(len(aspect_ratios) * len(scales), 4) anchors about the origin."""
-        half_sides = torch.tensor(scales, dtype=dtype, device=device) / 2
+        """(len(scales) * len(aspect_ratios), 4) anchors about the origin."""
+        half_sides = torch.tensor(scales, dtype=dtype, device=device)[:, None] / 2
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
-        half_widths, half_heights = (half_sides / roots[:, None]).flatten(), (half_sides * roots[:, None]).flatten()
+        half_widths, half_heights = (half_sides / roots).flatten(), (half_sides * roots).flatten()
         return torch.stack([-half_widths, -half_heights, half_widths, half_heights], dim=1)
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:

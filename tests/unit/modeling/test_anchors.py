@@ -13,6 +13,13 @@ def test_anchors_keep_their_area_and_ratio_without_rounding() -> None:
     torch.testing.assert_close(uneven, torch.tensor([-2.828427, -5.656854, 2.828427, 5.656854]))
 
 
+def test_anchors_of_a_place_come_size_by_size() -> None:
+    """The order of the channels in detectron2's RPN head, where one map has anchors of several sizes."""
+    generator = Detectron2AnchorGenerator(((8, 32),), ((0.25, 1.0),), strides=(4,))
+    sides = [(x2 - x1, y2 - y1) for x1, y1, x2, y2 in generator.cell_anchors[0].tolist()]
+    assert sides == [(16, 4), (8, 8), (64, 16), (32, 32)]
+
+
 def test_anchors_stand_a_stride_apart_also_where_the_map_does_not_divide_the_image() -> None:
     """Two cells on 96 pixels: torchvision's generator would take 48 for the stride of 64."""
     generator = Detectron2AnchorGenerator(((8,),), ((1.0,),), strides=(64,))
