@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from service.model_store.store import StoredModel
+    from service.modeling.config import ModelConfig
     from service.training.comparing import Run
     from service.training.dataset import CocoDataset
     from service.training.loop import TrainConfig
@@ -24,11 +25,16 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def compare(
-    model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
     data: Annotated[Path, typer.Option(help="COCO-format annotation file to evaluate on, such as DIR/val.json.")],
     roi_op: Annotated[
         str, typer.Option(metavar="OP,OP,…", help="RoI operators of the box and the mask branch, with commas between.")
     ] = "roi_pool,roi_align",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="With --retrain, instead of --model: model.toml that describes the network.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as bars into this SVG file.")] = None,
     store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
@@ -66,6 +72,7 @@ def compare(
     from rich.progress import Progress
 
     from service.inference.loading import interchangeable_ops
+    from service.model_store.model_toml import read_model_config
     from service.model_store.store import ModelStore
     from service.training.comparing import markdown
     from service.training.comparison_plot import draw_bars
@@ -76,16 +83,25 @@ def compare(
         torch.set_num_threads(threads)
     if retrain != (train_data is not None):
         raise typer.BadParameter("--retrain and --train-data DIR belong together")
-    stored = ModelStore(store).find(model)
-    ops = _operators(roi_op, interchangeable_ops(stored.model_toml), stored.key)
-    labels = stored.model_toml.labels
-    val = load_coco(data, labels=labels)
+    if (model is None) == (model_config is None) or (model_config is not None and not retrain):
+        raise typer.BadParameter("expected either --model NAME, or --retrain with --model-config FILE")
+    stored = None if model is None else ModelStore(store).find(model)
+    name: str
+    config: ModelConfig
+    if stored is not None:
+        name, config = stored.key, stored.model_toml
+    else:
+        assert model_config is not None  # one of the two is given
+        name, config = model_config.stem, read_model_config(model_config)
+    ops = _operators(roi_op, interchangeable_ops(config), name)
+    val = load_coco(data, labels=config.labels)
     with Progress(console=Console(stderr=True)) as progress:
         if train_data is None:
+            assert stored is not None  # only --retrain takes a configuration alone
             runs = list(_measure_each(stored, ops, val, device, progress))
         else:
-            train = load_coco(train_data / "train.json", labels=labels, needs_masks=stored.model_toml.has_masks)
-            configs = [
+            train = load_coco(train_data / "train.json", labels=config.labels, needs_masks=config.has_masks)
+            train_configs = [
                 TrainConfig(
                     epochs=epochs,
                     images_per_step=images_per_step,
@@ -99,8 +115,8 @@ def compare(
                 )
                 for seed in range(seeds)
             ]
-            runs = list(_retrain_each(stored, ops, configs, train, val, device, runs_dir, progress))
-    title = f"{stored.key} on {len(val)} pictures of {data}"
+            runs = list(_retrain_each(name, config, ops, train_configs, train, val, device, runs_dir, progress))
+    title = f"{name} on {len(val)} pictures of {data}"
     _print_table(title, runs)
     if out is not None:
         out.write_text(markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]])), encoding="utf-8")
@@ -129,9 +145,10 @@ def _measure_each(
 
 
 def _retrain_each(
-    stored: StoredModel,
+    name: str,
+    config: ModelConfig,
     ops: Sequence[str],
-    configs: Sequence[TrainConfig],
+    train_configs: Sequence[TrainConfig],
     train: CocoDataset,
     val: CocoDataset,
     device: str,
@@ -142,20 +159,20 @@ def _retrain_each(
     from service.training.comparing import measure, retrain
     from service.training.loop import Progress as TrainingProgress
 
-    for config in configs:
+    for train_config in train_configs:
         for op in ops:
-            task = progress.add_task(f"{op}, seed {config.seed}", total=None)
+            task = progress.add_task(f"{op}, seed {train_config.seed}", total=None)
 
             def on_step(now: TrainingProgress, task: TaskID = task) -> None:
                 progress.update(task, completed=now.step, total=now.num_steps)
 
             predictor = retrain(
-                stored.model_toml,
+                config,
                 roi_op=op,
-                train_config=config,
+                train_config=train_config,
                 train=train,
                 val=val,
-                state_path=runs_dir / f"{stored.key}-{op}-{config.seed}" / "state.pt",
+                state_path=runs_dir / f"{name}-{op}-{train_config.seed}" / "state.pt",
                 device=choose_device(device),
                 on_step=on_step,
             )

@@ -62,12 +62,22 @@ def test_retraining_reports_a_spread_over_the_seeds(store: Path, tmp_path: Path)
     ]
 
 
+def test_a_network_that_was_never_trained_is_compared_from_its_configuration(store: Path, tmp_path: Path) -> None:
+    config, data = store / "discs" / "1" / "model.toml", tmp_path / "data"
+    training = ["--retrain", "--train-data", data, "--runs-dir", tmp_path / "runs", "--epochs", 1, "--crop-size", 96]
+    command = ["compare", "--model-config", config, "--data", data / "val.json", "--roi-op", "roi_pool", *training]
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, [str(one) for one in command])
+    assert result.exit_code == 0, result.output
+    assert [path.parent.name for path in (tmp_path / "runs").glob("*/state.pt")] == ["model-roi_pool-0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--roi-op", "roi_pool,magic"], "'magic'; it can take: roi_pool, roi_align"),
         (["--roi-op", ","], "cannot take the RoI operator ','"),
         (["--retrain"], "--train-data"),
+        (["--model-config", "model.toml"], "either --model NAME, or --retrain with --model-config FILE"),
     ],
 )
 def test_what_cannot_be_compared_is_said_at_once(store: Path, arguments: list[str], words: str) -> None:
