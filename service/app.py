@@ -23,6 +23,7 @@ from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
 from service.batching.batcher import Batcher
+from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNotFoundError, ModelStoreError, ServiceError
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
@@ -69,6 +70,7 @@ def create_app(
         ),
         models=LoadedModels(settings.default_model),
         lifecycle=Lifecycle(),
+        held_bytes=HeldBytes(settings.max_held_bytes),
     )
 
     source = _stored_predictors(settings) if predictors is None else iter(predictors)

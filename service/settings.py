@@ -89,6 +89,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         32 * 1024 * 1024, ge=1, description="Largest request body, in bytes; more is refused with 413."
     )
+    max_held_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1,
+        description="Most bytes of request bodies held at a time, all requests together; more is refused with 429.",
+    )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )

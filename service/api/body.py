@@ -1,5 +1,6 @@
 """Reading uploads: a raw image, a multipart form or JSON with base64, into bytes and options. Called by the routes that
-take images. The byte limit holds while a body streams in, so that too large a one is never held; so does a time limit.
+take images. The byte limits, of one body and of all requests together, hold while a body streams in, so that too much
+is never held; so does a time limit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api.errors import SlowBodyError
 from service.api.multipart import FormReader
+from service.batching.held_bytes import Holding
 from service.errors import CancelledRequestError, InvalidRequestError, TooLargeError, UnsupportedImageError
 
 _ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
@@ -39,12 +41,16 @@ class Upload:
     json: dict[str, object] = field(default_factory=dict)
 
 
-async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds: float) -> Upload:
+async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds: float, holding: Holding) -> Upload:
     """Read a request's body, whichever of the three kinds it is.
+
+    Args:
+        holding: the request's account of bytes; grows as the body arrives.
 
     Raises:
         UnsupportedImageError: none of the three kinds; the message lists them.
         TooLargeError: over the limit; nothing beyond it was held.
+        OverloadedError: all requests together would hold too much.
         SlowBodyError: it took too long.
         InvalidRequestError: empty, or not the form or JSON that it says it is.
         CancelledRequestError: the caller went away.
@@ -52,9 +58,9 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
     if encoding := request.headers.get("content-encoding"):
         raise UnsupportedImageError(f"expected a body without Content-Encoding, got {encoding!r}")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    _refuse_declared_length(request.headers, max_body_bytes)
+    _refuse_declared_length(request.headers, max_body_bytes, holding)
     try:
-        async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes)) as stream:
+        async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes, holding)) as stream:
             if content_type == "multipart/form-data":
                 return await _read_form(request.headers["content-type"], stream)
             if content_type == "application/json":
@@ -71,18 +77,22 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
     )
 
 
-def _refuse_declared_length(headers: Headers, max_body_bytes: int) -> None:
+def _refuse_declared_length(headers: Headers, max_body_bytes: int, holding: Holding) -> None:
     declared = headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > max_body_bytes:
+    if not declared.isdecimal():
+        return
+    if int(declared) > max_body_bytes:
         raise TooLargeError(f"the body has {declared} bytes, at most {max_body_bytes} are read")
+    holding.expect(int(declared))
 
 
-async def _limited(request: Request, max_body_bytes: int) -> AsyncGenerator[bytes, None]:
+async def _limited(request: Request, max_body_bytes: int, holding: Holding) -> AsyncGenerator[bytes, None]:
     received_bytes = 0
     async for chunk in request.stream():
         received_bytes += len(chunk)
         if received_bytes > max_body_bytes:
             raise TooLargeError(f"the body has more than the {max_body_bytes} bytes that are read")
+        holding.add(len(chunk))
         yield chunk
     if received_bytes == 0:
         raise InvalidRequestError(f"the body is empty; expected {_ACCEPTED}")

@@ -81,7 +81,10 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     state.lifecycle.require_serving()
     try:
         upload = await read_upload(
-            request, max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.body_timeout_seconds
+            request,
+            max_body_bytes=settings.max_body_bytes,
+            timeout_seconds=settings.body_timeout_seconds,
+            holding=record.holding,
         )
     except CancelledRequestError:
         state.metrics.cancelled.labels(record.progress.stage).inc()

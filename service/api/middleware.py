@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import problem_response, report
 from service.api.state import ApiState, Lifecycle, Phase
+from service.batching.held_bytes import Holding
 from service.errors import NotReadyError, ServiceError
 from service.logs import request_id_context
 from service.pipeline import Progress
@@ -40,11 +41,13 @@ class RequestRecord:
     """What is known of a request; the routes add to it.
 
     Attributes:
+        holding: the bytes of its body, accounted for until its answer has been sent.
         notes: for the log line, such as the model.
         status: of the answer, once it has begun.
     """
 
     request_id: str
+    holding: Holding
     progress: Progress = field(default_factory=lambda: Progress("body"))
     notes: dict[str, object] = field(default_factory=dict)
     status: int | None = None
@@ -79,7 +82,10 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(Headers(scope=scope)))
+        with self._state.held_bytes.hold() as holding:
+            await self._serve(scope, receive, send, RequestRecord(_request_id(Headers(scope=scope)), holding))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         scope.setdefault("state", {})["record"] = record
         token = request_id_context.set(record.request_id)
         exchange = _Exchange(scope, receive, send, record, self._state.lifecycle)

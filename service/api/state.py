@@ -12,6 +12,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNotFoundError, NotReadyError
 from service.metrics import Metrics
 from service.pipeline import Pipeline, Predictor
@@ -108,6 +109,7 @@ class ApiState:
     pipeline: Pipeline
     models: LoadedModels
     lifecycle: Lifecycle
+    held_bytes: HeldBytes
 
 
 def _state(request: Request) -> ApiState:

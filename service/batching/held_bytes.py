@@ -1,0 +1,92 @@
+"""The bound on the bytes of all requests together: one `HeldBytes` for the whole HTTP process, one `Holding` for each
+request. `api` adds to a request's holding what arrives of its body. Knows numbers only; all runs on one thread.
+
+How it is meant: the outermost layer of a request opens its holding, `with held_bytes.hold() as holding`, and closes it
+when the answer has been sent, so that whatever keeps the body in between (the queue, a worker that may have to be sent
+it again) needs no account of its own. A holding grows with the bytes that have come and not with those announced: who
+announces much and sends nothing takes no room from others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from service.errors import OverloadedError
+
+# What one holding is taken to last before the first has ended.
+_UNMEASURED_SECONDS = 1.0
+
+# How much of the measured time of a holding the next one leaves in place: about the last fifty count.
+_TIME_MEMORY = 0.98
+
+
+class HeldBytes:
+    """The account of all requests.
+
+    Args:
+        max_held_bytes: most bytes at a time; only who holds alone may have more, since a body of that size could
+            never be read otherwise.
+        clock: a monotonic time in seconds.
+    """
+
+    def __init__(self, max_held_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        if max_held_bytes < 1:
+            raise ValueError(f"expected max_held_bytes of at least 1, got {max_held_bytes}")
+        self._max_held_bytes = max_held_bytes
+        self._clock = clock
+        self._seconds_per_holding = _UNMEASURED_SECONDS
+        self.size = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Holding]:
+        """The account of one request, empty at first; what it holds is given back at the end."""
+        holding = Holding(self)
+        started_at = self._clock()
+        try:
+            yield holding
+        finally:
+            self.size -= holding.size
+            if holding.size > 0:
+                seconds = self._clock() - started_at
+                self._seconds_per_holding += (1 - _TIME_MEMORY) * (seconds - self._seconds_per_holding)
+
+    def require_room(self, size: int, *, beside: int) -> None:
+        """Raise OverloadedError if a request that holds `beside` bytes may not hold `size` more."""
+        if self.size > beside and self.size + size > self._max_held_bytes:
+            # Little's law: what is held now will have been given back after about the time that one holding takes.
+            raise OverloadedError(
+                f"the requests under way would hold {self.size + size} bytes, at most {self._max_held_bytes}",
+                retry_after_seconds=self._seconds_per_holding,
+            )
+
+
+class Holding:
+    """The account of one request; made by `HeldBytes.hold`.
+
+    Attributes:
+        size: bytes that it holds.
+    """
+
+    def __init__(self, held_bytes: HeldBytes) -> None:
+        self._held_bytes = held_bytes
+        self.size = 0
+
+    def expect(self, size: int) -> None:
+        """Refuse now what there is no room for at present; takes nothing.
+
+        Raises:
+            OverloadedError: so many more bytes are too many for all requests together.
+        """
+        self._held_bytes.require_room(size, beside=self.size)
+
+    def add(self, size: int) -> None:
+        """Hold so many more bytes.
+
+        Raises:
+            OverloadedError: they are too many for all requests together; nothing was added.
+        """
+        self.expect(size)
+        self.size += size
+        self._held_bytes.size += size
