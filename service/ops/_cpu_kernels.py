@@ -26,6 +26,9 @@ from service.jit import compiled
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+# 32 rows of cells on the finest map: what a core's cache holds of them is about as wide as it is high.
+_STRIP_HEIGHT_PIXELS = 128
+
 # Every model has a thread of its own, and numba ends the process when two threads are in parallel loops at once.
 _one_at_a_time = Lock()
 
@@ -74,8 +77,7 @@ def _over_levels(
 ) -> Tensor:
     pooled = np.empty((len(rois), *output_size, features[0].shape[1]), np.float32)
     table = rois.contiguous().numpy()
-    # Neighbours in the image share cells, so going from top to bottom finds many of them still in the cache.
-    order = np.argsort(table[:, 2], kind="stable")
+    order = _neighbours_together(table)
     levels_in_order = levels.numpy()[order]
     with _one_at_a_time:
         _use_as_many_threads_as_torch()
@@ -83,6 +85,14 @@ def _over_levels(
             cells = feature.detach().permute(0, 2, 3, 1).contiguous().numpy()
             kernel(cells, table, order[levels_in_order == level], np.float32(scale), pooled)
     return torch.from_numpy(pooled).permute(0, 3, 1, 2)
+
+
+def _neighbours_together(rois: Floats) -> Ints:
+    """(K,) an order in which boxes that share cells follow each other, so that these are still in the cache: reading
+    them takes most of the time. Image by image, strip by strip, left to right.
+    """
+    images, x1, y1, x2, y2 = rois.T
+    return np.lexsort((x1 + x2, (y1 + y2) // (2 * _STRIP_HEIGHT_PIXELS), images))
 
 
 def _use_as_many_threads_as_torch() -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align, roi_pool
 
-from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
+from service.ops._cpu_kernels import (
+    _neighbours_together,
+    multi_scale_roi_align_channels_last,
+    multi_scale_roi_pool_channels_last,
+)
 
 SCALES = [1 / 4, 1 / 8, 1 / 16]
 
@@ -87,6 +92,13 @@ def test_inside_out_box_averages_nothing() -> None:
     feature, rois = torch.ones(1, 1, 8, 8), torch.tensor([[0, 6.0, 6.0, 2.0, 2.0]])
     pooled = multi_scale_roi_align_channels_last([feature], rois, torch.zeros(1).long(), [1.0], (2, 2), 0, True)
     assert torch.equal(pooled, torch.zeros(1, 1, 2, 2))
+
+
+def test_boxes_are_pooled_in_an_order_that_keeps_neighbours_together() -> None:
+    """Image by image, in each strip by strip of 128 pixels, in each from left to right."""
+    below, right, left, other = [0, 0, 130, 9, 140], [0, 50, 0, 60, 9], [0, 0, 90, 9, 99], [1, 0, 0, 9, 9]
+    rois = np.array([other, below, right, left], np.float32)
+    assert rois[_neighbours_together(rois)].tolist() == [left, right, below, other]
 
 
 def test_several_models_may_pool_at_once() -> None:
