@@ -88,17 +88,12 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     trunk_norm = norm_layer(config.norm, eps=config.norm_eps)
     if config.name == "mobilenet_v3_large_fpn":
         return _mobilenet_fpn(trunk_norm, config)
-    if config.name == "narrow_resnet18_fpn":
-        assert config.width is not None  # BackboneConfig says so
-        narrow = NarrowResNet18(width=config.width, norm_layer=trunk_norm)
-        return _resnet_fpn(narrow, config.width, config)
+    if config.width is not None:
+        return _from_resnet(NarrowResNet18(width=config.width, norm_layer=trunk_norm), 8 * config.width, config)
     trunk: resnet.ResNet = getattr(resnet, config.name.split("_")[0])(weights=None, norm_layer=trunk_norm)
     if config.stride_in_1x1:
         _stride_in_1x1(trunk)
-    if config.has_res5_head:
-        module = SingleMap(trunk, last="layer3")
-        return Backbone(module, {"0": 16}, strides=(16,), out_channels=trunk.inplanes // 2, res5=trunk.layer4)
-    return _resnet_fpn(trunk, trunk.inplanes // 8, config)
+    return _from_resnet(trunk, trunk.inplanes, config)
 
 
 def norm_layer(norm: Norm, *, eps: float = 1e-5) -> NormLayer:
@@ -106,11 +101,18 @@ def norm_layer(norm: Norm, *, eps: float = 1e-5) -> NormLayer:
     return partial(FrozenBatchNorm2d if norm == "frozen_batch_norm" else nn.BatchNorm2d, eps=eps)
 
 
-def _resnet_fpn(trunk: nn.Module, first_stage_channels: int, config: BackboneConfig) -> Backbone:
+def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -> Backbone:
+    """The maps of a ResNet, whose last stage has `last_channels`."""
+    if config.has_res5_head:
+        res5 = trunk.get_submodule("layer4")
+        module: nn.Module = SingleMap(trunk, last="layer3")
+        return Backbone(module, {"0": 16}, strides=(16,), out_channels=last_channels // 2, res5=res5)
+    if config.name.endswith("_c5"):
+        return Backbone(SingleMap(trunk, last="layer4"), {"0": 32}, strides=(32,), out_channels=last_channels)
     module = BackboneWithFPN(
         trunk,
         return_layers={f"layer{stage}": str(stage - 1) for stage in (1, 2, 3, 4)},
-        in_channels_list=[first_stage_channels * factor for factor in (1, 2, 4, 8)],
+        in_channels_list=[last_channels // factor for factor in (8, 4, 2, 1)],
         out_channels=config.out_channels,
         extra_blocks=LastLevelMaxPool(),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),

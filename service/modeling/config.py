@@ -18,6 +18,9 @@ BackboneName = Literal[
     "mobilenet_v3_large_fpn",
     "resnet50_c4",
     "resnet101_c4",
+    "resnet50_c5",
+    "resnet101_c5",
+    "narrow_resnet18_c5",
     "vgg16",
 ]
 Norm = Literal["batch_norm", "frozen_batch_norm"]
@@ -29,9 +32,6 @@ Channels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
-
-NUM_LEVELS: dict[str, int] = {"mobilenet_v3_large_fpn": 3, "resnet50_c4": 1, "resnet101_c4": 1, "vgg16": 1}
-"""Feature maps that the RPN sees, a pyramid's extra max-pooled one included; 5 where not named."""
 
 
 class _Table(BaseModel):
@@ -45,10 +45,10 @@ class BackboneConfig(_Table):
 
     Attributes:
         name: torchvision's trunk with its feature pyramid (`narrow_resnet18_fpn`: ResNet-18 with `width` channels in
-            its first stage instead of 64), or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
-            pooler as the box head, or `vgg16`'s conv5_3.
+            its first stage instead of 64); or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
+            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5.
         out_channels: channels of every feature map of the pyramid. Not used without a pyramid.
-        width: channels of the first stage, for the narrow trunk only.
+        width: channels of the first stage, for the narrow trunks only.
         norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
             keeps those that were loaded (fine-tuning with few images a step). `vgg16` has no norms.
         norm_eps: added to the variance in the trunk's norms; 0 in torchvision's published `*_resnet50_fpn` detectors.
@@ -81,14 +81,16 @@ class BackboneConfig(_Table):
     def _width_belongs_to_the_narrow_trunk(self) -> Self:
         if (self.width is not None) != self.name.startswith("narrow_"):
             raise ValueError(
-                f"'width' is for narrow_resnet18_fpn, which needs it; got name={self.name!r}, width={self.width}"
+                f"'width' is for narrow_resnet18_*, which need it; got name={self.name!r}, width={self.width}"
             )
         return self
 
     @property
     def num_levels(self) -> int:
-        """Feature maps that the RPN sees."""
-        return NUM_LEVELS.get(self.name, 5)
+        """Feature maps that the RPN sees, a pyramid's extra max-pooled one included."""
+        if not self.name.endswith("_fpn"):
+            return 1
+        return 3 if self.name == "mobilenet_v3_large_fpn" else 5
 
     @property
     def has_res5_head(self) -> bool:

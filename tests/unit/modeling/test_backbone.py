@@ -55,6 +55,23 @@ def test_c4_is_torchvisions_trunk_up_to_conv4_with_res5_apart(stride_in_1x1: boo
     assert torch.equal(backbone.res5(patch), theirs.layer4(patch)) is not stride_in_1x1
 
 
+def test_c5_is_torchvisions_trunk_up_to_its_last_stage() -> None:
+    backbone = build_backbone(BackboneConfig(name="resnet50_c5"))
+    theirs = resnet.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    whole = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    backbone.module.get_submodule("body").load_state_dict(whole, strict=True)
+    (conv5,) = backbone.module(torch.randn(1, 3, 64, 96)).values()
+    assert conv5.shape == (1, backbone.out_channels, 64 / 32, 96 / 32)
+    assert (backbone.out_channels, backbone.strides, backbone.pooled_strides) == (2048, (32,), {"0": 32})
+
+
+def test_the_narrow_trunk_has_one_map_of_stride_32_too() -> None:
+    backbone = build_backbone(BackboneConfig(name="narrow_resnet18_c5", width=8))
+    (conv5,) = backbone.module(torch.randn(1, 3, 64, 96)).values()
+    assert conv5.shape == (1, backbone.out_channels, 64 / 32, 96 / 32)
+    assert (backbone.out_channels, backbone.res5) == (64, None)
+
+
 def test_vgg16_is_torchvisions_up_to_conv5_3() -> None:
     backbone = build_backbone(BackboneConfig(name="vgg16"))
     theirs = vgg.make_layers(vgg.cfgs["D"])[:-1]  # torchvision's `features` without the last pooling

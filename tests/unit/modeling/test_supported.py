@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
-from service.modeling.config import NUM_LEVELS, Architecture, BackboneName, ModelConfig, PatchOp, RoIOp
+from service.modeling.config import Architecture, BackboneConfig, BackboneName, ModelConfig, PatchOp, RoIOp
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.structures import DetectOptions, Image, Query
 from service.training.loop import LOSSES, evaluation_info
@@ -44,14 +44,15 @@ UNSUPPORTED = [cell for cell, answer in TABLE.items() if answer == "no"]
 
 def document(architecture: str, backbone: str, op: str) -> dict[str, Any]:
     """The smallest network of a cell: two cores run these tests."""
-    width = {"width": 8} if backbone == "narrow_resnet18_fpn" else {}
+    width = {"width": 8} if backbone.startswith("narrow_") else {}
+    trunk = {"name": backbone, "norm": "batch_norm", "out_channels": 8, **width}
     few = {f"{when}_nms_top_n_{phase}": 8 for when in ("pre", "post") for phase in ("train", "test")}
     return {
         "architecture": architecture,
         "labels": ["disc"],
-        "backbone": {"name": backbone, "norm": "batch_norm", "out_channels": 8, **width},
+        "backbone": trunk,
         "transform": {"min_size": 64, "max_size": 64},
-        "anchors": {"sizes": [[16, 32]] * NUM_LEVELS.get(backbone, 5)},
+        "anchors": {"sizes": [[16, 32]] * BackboneConfig.model_validate(trunk).num_levels},
         "rpn": few,
         "roi": {
             "op": op,
