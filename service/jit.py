@@ -13,7 +13,7 @@ from numba import njit
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def compiled(*, parallel: bool = False) -> Callable[[Function], Function]:
+def compiled(*, parallel: bool = False, divides_by_zero: bool = False) -> Callable[[Function], Function]:
     """Decorate a loop over arrays: machine code, run without the GIL.
 
     Numba keeps the code in `NUMBA_CACHE_DIR`, else beside the source file, else in the user's cache folder. It looks
@@ -22,8 +22,10 @@ def compiled(*, parallel: bool = False) -> Callable[[Function], Function]:
     Args:
         parallel: share `prange` among threads. The caller sees to it that two threads are never inside such functions
             at once: numba's threading layer `workqueue` ends the process then.
+        divides_by_zero: let a division by zero give what IEEE 754 says instead of an exception, whose check would keep
+            the processor from dividing many numbers at once.
     """
-    compile_it = partial(njit, nogil=True, parallel=parallel)
+    compile_it = partial(njit, nogil=True, parallel=parallel, error_model="numpy" if divides_by_zero else "python")
 
     def decorate(function: Function) -> Function:
         try:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RPNHead
 
 from service.modeling.anchors import Detectron2AnchorGenerator
 from service.modeling.backbone import Backbone, build_backbone, norm_layer
@@ -19,6 +19,7 @@ from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.heads import DropoutMLPHead, Res5BoxHead, Res5MaskHead
 from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import RoIHeads
+from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
 
 BOX_REGRESSION_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

@@ -4,9 +4,10 @@ trains, and is the reference that tests hold `detect` to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from service.modeling.parts import BoxBranch, MaskBranch, Parts, TrunkOutput, run_trunk
+from service.modeling.per_image import image_indices
 from service.modeling.roi_heads import RoIHeads, Selection
+from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
 
 MIN_PROPOSAL_SIDE = 1e-3
@@ -46,7 +50,10 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
     """torchvision's detector, with an inference path of our own over the same modules."""
 
     transform: Transform
+    rpn: RegionProposalNetwork
     roi_heads: RoIHeads
+    parts: Parts | None = None
+    """What an engine put in the place of the convolutional modules; None for these themselves."""
 
     @torch.inference_mode()
     def detect(
@@ -69,51 +76,88 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
             proposals: (L, 4) in pixels of each original image, clipped to it here: boxes to classify and refine, as
                 Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
             roi_op: the operator of the box and the mask branch for this batch; None for the model's own.
-            timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`.
+            timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`. The RPN's convolutions run with the
+                backbone's and count there.
         """
+        parts = self.parts or self.own_parts()
         with timed("preprocess"):
             batch = self.transform.prepare(images)
             sizes = batch.image_sizes
         with timed("backbone"):
-            features = self.backbone(batch.tensors)
+            trunk = parts.trunk(batch.tensors) if any(one is None for one in proposals) else None
+            features = parts.backbone(batch.tensors) if trunk is None else trunk.features
         with timed("rpn"):
-            candidates = self._propose(batch, features, images, proposals)
+            candidates = self._propose(batch, trunk, images, proposals)
         with timed("roi_heads"):
-            found = self.roi_heads.detect_boxes(features, candidates, sizes, selections, roi_op=roi_op)
+            found = self.roi_heads.detect_boxes(
+                features, candidates, sizes, selections, roi_op=roi_op, box_head=parts.box_head
+            )
             masks: list[Tensor | None] = [None] * len(found)
-            has_masks = self.roi_heads.mask_head is not None
-            wanted = [index for index, wants in enumerate(with_masks) if wants and has_masks]
+            wanted = [index for index, wants in enumerate(with_masks) if wants and parts.mask_head is not None]
             if wanted:
                 # The pooler finds an image's features by its place in the batch, so the others take part with no boxes.
                 asked = [one if index in wanted else one.none() for index, one in enumerate(found)]
-                predicted = self.roi_heads.detect_masks(features, asked, sizes, roi_op=roi_op)
+                predicted = self.roi_heads.detect_masks(
+                    features, asked, sizes, roi_op=roi_op, mask_head=parts.mask_head
+                )
                 masks = [predicted[index] if index in wanted else None for index in range(len(found))]
         with timed("postprocess"):
+            boxes = _to_original([one.boxes for one in found], sizes, [one.shape[:2] for one in images])
             return [
-                ImageDetections(
-                    resize_boxes(one.boxes, list(size), list(image.shape[:2])), one.labels, one.scores, mask
-                )
-                for one, size, image, mask in zip(found, sizes, images, masks, strict=True)
+                ImageDetections(image_boxes, one.labels, one.scores, mask)
+                for image_boxes, one, mask in zip(boxes, found, masks, strict=True)
             ]
 
+    def own_parts(self) -> Parts:
+        """The network's own modules, as they are now."""
+        heads = self.roi_heads
+        return Parts(
+            trunk=partial(run_trunk, self.backbone, self.rpn.head),
+            backbone=self.backbone,
+            box_head=BoxBranch(heads.box_head, heads.box_predictor),
+            mask_head=None if heads.mask_head is None else MaskBranch(heads.mask_head, heads.mask_predictor),
+        )
+
     def _propose(
-        self, batch: ImageList, features: Mapping[str, Tensor], images: Sequence[Tensor], given: Sequence[Tensor | None]
+        self,
+        batch: ImageList,
+        trunk: TrunkOutput | None,
+        images: Sequence[Tensor],
+        given: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """Each image's proposals in pixels of the resized image: those that were given, else the RPN's."""
-        waiting = [index for index, boxes in enumerate(given) if boxes is None]
-        proposed = iter(self._run_rpn(batch, features, waiting) if waiting else ())
+        proposed = iter(self._run_rpn(batch, trunk, [index for index, boxes in enumerate(given) if boxes is None]))
         return [
             next(proposed) if boxes is None else _to_resized(boxes, image.shape[:2], size)
             for boxes, image, size in zip(given, images, batch.image_sizes, strict=True)
         ]
 
-    def _run_rpn(self, batch: ImageList, features: Mapping[str, Tensor], indices: Sequence[int]) -> list[Tensor]:
+    def _run_rpn(self, batch: ImageList, trunk: TrunkOutput | None, indices: Sequence[int]) -> list[Tensor]:
         """The RPN's proposals for some images of the batch."""
-        if len(indices) < len(batch.image_sizes):
-            features = {name: one[indices] for name, one in features.items()}
-            batch = ImageList(batch.tensors[indices], [batch.image_sizes[index] for index in indices])
-        proposals: list[Tensor] = self.rpn(batch, features)[0]
-        return proposals
+        if trunk is None:
+            return []
+        objectness, deltas = trunk.objectness, trunk.deltas
+        if len(indices) < len(objectness):
+            objectness, deltas = objectness[indices], deltas[indices]
+        height, width = batch.tensors.shape[-2:]
+        return self.rpn.propose(
+            objectness,
+            deltas,
+            padded_size=(height, width),
+            grid_sizes=[(one.shape[-2], one.shape[-1]) for one in trunk.features.values()],
+            image_sizes=[batch.image_sizes[index] for index in indices],
+        )
+
+
+def _to_original(
+    boxes: Sequence[Tensor], resized: Sequence[Sequence[int]], original: Sequence[Sequence[int]]
+) -> Sequence[Tensor]:
+    """Do as torchvision's `resize_boxes`, for all images at once."""
+    counts = [len(one) for one in boxes]
+    ratios = torch.tensor(original, dtype=torch.float32) / torch.tensor(resized, dtype=torch.float32)
+    device = boxes[0].device
+    of_box = ratios[:, [1, 0, 1, 0]].to(device, non_blocking=True)[image_indices(counts, device)]
+    return torch.split(torch.cat(list(boxes)) * of_box, counts)
 
 
 def _to_resized(boxes: Tensor, original: Sequence[int], resized: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """RoI heads: classify and refine proposals, then predict masks. Training is torchvision's `forward`; serving calls the
-steps apart, so that each request gets its own thresholds and nobody pays for masks that were not asked for.
+steps apart, so that each request gets its own thresholds and nobody pays for masks that were not asked for. No step
+loops over images or boxes.
 
 Shapes: R proposals of the whole batch, D detections of one image, C classes with the background, M x M mask size.
 """
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from service.modeling.parts import BoxBranch, BoxHead, MaskBranch, MaskHead
+from service.modeling.per_image import image_indices, to_device
 from service.modeling.poolers import RoIPooler
+from service.ops.nms import best_of_each_image
 
 MIN_BOX_SIDE = 1e-2
 """Pixels; smaller boxes are dropped, as torchvision does."""
@@ -54,11 +57,12 @@ class RoIHeads(roi_heads.RoIHeads):
     def detect_boxes(
         self,
         features: Mapping[str, Tensor],
-        proposals: list[Tensor],
+        proposals: Sequence[Tensor],
         image_sizes: Sequence[tuple[int, int]],
         selections: Sequence[Selection],
         *,
         roi_op: str | None = None,
+        box_head: BoxHead | None = None,
     ) -> list[BoxDetections]:
         """Classify and refine the proposals of each image, and keep what its selection asks for.
 
@@ -68,19 +72,13 @@ class RoIHeads(roi_heads.RoIHeads):
             image_sizes: each resized image's (height, width); boxes are clipped to it.
             selections: one for each image.
             roi_op: the operator instead of the configured one, with the same parameters.
+            box_head: what runs the head and the predictor; the heads' own modules if None.
         """
-        box_features = self.box_head(_with_op(self.box_roi_pool, roi_op)(features, proposals, image_sizes))
-        class_logits, box_regression = self.box_predictor(box_features)
-        scores = class_logits.float().softmax(-1)
-        # Where no image has a proposal, torchvision's coder leaves the classes' boxes in one row.
-        boxes = self.box_coder.decode(box_regression.float(), proposals).reshape(*scores.shape, 4)
-        counts = [len(one) for one in proposals]
-        return [
-            self._select(image_boxes, image_scores, image_size, selection)
-            for image_boxes, image_scores, image_size, selection in zip(
-                boxes.split(counts), scores.split(counts), image_sizes, selections, strict=True
-            )
-        ]
+        pooled = _with_op(self.box_roi_pool, roi_op)(features, proposals, image_sizes)
+        class_logits, box_regression = (box_head or BoxBranch(self.box_head, self.box_predictor))(pooled)
+        return self._select(
+            class_logits.float().softmax(-1), box_regression.float(), proposals, image_sizes, selections
+        )
 
     def detect_masks(
         self,
@@ -89,32 +87,67 @@ class RoIHeads(roi_heads.RoIHeads):
         image_sizes: Sequence[tuple[int, int]],
         *,
         roi_op: str | None = None,
+        mask_head: MaskHead | None = None,
     ) -> list[Tensor]:
-        """Predict the mask of each detection: (D, M, M) probabilities of its own class, for each image."""
+        """Predict the mask of each detection: (D, M, M) probabilities of its own class, for each image.
+
+        Args:
+            features: feature maps by name.
+            detections: of each image.
+            image_sizes: each resized image's (height, width).
+            roi_op: the operator instead of the configured one, with the same parameters.
+            mask_head: what runs the head and the predictor; the heads' own modules if None.
+        """
         boxes = [one.boxes for one in detections]
         labels = torch.cat([one.labels for one in detections])
         pooled = _with_op(self.mask_roi_pool, roi_op)(features, boxes, image_sizes)
-        logits = self.mask_predictor(self.mask_head(pooled))
-        own_class = logits[torch.arange(len(labels), device=labels.device), labels]
-        return list(own_class.float().sigmoid().split([len(one) for one in boxes]))
+        logits = (mask_head or MaskBranch(self.mask_head, self.mask_predictor))(pooled, labels)
+        return list(logits.float().sigmoid().split([len(one) for one in boxes]))
 
     def _select(
-        self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int], selection: Selection
-    ) -> BoxDetections:
-        """Steps of torchvision's `postprocess_detections` for one image: boxes (L, C, 4), scores (L, C)."""
-        boxes = clip_boxes_to_image(boxes, image_size)
-        # 1. Every class of every proposal is a candidate, the background (class 0) is not.
-        rows, labels = torch.where(scores[:, 1:] > selection.score_thresh)
-        labels = labels + 1
-        if selection.labels is not None:
-            wanted = torch.isin(labels, torch.tensor(sorted(selection.labels), device=labels.device))
-            rows, labels = rows[wanted], labels[wanted]
-        boxes, scores = boxes[rows, labels], scores[rows, labels]
-        # 2. Drop empty boxes, then what overlaps a better box of its class.
-        keep = remove_small_boxes(boxes, min_size=MIN_BOX_SIDE)
-        boxes, labels, scores = boxes[keep], labels[keep], scores[keep]
-        keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: selection.detections_per_img]
-        return BoxDetections(boxes[keep], labels[keep], scores[keep])
+        self,
+        scores: Tensor,
+        box_regression: Tensor,
+        proposals: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        selections: Sequence[Selection],
+    ) -> list[BoxDetections]:
+        """Steps of torchvision's `postprocess_detections` for the whole batch: scores (R, C), regression (R, 4 C)."""
+        device, num_classes = scores.device, scores.shape[1]
+        image_of_row = image_indices([len(one) for one in proposals], device)
+        # 1. Every class of every proposal is a candidate, the background (class 0) is not. Waits for the device.
+        threshs = to_device([one.score_thresh for one in selections], scores.dtype, device)
+        is_candidate = (scores > threshs[image_of_row].unsqueeze(1)) & _wanted(selections, num_classes, device)[
+            image_of_row
+        ]
+        rows, labels = is_candidate.nonzero(as_tuple=True)
+        images, scores = image_of_row[rows], scores[rows, labels]
+        # 2. Their boxes alone, clipped to each image.
+        regression = box_regression.reshape(len(box_regression), num_classes, 4)[rows, labels]
+        boxes: Tensor = self.box_coder.decode_single(regression, torch.cat(list(proposals))[rows])
+        heights, widths = to_device(image_sizes, boxes.dtype, device)[images].unbind(dim=1)
+        boxes = torch.minimum(boxes.clamp(min=0), torch.stack([widths, heights, widths, heights], dim=1))
+        # 3. Empty ones away, then what overlaps a better box of its class.
+        kept = best_of_each_image(
+            boxes,
+            scores,
+            images=images,
+            classes=labels,
+            valid=(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1),
+            num_classes=num_classes,
+            iou_thresh=self.nms_thresh,
+            limits=[one.detections_per_img for one in selections],
+        )
+        return [BoxDetections(boxes[one], labels[one], scores[one]) for one in kept]
+
+
+def _wanted(selections: Sequence[Selection], num_classes: int, device: torch.device) -> Tensor:
+    """(N, C) bool: which classes each image keeps."""
+    every = range(1, num_classes)
+    kept = [every if one.labels is None else one.labels for one in selections]
+    return to_device(
+        [[label != 0 and label in labels for label in range(num_classes)] for labels in kept], torch.bool, device
+    )
 
 
 def _with_op(pooler: RoIPooler, op: str | None) -> RoIPooler:

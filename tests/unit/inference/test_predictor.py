@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -54,11 +56,15 @@ def picture(seed: int, height: int = 120, width: int = 200) -> Image:
 def rpn_runs(predictor: Predictor) -> Iterator[list[list[torch.Tensor]]]:
     """Collects the proposals of each run of the RPN."""
     runs: list[list[torch.Tensor]] = []
-    hook = predictor._model.rpn.register_forward_hook(lambda module, args, output: runs.append(output[0]))
-    try:
+    rpn = predictor._model.rpn
+    propose = rpn.propose
+
+    def noted(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        runs.append(propose(*args, **kwargs))
+        return runs[-1]
+
+    with patch.object(rpn, "propose", noted):
         yield runs
-    finally:
-        hook.remove()
 
 
 def detect(predictor: Predictor, *queries: Query) -> list[Detections]:

@@ -1,0 +1,108 @@
+"""Region proposal network: torchvision's for training, and for serving all images and levels of a batch together, with
+the same answers. Called by `generalized_rcnn.py`, with what the trunk's RPN head says of every anchor.
+
+Shapes: N images, A anchors of all levels of an image, T of them that are the best of their level.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import rpn
+
+from service.modeling.per_image import to_device
+from service.ops.nms import best_of_each_image
+
+Size = tuple[int, int]
+_ANCHOR_SETS_KEPT = 16
+"""Of as many batch sizes in pixels; one of 1088 x 800 has 3.5 MB of anchors."""
+
+
+class RegionProposalNetwork(rpn.RegionProposalNetwork):
+    """torchvision's, which trains it; takes the same arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._anchors: OrderedDict[object, Tensor] = OrderedDict()
+
+    def propose(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        *,
+        padded_size: Size,
+        grid_sizes: Sequence[Size],
+        image_sizes: Sequence[Size],
+    ) -> list[Tensor]:
+        """Choose each image's proposals: steps of torchvision's `forward` and `filter_proposals`.
+
+        Args:
+            objectness: (N, A) logits.
+            deltas: (N, A, 4).
+            padded_size: (height, width) of the batch in pixels.
+            grid_sizes: (height, width) of each feature map.
+            image_sizes: (height, width) of each image within the batch; boxes are clipped to it.
+
+        Returns:
+            (L, 4) float32 for each image, in pixels of the resized image, best first.
+        """
+        anchors = self._lay_anchors(padded_size, grid_sizes, objectness.device)
+        # 1. The best of each level, by logit.
+        places, levels = self._best_of_each_level(objectness, grid_sizes)
+        logits = objectness.gather(1, places).float()
+        best_deltas = deltas.gather(1, places.unsqueeze(2).expand(-1, -1, 4)).float()
+        # 2. Their boxes, clipped to each image.
+        boxes: Tensor = self.box_coder.decode_single(best_deltas.flatten(end_dim=1), anchors[places].flatten(end_dim=1))
+        boxes = boxes.reshape(*places.shape, 4)
+        heights, widths = to_device(image_sizes, boxes.dtype, boxes.device).unsqueeze(1).unbind(dim=2)
+        limits = torch.stack([widths, heights, widths, heights], dim=2)
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
+        # 3. Empty and unlikely ones away, then what overlaps a better one of its level.
+        scores = logits.sigmoid()
+        sides = boxes[..., 2:] - boxes[..., :2]
+        valid = (sides >= self.min_size).all(dim=2) & (scores >= self.score_thresh)
+        images = torch.arange(len(image_sizes), device=boxes.device).unsqueeze(1).expand_as(places)
+        kept = best_of_each_image(
+            boxes.flatten(end_dim=1),
+            scores.flatten(),
+            images=images.flatten(),
+            classes=levels.expand_as(places).flatten(),
+            valid=valid.flatten(),
+            num_classes=len(grid_sizes),
+            iou_thresh=self.nms_thresh,
+            limits=[self.post_nms_top_n()] * len(image_sizes),
+        )
+        return [boxes.flatten(end_dim=1)[one] for one in kept]
+
+    def _best_of_each_level(self, objectness: Tensor, grid_sizes: Sequence[Size]) -> tuple[Tensor, Tensor]:
+        """(N, T) indices of anchors, and (T,) the level of each."""
+        per_place = self.anchor_generator.num_anchors_per_location()
+        counts = [height * width * each for (height, width), each in zip(grid_sizes, per_place, strict=True)]
+        starts = [sum(counts[:level]) for level in range(len(counts))]
+        best = [
+            one.topk(min(self.pre_nms_top_n(), count), dim=1).indices + start
+            for one, count, start in zip(objectness.split(counts, dim=1), counts, starts, strict=True)
+        ]
+        levels = [one.new_full((one.shape[1],), level) for level, one in enumerate(best)]
+        return torch.cat(best, dim=1), torch.cat(levels)
+
+    def _lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
+        """(A, 4) of a batch of this size, float32, from the last few sizes' if it is among them."""
+        key = (padded_size, *grid_sizes, device)
+        if key not in self._anchors:
+            strides = [
+                [torch.tensor(side // cells, device=device) for side, cells in zip(padded_size, grid, strict=True)]
+                for grid in grid_sizes
+            ]
+            self.anchor_generator.set_cell_anchors(torch.float32, device)
+            self._anchors[key] = torch.cat(
+                self.anchor_generator.grid_anchors([list(one) for one in grid_sizes], strides)
+            )
+            if len(self._anchors) > _ANCHOR_SETS_KEPT:
+                self._anchors.popitem(last=False)
+        self._anchors.move_to_end(key)
+        return self._anchors[key]

@@ -1,0 +1,121 @@
+"""Non-maximum suppression for all images and classes of a batch together, with torchvision's own answers. Called by
+the RPN and the RoI heads of `modeling`; knows boxes, scores and classes, nothing of networks.
+
+Shapes: K boxes of the whole batch, N images, G groups (the classes of every image). Boxes are (x1, y1, x2, y2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.jit import compiled
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+# Up to so many coordinates of one image torchvision moves its classes apart and then suppresses them as one. The move
+# costs digits, so equal answers need the same move.
+_MOST_COORDINATES_MOVED = {"cpu": 4000, "cuda": 100_000}
+
+
+def best_of_each_image(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    images: Tensor,
+    classes: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    iou_thresh: float,
+    limits: Sequence[int],
+) -> list[Tensor]:
+    """Suppress in each image what overlaps a better box of its class, as `torchvision.ops.batched_nms` does.
+
+    Args:
+        boxes: (K, 4) float32, none of them beyond 0 to the left or above.
+        scores: (K,) float32.
+        images: (K,) int64 in [0, N).
+        classes: (K,) int64 in [0, num_classes): labels, or levels of a pyramid.
+        valid: (K,) bool; the others are as if they were not there.
+        num_classes: see `classes`.
+        iou_thresh: overlap above which the worse box goes.
+        limits: most boxes of each of the N images.
+
+    Returns:
+        For each image the indices of its kept boxes, best first; equal scores in the given order.
+    """
+    num_images = len(limits)
+    if not len(boxes):
+        return [images] * num_images
+    by_score = scores.sort(stable=True, descending=True).indices
+    moved = _move_classes_apart(boxes, images, classes, valid, num_images)
+    order, starts = _group(images * num_classes + classes, valid, by_score, num_images * num_classes)
+    suppress = _suppress_on_cpu if boxes.device.type == "cpu" else _suppress_on_cuda
+    keep = torch.zeros_like(valid)
+    keep[order] = suppress(moved[order], starts, iou_thresh)
+    order, starts = _group(images, keep, by_score, num_images)
+    bounds = starts.tolist()  # the one place that waits for the device
+    return [
+        order[start : min(start + limit, end)]
+        for start, end, limit in zip(bounds[:-1], bounds[1:], limits, strict=True)
+    ]
+
+
+def _group(groups: Tensor, members: Tensor, by_score: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """The boxes group by group, best first, those that are no members behind all groups; (G + 1,) where each starts."""
+    in_order = groups.masked_fill(~members, num_groups)[by_score].sort(stable=True)
+    starts = torch.searchsorted(in_order.values, torch.arange(num_groups + 1, device=groups.device))
+    return by_score[in_order.indices], starts
+
+
+def _move_classes_apart(boxes: Tensor, images: Tensor, classes: Tensor, valid: Tensor, num_images: int) -> Tensor:
+    furthest = boxes.amax(dim=1).masked_fill(~valid, 0)
+    furthest_of_image = boxes.new_zeros(num_images).scatter_reduce_(0, images, furthest, "amax")
+    counts = torch.zeros(num_images, dtype=torch.int64, device=boxes.device).scatter_add_(0, images, valid.long())
+    is_moved = counts * 4 <= _MOST_COORDINATES_MOVED[boxes.device.type]
+    steps = torch.where(is_moved, furthest_of_image + 1, 0)
+    return boxes + (classes.to(boxes.dtype) * steps[images]).unsqueeze(1)
+
+
+def _suppress_on_cpu(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+    """(K,) bool: which boxes stay. They come group by group, best first."""
+    keep = np.zeros(len(boxes), np.bool_)
+    _suppress(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_thresh, keep)
+    return torch.from_numpy(keep)
+
+
+@compiled(divides_by_zero=True)
+def _suppress(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> None:
+    x1, y1, x2, y2 = sides[0], sides[1], sides[2], sides[3]
+    areas = (x2 - x1) * (y2 - y1)
+    keep[: starts[-1]] = True
+    for group in range(len(starts) - 1):
+        end = starts[group + 1]
+        for best in range(starts[group], end):
+            if keep[best]:
+                # Without a branch, so that the processor takes many boxes at once.
+                for other in range(best + 1, end):
+                    width = min(x2[best], x2[other]) - max(x1[best], x1[other])
+                    height = min(y2[best], y2[other]) - max(y1[best], y1[other])
+                    overlap = max(width, np.float32(0)) * max(height, np.float32(0))
+                    # torchvision compares in float64 too.
+                    iou = np.float64(overlap / (areas[best] + areas[other] - overlap))
+                    keep[other] &= not iou > iou_thresh
+
+
+def _suppress_on_cuda(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+    """As on the CPU, by torchvision's kernel, which waits for the device once more."""
+    groups = torch.bucketize(torch.arange(len(boxes), device=boxes.device), starts, right=True)
+    # In float64 the groups lie apart without loss of digits.
+    apart = boxes.double() + (groups * (boxes.amax().double() + 1)).unsqueeze(1)
+    ranks = -torch.arange(len(boxes), dtype=torch.float64, device=boxes.device)
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    keep[torchvision.ops.nms(apart, ranks, iou_thresh)] = True
+    return keep & (groups <= len(starts) - 1)

@@ -1,0 +1,70 @@
+"""One suppression for a whole batch answers as torchvision's does image by image, order and ties included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from service.ops.nms import best_of_each_image
+
+CLASSES = 3
+
+
+def some_boxes(count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes that overlap a good deal, scores with ties, classes."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * 200
+    boxes = torch.cat([corners, corners + 20 + torch.rand(count, 2, generator=generator) * 60], dim=1)
+    scores = (torch.rand(count, generator=generator) * 50).round() / 50
+    return boxes, scores, torch.randint(0, CLASSES, (count,), generator=generator)
+
+
+def suppress(
+    images: list[tuple[Tensor, Tensor, Tensor]], *, limit: int = 10_000, valid: Tensor | None = None
+) -> list[Tensor]:
+    boxes, scores, classes = (torch.cat(parts) for parts in zip(*images, strict=True))
+    return best_of_each_image(
+        boxes,
+        scores,
+        images=torch.cat([torch.full((len(one[0]),), index) for index, one in enumerate(images)]),
+        classes=classes,
+        valid=torch.ones(len(boxes), dtype=torch.bool) if valid is None else valid,
+        num_classes=CLASSES,
+        iou_thresh=0.5,
+        limits=[limit] * len(images),
+    )
+
+
+# torchvision has one way for up to 1000 boxes and another for more, and they differ in the last digits.
+@pytest.mark.parametrize("counts", [(1,), (1000, 1001), (3, 0, 1500, 40)])
+def test_every_image_gets_torchvisions_own_answer_in_its_order(counts: tuple[int, ...]) -> None:
+    images = [some_boxes(count, seed=seed) for seed, count in enumerate(counts)]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    for kept, start, one in zip(suppress(images), starts, images, strict=True):
+        expected = batched_nms(*one, 0.5)
+        if len(one[0]) > 1000:  # there it sorts without minding the order of equal scores
+            expected = expected.sort().values
+            expected = expected[one[1][expected].sort(stable=True, descending=True).indices]
+        torch.testing.assert_close(kept - start, expected, rtol=0, atol=0)
+
+
+def test_what_is_not_valid_suppresses_nothing_and_is_not_kept() -> None:
+    boxes, scores, classes = some_boxes(500, seed=7)
+    valid = torch.arange(500) % 3 > 0
+    (kept,) = suppress([(boxes, scores, classes)], valid=valid)
+    rows = valid.nonzero().squeeze(1)
+    torch.testing.assert_close(kept, rows[batched_nms(boxes[rows], scores[rows], classes[rows], 0.5)], rtol=0, atol=0)
+
+
+def test_each_image_keeps_its_best_up_to_the_limit() -> None:
+    images = [some_boxes(200, seed=seed) for seed in range(2)]
+    for few, all_of_them in zip(suppress(images, limit=5), suppress(images), strict=True):
+        assert len(all_of_them) > 5
+        torch.testing.assert_close(few, all_of_them[:5], rtol=0, atol=0)
+
+
+def test_no_boxes_at_all() -> None:
+    nothing = some_boxes(0, seed=0)
+    assert [len(one) for one in suppress([nothing, nothing])] == [0, 0]
