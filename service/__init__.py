@@ -18,6 +18,7 @@ service/
 ├── modeling/           the networks, the papers' nouns as files, parts from torchvision
 ├── ops/                RoI Pool, RoI Align and their kin behind one interface
 ├── training/           dataset, targets, loop, evaluation
+├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
 ├── logs.py             events with keys, one line a request
 ├── settings.py         every setting: environment variable, flag and help in one
@@ -28,7 +29,7 @@ service/
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
     cli → commands → app | training → api → pipeline → batching | imaging | masks | inference → model_store → modeling
-    → ops → metrics → structures → settings | logs | jit → errors
+    → ops → metrics → structures → settings | logs | jit | load → errors
 
 `api` and `batching` never import torch; `modeling` never imports `settings`; `training` never `api` or `batching`.
 """

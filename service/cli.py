@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from service.commands.bench import bench
 from service.commands.compare import compare
 from service.commands.detect import detect
 from service.commands.evaluate import evaluate
@@ -29,6 +30,7 @@ app.command("detect")(detect)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("compare")(compare)
+app.command("bench")(bench)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "service"
 # Rooms on one floor (between two arrows) do not import one another either.
 ORDER = (
     "cli → commands → app | training → api → pipeline → batching | imaging | masks | inference → model_store "
-    "→ modeling → ops → metrics → structures → settings | logs | jit → errors"
+    "→ modeling → ops → metrics → structures → settings | logs | jit | load → errors"
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER.split(" → ")) for room in rooms.split(" | ")}
 
@@ -31,6 +31,7 @@ FORBIDDEN = {
     "batching": ["torch", "torchvision", "fastapi", "starlette"],
     "modeling": ["service.settings"],
     "training": ["service.api", "service.batching"],
+    "load": ["torch", "torchvision", "numpy", "fastapi"],  # it shares a machine with what it measures
 }
 
 

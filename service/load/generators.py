@@ -1,0 +1,64 @@
+"""When requests are sent. A closed loop sends the next one when an answer has come, as so many patient callers would;
+an open loop sends at a rate of its own (Poisson arrivals), as the public does, however slow the answers are. Both
+measure from the intended start, so that a server that stalls is not spared the requests which it kept from being sent.
+
+Times are in seconds of the event loop's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+from service.load.client import NoAnswerError
+from service.load.summary import Record, Sample
+
+Send = Callable[[], Awaitable[int]]
+"""Sends the next request and returns the status of its answer, or raises NoAnswerError."""
+
+
+async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: float) -> None:
+    """Keep so many requests under way for so long, then wait for the last answers."""
+    now = asyncio.get_running_loop().time
+    begin = now()
+
+    async def caller() -> None:
+        while (intended := now()) < begin + seconds:
+            await _send_one(send, record, begin=begin, intended=intended)
+
+    async with asyncio.TaskGroup() as callers:
+        for _ in range(concurrency):
+            callers.create_task(caller())
+
+
+async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, seed: int = 0) -> None:
+    """Send so many requests a second on average, independent of one another, then wait for the last answers.
+
+    Args:
+        rate: requests a second.
+        seed: the same one gives the same times.
+    """
+    now = asyncio.get_running_loop().time
+    gaps = random.Random(seed)
+    begin = now()
+    intended = begin + gaps.expovariate(rate)
+    async with asyncio.TaskGroup() as requests:
+        while intended < begin + seconds:
+            if (ahead := intended - now()) > 0:
+                await asyncio.sleep(ahead)
+            requests.create_task(_send_one(send, record, begin=begin, intended=intended))
+            intended += gaps.expovariate(rate)
+
+
+async def _send_one(send: Send, record: Record, *, begin: float, intended: float) -> None:
+    now = asyncio.get_running_loop().time
+    sent = now()
+    record.in_flight += 1
+    try:
+        outcome = str(await send())
+    except NoAnswerError as error:
+        outcome = error.reason
+    finally:
+        record.in_flight -= 1
+    record.samples.append(Sample(intended - begin, sent - begin, now() - begin, outcome))

@@ -1,0 +1,96 @@
+"""What came of a load: every request with its times, and the figures made of them. Filled by `generators.py`; read by
+the command `bench`, by benchmarks and by trials. Times are in seconds since the load began unless a name says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+# What counts as an answer that was wanted.
+OK = "200"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request.
+
+    Attributes:
+        intended_at: when it should have been sent.
+        sent_at: when it was, later where the client or its connections could not keep up.
+        finished_at: when its answer was whole, or none was to be expected any more.
+        outcome: the status of the answer as text, or why there was none: `refused, closed, timeout, garbled`.
+    """
+
+    intended_at: float
+    sent_at: float
+    finished_at: float
+    outcome: str
+
+    @property
+    def latency_seconds(self) -> float:
+        """From the intended start: who waits for a request that is sent too late waits all the same."""
+        return self.finished_at - self.intended_at
+
+
+@dataclass(slots=True)
+class Record:
+    """What has happened so far; grows while the load runs, and is there when the load is broken off.
+
+    Attributes:
+        in_flight: requests that were sent and not answered yet.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of a load.
+
+    Attributes:
+        seconds: from the first intended start to the last answer.
+        requests: how many were answered or given up.
+        outcomes: how many by outcome, see `Sample`.
+        throughput_per_second: wanted answers (200) a second.
+        error_rate: part of the requests with another outcome, 0 to 1.
+        latency_ms: of the wanted answers, from their intended starts, by the names of `PERCENTILES`; empty if none.
+        lateness_ms: the 99th percentile of how late requests were sent; far from 0, the client was the bottleneck.
+    """
+
+    seconds: float
+    requests: int
+    outcomes: Mapping[str, int]
+    throughput_per_second: float
+    error_rate: float
+    latency_ms: Mapping[str, float]
+    lateness_ms: float
+
+
+def summarise(samples: Sequence[Sample], *, since: float = 0.0) -> Summary:
+    """The figures of all samples whose intended start is not before `since`."""
+    counted = [sample for sample in samples if sample.intended_at >= since]
+    wanted = [sample for sample in counted if sample.outcome == OK]
+    first = min((sample.intended_at for sample in counted), default=0.0)
+    seconds = max((sample.finished_at for sample in counted), default=0.0) - first
+    latencies_ms = sorted(1000 * sample.latency_seconds for sample in wanted)
+    lateness_ms = sorted(1000 * (sample.sent_at - sample.intended_at) for sample in counted)
+    return Summary(
+        seconds=seconds,
+        requests=len(counted),
+        outcomes=dict(sorted(Counter(sample.outcome for sample in counted).items())),
+        throughput_per_second=len(wanted) / seconds if seconds > 0 else 0.0,
+        error_rate=1 - len(wanted) / len(counted) if counted else 0.0,
+        latency_ms={name: percentile(latencies_ms, part) for name, part in PERCENTILES.items()} if wanted else {},
+        lateness_ms=percentile(lateness_ms, 0.99) if counted else 0.0,
+    )
+
+
+def percentile(rising: Sequence[float], part: float) -> float:
+    """The smallest of some sorted numbers that at least this part of them (0 to 1) does not exceed."""
+    rank = -int(-part * len(rising) // 1)  # rounded up
+    return rising[max(rank, 1) - 1]
