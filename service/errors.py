@@ -12,6 +12,7 @@
   - DeadlineExceededError     no answer within the request's time
   - CancelledRequestError     the caller has gone; nobody waits for the answer
   - InferenceError            the model failed on the batch that this image was in
+    - OutOfMemoryError        for lack of memory; in the end, for this image alone
   - ModelStoreError           a model folder, its `model.toml` or its weights are not as they must be
   - DatasetError              a data set that cannot be trained on or evaluated
 """
@@ -107,6 +108,12 @@ class InferenceError(ServiceError):
     """The model failed on the batch that this image was in."""
 
     code = "inference_failed"
+
+
+class OutOfMemoryError(InferenceError):
+    """The device had not enough memory for the batch that this image was in."""
+
+    code = "insufficient_memory"
 
 
 class ModelStoreError(ServiceError):

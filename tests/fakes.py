@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import PIL.Image
 
+from service.errors import OutOfMemoryError
 from service.structures import Detections, ModelInfo, Prediction, Query
 
 FAKE_INFO = ModelInfo(
@@ -33,6 +34,7 @@ FAKE_BOXES_INFO = replace(FAKE_INFO, name="fake-boxes", architecture="faster_rcn
 
 # A picture whose top left pixel has this red value makes the model fail.
 POISON = 13
+NO_LIMIT = 10**12
 
 
 class FakePredictor:
@@ -45,6 +47,8 @@ class FakePredictor:
         device_is_free: clear it to hold the device.
         device_is_busy: set while a batch is on the device.
         may_warm_up: clear it to hold the warm-up.
+        memory_pixels: how many pixels it can take at once.
+        releases: how often it was asked to release memory.
     """
 
     def __init__(self, info: ModelInfo = FAKE_INFO, *, warm_up_error: Exception | None = None) -> None:
@@ -55,6 +59,8 @@ class FakePredictor:
         self.device_is_busy = threading.Event()
         self.may_warm_up = threading.Event()
         self.may_warm_up.set()
+        self.memory_pixels = NO_LIMIT
+        self.releases = 0
         self._warm_up_error = warm_up_error
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -72,10 +78,16 @@ class FakePredictor:
         self.device_is_free.wait()
         self.device_is_busy.clear()
         self.batches.append(len(queries))
+        if sum(query.image.width * query.image.height for query in queries) > self.memory_pixels:
+            sizes = ", ".join(f"{query.image.width}x{query.image.height}" for query in queries)
+            raise OutOfMemoryError(f"not enough memory for a batch of {len(queries)} ({sizes})")
         if any(query.image.pixels[0, 0, 0] == POISON for query in queries):
             raise RuntimeError("the device cannot bear this picture")
         stage_seconds = {"backbone": 0.001, "roi_heads": 0.001}
         return [Prediction(self._detect(query), stage_seconds, len(queries)) for query in queries]
+
+    def release_memory(self) -> None:
+        self.releases += 1
 
     def _detect(self, query: Query) -> Detections:
         height, width = query.image.size

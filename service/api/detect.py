@@ -37,7 +37,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["detect"],
     dependencies=[Depends(require_key), Depends(refuse_repeated_options)],
-    responses=describe_errors(401, 403, 404, 408, 413, 415, 422, 429, 503, 504),
+    responses=describe_errors(401, 403, 404, 408, 413, 415, 422, 429, 503, 504, 507),
 )
 
 

@@ -23,6 +23,7 @@ from service.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotReadyError,
+    OutOfMemoryError,
     OverloadedError,
     ServiceError,
     TooLargeError,
@@ -83,6 +84,7 @@ ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
     NotReadyError: (503, "Not ready"),
     InferenceError: (503, "The model failed"),
     DeadlineExceededError: (504, "The deadline passed"),
+    OutOfMemoryError: (507, "Not enough memory for this image"),
 }
 
 # What is refused before any work was done on it.
@@ -115,7 +117,7 @@ def problem_response(error: ServiceError) -> Response:
     headers = {}
     if isinstance(error, OverloadedError | NotReadyError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
-    if isinstance(error, InferenceError):
+    if isinstance(error, InferenceError) and not isinstance(error, OutOfMemoryError):
         headers["Retry-After"] = "1"
     if isinstance(error, MissingKeyError):
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,24 +1,36 @@
 """The batcher: hands waiting items to `predict` in batches and each result back to who waits for it. Called by
-`pipeline.py`, started and stopped by `app.py`. All runs on one event loop, except `predict`, which runs on one thread
-of the batcher's own. Who goes next is decided in `queue.py`; this file knows futures and threads, no models.
+`pipeline.py`, started and stopped by `app.py`. Who goes next is decided in `queue.py`; this file knows futures and
+threads, no models.
+
+Callers wait on the event loop; `predict` runs on one thread of the batcher's own, which takes its next batch itself. So
+the device never waits for a loop that is busy with other things, and an entry can be withdrawn until the moment when
+its batch begins. What both sides touch, the queue and who is in `_outcomes`, is guarded by `_condition`.
 
 The ledger `_outcomes` holds a future for every accepted entry that is not answered yet. An entry leaves it exactly
-once: answered, expired, or abandoned by its caller; what `predict` returns for one that has left is dropped.
+once, on the event loop: answered, expired, or abandoned by its caller; what `predict` returns for one that has left is
+dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from service.batching.queue import Entry, Priority, RequestQueue
-from service.errors import DeadlineExceededError, InferenceError, NotReadyError, OverloadedError, ServiceError
+from service.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    NotReadyError,
+    OutOfMemoryError,
+    OverloadedError,
+    ServiceError,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,7 +70,7 @@ class BatchObserver(Protocol):
         return
 
     def batch_failed(self, size: int, error: InferenceError) -> None:
-        """`predict` failed; if size > 1, each member is now tried alone."""
+        """`predict` failed; if size > 1, each half is now tried."""
         return
 
     def cancelled(self, stage: str) -> None:
@@ -82,13 +94,16 @@ class Batcher(Generic[T, R]):
     """Batches items that are submitted one at a time.
 
     Work-conserving: when the device is free, the oldest entry's group goes at once (or after `max_batch_wait_seconds`);
-    while it is busy, groups fill. If `predict` fails on a batch, its members are tried again, each alone, so that only
-    the item to blame fails.
+    while it is busy, groups fill. If `predict` fails on a batch, each half is tried, and so on, so that only the item
+    to blame fails. If it failed for lack of memory, the memory is released first, and later batches are smaller for a
+    while.
 
     Args:
         predict: from n items of one group to n results, in order. Called on the batcher's thread, one call at a time.
         max_batch_size, max_batch_cost, max_queue_size, max_queue_cost, max_batch_wait_seconds, bulk_share:
             see `RequestQueue`.
+        release_memory: frees what the device holds in reserve. Called on the batcher's thread with the items for which
+            `predict` raised OutOfMemoryError.
         observer: is told what happens.
         clock: a monotonic time in seconds, also called on the batcher's thread.
     """
@@ -103,6 +118,7 @@ class Batcher(Generic[T, R]):
         max_queue_cost: int,
         max_batch_wait_seconds: float = 0.0,
         bulk_share: float = 0.2,
+        release_memory: Callable[[Sequence[T]], None] | None = None,
         observer: BatchObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -115,16 +131,21 @@ class Batcher(Generic[T, R]):
             max_batch_wait_seconds=max_batch_wait_seconds,
             bulk_share=bulk_share,
         )
+        self._release_memory = release_memory
         self._observer = observer or _SilentObserver()
         self._clock = clock
         self._outcomes: dict[Entry[T], asyncio.Future[Answer[R] | ServiceError]] = {}
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
-        self._serving: asyncio.Task[None] | None = None
+        self._condition = threading.Condition()
+        self._is_woken = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         """Begin to serve; call once."""
-        self._serving = asyncio.create_task(self._serve())
+        self._loop = asyncio.get_running_loop()
+        self._ended = self._loop.create_future()
+        # A daemon: a device that hangs must not keep the process from ending.
+        threading.Thread(target=self._serve, name="batcher", daemon=True).start()
 
     async def stop(self, drain_timeout_seconds: float = _DRAIN_TIMEOUT_SECONDS) -> None:
         """Refuse new items, finish what is queued, fail what is left after the timeout (NotReadyError), end the thread.
@@ -132,20 +153,19 @@ class Batcher(Generic[T, R]):
         A `predict` that is running when the time is up cannot be interrupted: its thread ends when it returns.
         """
         # 1. Refuse new work.
-        self._queue.close()
-        if self._serving is None:
+        with self._condition:
+            self._queue.close()
+        if self._ended is None:
             return
-        # 2. Finish what is queued.
-        self._wake.set()
+        # 2. Finish what is queued; the thread ends when there is no more.
+        self._wake()
         try:
-            await asyncio.wait([self._serving], timeout=drain_timeout_seconds)
+            await asyncio.wait([self._ended], timeout=drain_timeout_seconds)
         finally:
-            # 3. Fail the rest, also when nobody waits for this call any more: `_serve` does it on its way out.
-            self._serving.cancel()
-            # 4. End the thread.
-            self._thread.shutdown(wait=False)
-        with suppress(asyncio.CancelledError):
-            await self._serving
+            # 3. Fail the rest, also when nobody waits for this call any more.
+            self._give_up()
+        if self._ended.done():
+            self._ended.result()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -178,13 +198,11 @@ class Batcher(Generic[T, R]):
             OverloadedError: the queue is full; nothing was done.
             NotReadyError: not started, stopping, or stopped before the item's turn came.
             DeadlineExceededError: the deadline passed in the queue, or while the device worked on the item.
-            InferenceError: `predict` failed on this item alone.
+            InferenceError: `predict` failed on this item alone; OutOfMemoryError if for lack of memory.
         """
         now = self._clock()
         entry = Entry(item=item, group=group, cost=cost, enqueued_at=now, deadline=deadline, priority=priority)
-        self._admit(entry)
-        outcome: asyncio.Future[Answer[R] | ServiceError] = asyncio.get_running_loop().create_future()
-        self._outcomes[entry] = outcome
+        outcome = self._admit(entry)
         timeout = None if deadline is None else max(0.0, deadline - now)
         try:
             await asyncio.wait([outcome], timeout=timeout)
@@ -199,88 +217,25 @@ class Batcher(Generic[T, R]):
             raise answer
         return answer
 
-    def _admit(self, entry: Entry[T]) -> None:
+    def _admit(self, entry: Entry[T]) -> asyncio.Future[Answer[R] | ServiceError]:
         try:
-            if self._serving is None:
+            if self._loop is None:
                 raise NotReadyError("the service has not started yet")
-            self._queue.admit(entry)
+            with self._condition:
+                self._queue.admit(entry)
+                outcome = self._outcomes[entry] = self._loop.create_future()
         except (OverloadedError, NotReadyError) as error:
             self._observer.rejected(error.code)
             raise
         self._report_queue()
-        self._wake.set()
-
-    async def _serve(self) -> None:
-        """Keep the device busy until the queue is closed and empty."""
-        try:
-            while len(self._queue) > 0 or not self._queue.is_closed:
-                if batch := self._next_batch():
-                    await self._run(batch)
-                else:
-                    await self._wait_for_work()
-        finally:
-            # Also when this task was cancelled or is broken: nobody may be left waiting.
-            self._queue.close()
-            for entry in list(self._outcomes):
-                self._queue.remove(entry)
-                self._answer(entry, NotReadyError("the service stopped before this request was done"))
-            self._report_queue()
-
-    async def _wait_for_work(self) -> None:
-        self._wake.clear()
-        held_until = self._queue.held_until
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if held_until is None else held_until - self._clock()):
-                await self._wake.wait()
-
-    def _next_batch(self) -> list[Entry[T]]:
-        now = self._clock()
-        for entry in self._queue.expire(now):
-            self._expire(entry, stage="queue")
-        batch = self._queue.take(now)
-        self._report_queue()
-        if batch:
-            self._observer.batch_started([now - entry.enqueued_at for entry in batch])
-        return batch
-
-    async def _run(self, batch: Sequence[Entry[T]]) -> None:
-        """Answer every member of the batch: with its result, or with the error of `predict` on it alone."""
-        started_at = self._clock()
-        try:
-            results, seconds = await self._predict_on_thread([entry.item for entry in batch])
-        except InferenceError as error:
-            self._observer.batch_failed(len(batch), error)
-            if len(batch) > 1:
-                await self._run_each_alone(batch)
-            else:
-                self._answer(batch[0], error)
-            return
-        self._queue.measure(sum(entry.cost for entry in batch), seconds)
-        for entry, result in zip(batch, results, strict=True):
-            self._answer(entry, Answer(result, started_at - entry.enqueued_at, seconds, len(batch)))
-
-    async def _run_each_alone(self, batch: Sequence[Entry[T]]) -> None:
-        for entry in batch:
-            if entry in self._outcomes:
-                await self._run([entry])
-
-    async def _predict_on_thread(self, items: Sequence[T]) -> tuple[Sequence[R], float]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._timed_predict, items)
-
-    def _timed_predict(self, items: Sequence[T]) -> tuple[Sequence[R], float]:
-        started_at = self._clock()
-        try:
-            results = self._predict(items)
-            if len(results) != len(items):
-                raise ValueError(f"expected {len(items)} results, got {len(results)}")
-        except BaseException as error:
-            # Also SystemExit, which would end the event loop, and StopIteration, which no future can hold.
-            raise InferenceError(f"the model failed on a batch of {len(items)}: {error!r}") from error
-        return results, self._clock() - started_at
+        # Not at once: what is submitted together shall share a batch, also with an idle device.
+        self._loop.call_soon(self._wake)
+        return outcome
 
     def _withdraw(self, entry: Entry[T]) -> str:
         """Take the entry out of the queue, if it is still there; the stage it was in."""
-        was_waiting = self._queue.remove(entry)
+        with self._condition:
+            was_waiting = self._queue.remove(entry)
         self._report_queue()
         return "queue" if was_waiting else "inference"
 
@@ -293,5 +248,158 @@ class Batcher(Generic[T, R]):
         if future is not None:
             future.set_result(outcome)
 
+    def _answer_all(self, batch: Sequence[Entry[T]], outcomes: Sequence[Answer[R] | ServiceError]) -> None:
+        for entry, outcome in zip(batch, outcomes, strict=True):
+            self._answer(entry, outcome)
+
     def _report_queue(self) -> None:
-        self._observer.queue_changed(len(self._queue), self._queue.cost)
+        with self._condition:
+            size, cost = len(self._queue), self._queue.cost
+        self._observer.queue_changed(size, cost)
+
+    def _begin(self, expired: Sequence[Entry[T]], queue_seconds: Sequence[float]) -> None:
+        """Answer who waited too long, and tell of the batch, if there is one."""
+        for entry in expired:
+            if entry in self._outcomes:
+                self._expire(entry, stage="queue")
+        self._report_queue()
+        if queue_seconds:
+            self._observer.batch_started(queue_seconds)
+
+    def _give_up(self) -> None:
+        """Fail whoever is not answered yet; what the device is at is for nobody."""
+        with self._condition:
+            self._queue.close()
+            for entry in self._outcomes:
+                self._queue.remove(entry)
+        for entry in list(self._outcomes):
+            self._answer(entry, NotReadyError("the service stopped before this request was done"))
+        self._report_queue()
+        self._wake()
+
+    def _end(self, failure: BaseException | None) -> None:
+        """The thread has ended; a failure is our own."""
+        assert self._ended is not None
+        self._give_up()
+        if failure is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(failure)
+
+    def _wake(self) -> None:
+        """Let the thread look at the queue."""
+        with self._condition:
+            self._is_woken = True
+            self._condition.notify()
+
+    # From here on, all runs on the batcher's thread.
+
+    def _tell(self, told: Callable[..., None], *args: object) -> None:
+        """Call a function on the event loop, after those that were told before it."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(told, *args)
+
+    def _serve(self) -> None:
+        """Keep the device busy until the queue is closed and empty."""
+        failure: BaseException | None = None
+        try:
+            self._wait_for_work()
+            while batch := self._next_batch():
+                self._run(batch)
+        except BaseException as error:
+            # Nobody may be left waiting; `stop` raises it.
+            failure = error
+        self._tell(self._end, failure)
+
+    def _wait_for_work(self, timeout_seconds: float | None = None) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._is_woken, timeout_seconds)
+            self._is_woken = False
+
+    def _next_batch(self) -> list[Entry[T]]:
+        """Wait for a batch; empty when there will be none any more."""
+        while True:
+            with self._condition:
+                now = self._clock()
+                expired = self._queue.expire(now)
+                batch = self._queue.take(now)
+                is_over = self._queue.is_closed and len(self._queue) == 0
+                held_until = self._queue.held_until
+            if batch or expired:
+                self._tell(self._begin, expired, [now - entry.enqueued_at for entry in batch])
+            if batch or is_over:
+                return batch
+            self._wait_for_work(None if held_until is None else held_until - now)
+
+    def _run(self, batch: Sequence[Entry[T]], *, failed_sizes: tuple[int, ...] = ()) -> None:
+        """Answer every member of the batch: with its result, or with the error of `predict` on it alone.
+
+        Args:
+            failed_sizes: of the batches with these members that failed before.
+        """
+        started_at = self._clock()
+        with self._condition:
+            batch = [entry for entry in batch if entry in self._outcomes]
+            max_batch_cost = self._queue.max_batch_cost(started_at)
+        cost = sum(entry.cost for entry in batch)
+        if not batch:
+            return
+        if len(batch) > 1 and cost > max_batch_cost:
+            self._run_halves(batch, failed_sizes)
+            return
+        try:
+            results = self._predict_all([entry.item for entry in batch])
+        except OutOfMemoryError as error:
+            # A new one: the frames that this one refers to would keep the memory of the batch from being released.
+            failure: InferenceError = OutOfMemoryError(str(error))
+        except InferenceError as error:
+            failure = error
+        else:
+            seconds = self._clock() - started_at
+            with self._condition:
+                self._queue.measure(cost, seconds)
+            waits = [started_at - entry.enqueued_at for entry in batch]
+            answers = [Answer(one, wait, seconds, len(batch)) for one, wait in zip(results, waits, strict=True)]
+            self._tell(self._answer_all, batch, answers)
+            return
+        self._tell(self._observer.batch_failed, len(batch), failure)
+        if isinstance(failure, OutOfMemoryError):
+            self._make_room(batch, cost)
+        if len(batch) > 1:
+            self._run_halves(batch, (*failed_sizes, len(batch)))
+        else:
+            self._tell(self._answer_all, batch, [_describe(failure, failed_sizes)])
+
+    def _run_halves(self, batch: Sequence[Entry[T]], failed_sizes: tuple[int, ...]) -> None:
+        middle = len(batch) // 2
+        self._run(batch[:middle], failed_sizes=failed_sizes)
+        self._run(batch[middle:], failed_sizes=failed_sizes)
+
+    def _predict_all(self, items: Sequence[T]) -> Sequence[R]:
+        try:
+            results = self._predict(items)
+            if len(results) != len(items):
+                raise ValueError(f"expected {len(items)} results, got {len(results)}")
+        except OutOfMemoryError:
+            raise
+        except BaseException as error:
+            # Also SystemExit, which would end the thread, and StopIteration, which no future can hold.
+            raise InferenceError(f"the model failed on a batch of {len(items)}: {error!r}") from error
+        return results
+
+    def _make_room(self, batch: Sequence[Entry[T]], cost: int) -> None:
+        """After a batch for which there was no memory: release what can be, and learn from it."""
+        if self._release_memory is not None:
+            self._release_memory([entry.item for entry in batch])
+        if len(batch) > 1:
+            with self._condition:
+                self._queue.lower_batch_cost(cost, self._clock())
+
+
+def _describe(failure: InferenceError, failed_sizes: Sequence[int]) -> InferenceError:
+    """The failure of an item alone; for lack of memory, with what was tried before."""
+    if not isinstance(failure, OutOfMemoryError):
+        return failure
+    before = f" after batches of {', '.join(map(str, failed_sizes))}" if failed_sizes else ""
+    return OutOfMemoryError(f"{failure}; tried alone{before}")

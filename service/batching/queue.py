@@ -1,5 +1,5 @@
 """The request queue: decides who is admitted and which entries make the next batch. Called by `batcher.py`.
-A synchronous data structure for one thread; the time is an argument, so it can be tested on integers.
+A synchronous data structure for one thread at a time; the time is an argument, so it can be tested on integers.
 Knows nothing of futures, threads, images or models.
 
 * Two lines, one a priority; each has its own bounds, so neither can shut the other out.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
+from service.batching.memory_limit import MemoryLimit
 from service.errors import NotReadyError, OverloadedError
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class RequestQueue(Generic[T]):
 
     Args:
         max_batch_size: items in a batch.
-        max_batch_cost: total cost of a batch; an entry that costs more goes alone.
+        max_batch_cost: total cost of a batch; an entry that costs more goes alone. Less after `lower_batch_cost`.
         max_queue_size: entries that may wait in each priority's line.
         max_queue_cost: total cost that may wait in each priority's line; an entry that costs more is admitted
             to an empty line, since it could never be served otherwise.
@@ -91,7 +92,7 @@ class RequestQueue(Generic[T]):
         if not 0 < bulk_share < 1:
             raise ValueError(f"expected a bulk_share between 0 and 1, got {bulk_share}")
         self._max_batch_size = max_batch_size
-        self._max_batch_cost = max_batch_cost
+        self._memory_limit = MemoryLimit(max_batch_cost)
         self._max_queue_size = max_queue_size
         self._max_queue_cost = max_queue_cost
         self._max_batch_wait_seconds = max_batch_wait_seconds
@@ -159,7 +160,7 @@ class RequestQueue(Generic[T]):
             waits, or when the batch is held back for more mates until `held_until`.
         """
         line = self._next_line()
-        batch, is_full = self._fill_batch(line)
+        batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
         if not is_full and self._may_be_held(batch, now):
             return []
         for entry in batch:
@@ -172,6 +173,14 @@ class RequestQueue(Generic[T]):
         self._measured_cost = _RATE_MEMORY * self._measured_cost + cost
         self._measured_seconds = _RATE_MEMORY * self._measured_seconds + seconds
 
+    def max_batch_cost(self, now: float) -> int:
+        """The total cost of a batch that is worth a try at this time."""
+        return self._memory_limit.at(now)
+
+    def lower_batch_cost(self, failed_cost: int, now: float) -> None:
+        """Learn that there was no memory for a batch of several entries and of this total cost."""
+        self._memory_limit.lower(failed_cost, now)
+
     def close(self) -> None:
         """Refuse new entries from now on, and hold nothing back: no more mates will come."""
         self._is_closed = True
@@ -183,7 +192,7 @@ class RequestQueue(Generic[T]):
         bulk_is_due = len(self._interactive) == 0 or self._cost_owed_to_bulk > 0
         return self._bulk if len(self._bulk) > 0 and bulk_is_due else self._interactive
 
-    def _fill_batch(self, line: _Line[T]) -> tuple[list[Entry[T]], bool]:
+    def _fill_batch(self, line: _Line[T], max_batch_cost: int) -> tuple[list[Entry[T]], bool]:
         """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
         that nobody is overtaken within its group. Scans the line: microseconds beside a prediction.
         """
@@ -192,11 +201,11 @@ class RequestQueue(Generic[T]):
         for entry in line:
             if batch and entry.group != batch[0].group:
                 continue
-            if batch and cost + entry.cost > self._max_batch_cost:
+            if batch and cost + entry.cost > max_batch_cost:
                 return batch, True
             batch.append(entry)
             cost += entry.cost
-            if len(batch) == self._max_batch_size or cost >= self._max_batch_cost:
+            if len(batch) == self._max_batch_size or cost >= max_batch_cost:
                 return batch, True
         return batch, False
 

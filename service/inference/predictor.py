@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 
-from service.errors import InferenceError
+from service.errors import InferenceError, OutOfMemoryError
+from service.inference.memory import is_out_of_memory, release_memory
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections, StageTimer
 from service.modeling.roi_heads import Selection
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
@@ -66,7 +67,7 @@ class Predictor:
             One prediction for each query, in order.
 
         Raises:
-            InferenceError: the network failed, for example for lack of memory.
+            InferenceError: the network failed; OutOfMemoryError if for lack of memory.
             ValueError: their `roi_op` differ.
         """
         stage_seconds: dict[str, float] = {}
@@ -86,12 +87,20 @@ class Predictor:
                 )
         except (RuntimeError, MemoryError) as error:
             sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"{self.info.key} had not enough memory for a batch of {len(images)} ({sizes}): {error}"
+                ) from error
             raise InferenceError(f"{self.info.key} failed on a batch of {len(images)} ({sizes}): {error}") from error
         padding_ratio = self._padding_ratio(images)
         return [
             Prediction(_to_host(one), stage_seconds, batch_size=len(images), padding_ratio=padding_ratio)
             for one in found
         ]
+
+    def release_memory(self) -> None:
+        """Free what the device holds in reserve, after a lack of memory."""
+        release_memory()
 
     def _selection(self, options: DetectOptions) -> Selection:
         info = self.info

@@ -32,6 +32,7 @@ STATUSES = {
     "DeadlineExceededError": 504,
     "CancelledRequestError": 499,
     "InferenceError": 503,
+    "OutOfMemoryError": 507,
     "ModelStoreError": 500,  # these two are an operator's, no request raises them
     "DatasetError": 500,
 }

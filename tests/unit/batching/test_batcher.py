@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.batching.batcher import Answer, Batcher, BatchObserver
+from service.batching.memory_limit import FIRST_WAIT_SECONDS
 from service.batching.queue import Priority
-from service.errors import DeadlineExceededError, InferenceError, NotReadyError, OverloadedError
+from service.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    NotReadyError,
+    OutOfMemoryError,
+    OverloadedError,
+)
 
 POISON = 13  # no model survives 13, 113, 213, ...
 OVER = 0.0  # a deadline on the standing clock that has passed
@@ -30,9 +38,12 @@ class Device:
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Queue[list[int]] = asyncio.Queue()
         self._permits = threading.Semaphore(1000 if is_open else 0)
+        self._progress = threading.Condition()
 
     def predict(self, items: Sequence[int]) -> list[int]:
-        self.batches.append(list(items))
+        with self._progress:
+            self.batches.append(list(items))
+            self._progress.notify_all()
         self.threads.add(threading.current_thread())
         self._loop.call_soon_threadsafe(self._started.put_nowait, list(items))
         assert self._permits.acquire(timeout=20), "the test never let this batch through"
@@ -43,6 +54,11 @@ class Device:
     async def started(self) -> list[int]:
         """Wait for the next batch to be on the device."""
         return await self._started.get()
+
+    def has_seen(self, item: int) -> bool:
+        """Wait, without the event loop, for an item to be on the device."""
+        with self._progress:
+            return self._progress.wait_for(lambda: [item] in self.batches, timeout=20)
 
     def let_through(self, batches: int = 1000) -> None:
         self._permits.release(batches)
@@ -162,6 +178,25 @@ class TestBatching:
             device.let_through()
             assert await answer == Answer(20, queue_seconds=3, inference_seconds=2, batch_size=1)
         assert recorder.events == [("started", 0), ("started", 3)]
+
+    async def test_device_gets_batch_after_batch_while_the_event_loop_is_busy_with_other_things(self) -> None:
+        device = Device()
+        async with make_batcher(device.predict, max_batch_size=1, clock=(clock := Clock())) as batcher:
+            first = await submit_to_busy_device(batcher, device, 1)
+            gone, stale = submit(batcher, 2), submit(batcher, 3, deadline=1000)
+            rest = [submit(batcher, item) for item in (4, 5, 6)]
+            await settle()
+            gone.cancel()
+            await settle()
+            # From here the loop does nothing until the device has seen all: a device that asked it would hang.
+            clock.now = 1000
+            device.let_through()
+            assert device.has_seen(6)
+            assert await outcomes(first, gone, stale, *rest) == [
+                *(10, asyncio.CancelledError, DeadlineExceededError),
+                *(40, 50, 60),
+            ]
+        assert device.batches == [[1], [4], [5], [6]]
 
     async def test_predict_runs_on_one_thread_that_is_not_the_event_loops_and_ends_with_stop(self) -> None:
         device = Device(is_open=True)
@@ -310,8 +345,9 @@ class TestFailures:
             assert await outcomes(*tasks) == [10, InferenceError, 30]
             assert isinstance(tasks[1].exception(), InferenceError)
             assert await outcomes(submit(batcher, 4)) == [40]
-        assert device.batches == [[1, POISON, 3], [1], [POISON], [3], [4]]
-        assert [event for event in recorder.events if event[0] == "failed"] == [("failed", 3), ("failed", 1)]
+        assert device.batches == [[1, POISON, 3], [1], [POISON, 3], [POISON], [3], [4]]
+        failed = [event for event in recorder.events if event[0] == "failed"]
+        assert failed == [("failed", 3), ("failed", 2), ("failed", 1)]
 
     async def test_inference_error_is_chained_from_its_cause(self) -> None:
         async with make_batcher(Device(is_open=True).predict) as batcher:
@@ -345,20 +381,129 @@ class TestFailures:
             await settle()
             device.let_through()
             assert await outcomes(gone, poisoned, staying) == [asyncio.CancelledError, InferenceError, 30]
-        assert device.batches == [[1, POISON, 3], [POISON], [3]]
+        assert device.batches == [[1, POISON, 3], [POISON, 3], [POISON], [3]]
 
     async def test_error_of_our_own_leaves_nobody_waiting(self) -> None:
-        class BrokenObserver(BatchObserver):
-            def batch_started(self, queue_seconds: Sequence[float]) -> None:
-                raise RuntimeError("broken observer")
+        def clock() -> float:
+            if threading.current_thread() is not threading.main_thread():
+                raise RuntimeError("broken clock")
+            return 0
 
-        batcher = make_batcher(Device(is_open=True).predict, observer=BrokenObserver())
+        batcher = make_batcher(Device(is_open=True).predict, clock=clock)
         await batcher.start()
         assert await outcomes(submit(batcher, 1), submit(batcher, 2)) == [NotReadyError, NotReadyError]
         with pytest.raises(NotReadyError):
             await batcher.submit(3, group="a", cost=1)
-        with pytest.raises(RuntimeError, match="broken observer"):
+        with pytest.raises(RuntimeError, match="broken clock"):
             await batcher.stop()
+
+
+class Memory:
+    """A device that can hold items up to a total; an item is its own cost."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.batches: list[list[int]] = []
+        self.released: list[list[int]] = []
+
+    def predict(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        if sum(items) > self.size:
+            raise OutOfMemoryError(f"no memory for {len(items)} items")
+        return [10 * item for item in items]
+
+    def release(self, items: Sequence[int]) -> None:
+        self.released.append(list(items))
+
+    def batcher(self, *, clock: Callable[[], float]) -> Batcher[int, int]:
+        return Batcher(
+            self.predict,
+            max_batch_size=8,
+            max_batch_cost=64,
+            max_queue_size=100,
+            max_queue_cost=10_000,
+            release_memory=self.release,
+            clock=clock,
+        )
+
+
+async def submit_all(batcher: Batcher[int, int], costs: Sequence[int]) -> list[object]:
+    tasks = [asyncio.create_task(batcher.submit(cost, group="a", cost=cost)) for cost in costs]
+    return await outcomes(*tasks)
+
+
+class TestMemory:
+    async def test_batch_is_halved_until_it_fits_and_memory_is_released_before_each_try(self) -> None:
+        memory = Memory(2)
+        async with memory.batcher(clock=Clock()) as batcher:
+            assert await submit_all(batcher, [1] * 8) == [10] * 8
+        assert [len(batch) for batch in memory.batches] == [8, 4, 2, 2, 2, 2]
+        assert [len(batch) for batch in memory.released] == [8, 4]
+
+    async def test_limit_that_was_found_is_kept_and_tried_upward_after_a_while(self) -> None:
+        memory, clock = Memory(4), Clock()
+        async with memory.batcher(clock=clock) as batcher:
+            await submit_all(batcher, [1] * 8)
+            memory.batches.clear()
+            await submit_all(batcher, [1] * 8)
+            clock.now += FIRST_WAIT_SECONDS
+            memory.size = 8
+            await submit_all(batcher, [1] * 8)
+        assert [len(batch) for batch in memory.batches] == [4, 4, 8]
+
+    async def test_item_that_fails_alone_is_told_what_was_tried(self) -> None:
+        memory = Memory(5)
+        async with memory.batcher(clock=Clock()) as batcher:
+            tasks = [asyncio.create_task(batcher.submit(cost, group="a", cost=cost)) for cost in (1, 1, 1, 6)]
+            assert await outcomes(*tasks) == [10, 10, 10, OutOfMemoryError]
+            assert str(tasks[3].exception()) == "no memory for 1 items; tried alone after batches of 4"
+            with pytest.raises(OutOfMemoryError, match=r"^no memory for 1 items; tried alone$"):
+                await batcher.submit(6, group="a", cost=6)
+        assert memory.released[-1] == [6]
+
+    async def test_memory_of_the_failed_batch_is_free_before_it_is_released(self) -> None:
+        freed: list[bool] = []
+        tensors: list[weakref.ref[Tensor]] = []
+
+        class Tensor:
+            pass
+
+        def predict(items: Sequence[int]) -> list[int]:
+            tensor = Tensor()
+            tensors.append(weakref.ref(tensor))
+            try:
+                raise MemoryError
+            except MemoryError as error:
+                raise OutOfMemoryError("too much") from error
+
+        batcher: Batcher[int, int] = Batcher(
+            predict,
+            max_batch_size=1,
+            max_batch_cost=1,
+            max_queue_size=1,
+            max_queue_cost=1,
+            release_memory=lambda items: freed.append(tensors[-1]() is None),
+        )
+        async with batcher:
+            assert await outcomes(submit(batcher, 1)) == [OutOfMemoryError]
+        assert freed == [True]
+
+
+@settings(deadline=None)
+@given(costs=st.lists(st.integers(1, 20), min_size=1, max_size=30), size=st.integers(0, 40))
+def test_every_item_is_answered_whatever_the_memory_and_few_batches_are_tried_in_vain(
+    costs: list[int], size: int
+) -> None:
+    memory = Memory(size)
+
+    async def play() -> list[object]:
+        async with memory.batcher(clock=Clock()) as batcher:
+            return await submit_all(batcher, costs)
+
+    assert asyncio.run(play()) == [10 * cost if cost <= size else OutOfMemoryError for cost in costs]
+    in_vain = [batch for batch in memory.batches if len(batch) > 1 and sum(batch) > size]
+    assert len(in_vain) <= 5  # each halves the limit, from 64 to 2 at the least, which is one batch of two
+    assert len(memory.batches) <= len(costs) + len(in_vain)
 
 
 class TestStop:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import resize_boxes
 
+from service.errors import InferenceError, OutOfMemoryError
 from service.inference.loading import interchangeable_ops
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
@@ -158,3 +159,17 @@ def test_heads_that_fit_no_other_operator_have_none_to_choose_from() -> None:
 def test_batch_of_two_operators_is_refused(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="one roi_op"):
         predictor.predict([Query(picture(0)), Query(picture(0), DetectOptions(roi_op="roi_pool"))])
+
+
+def test_lack_of_memory_is_told_apart_from_other_failures_and_names_the_sizes(predictor: Predictor) -> None:
+    queries = [Query(picture(0)), Query(picture(1, 64, 48))]
+    lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with patch.object(predictor._model, "detect", side_effect=lack):
+        with pytest.raises(OutOfMemoryError, match=r"not enough memory for a batch of 2 \(200x120, 48x64\).*2.00 GiB"):
+            predictor.predict(queries)
+    with patch.object(predictor._model, "detect", side_effect=RuntimeError("broken")):
+        with pytest.raises(InferenceError, match="broken") as failure:
+            predictor.predict(queries)
+    assert not isinstance(failure.value, OutOfMemoryError)
+    predictor.release_memory()
+    assert len(predictor.predict(queries)) == 2
