@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ _GRACE_SECONDS = 5
 _MAX_HEAD_BYTES = 64 * 1024
 _TOO_LONG_HEAD = f"The request's headers exceed {_MAX_HEAD_BYTES} bytes."
 _HEAD_TIMEOUT_SECONDS = 10.0
+# How much of an answer a caller has to take in how long: far less than the slowest telephone does.
+_READER_PERIOD_SECONDS = 30.0
+_LEAST_READ_BYTES = 64 * 1024
 
 
 def serve_app(app: FastAPI) -> int:
@@ -117,11 +121,14 @@ class DrainingServer(uvicorn.Server):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Uvicorn's protocol, which by itself waits for the head of a request for ever and holds any amount of it."""
+    """Uvicorn's protocol, which by itself waits for ever for the head of a request, and holds any amount of it, and for
+    a caller to take its answer, also when it has closed the connection.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _parsed_bytes = 0
+    _reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """A caller is there, and shall say what it wants."""
@@ -164,7 +171,34 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The caller has gone."""
         self._head_is_here()
+        self._stop_awaiting_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The caller does not take its answer as fast as we give it."""
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        """It has taken nearly all."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_awaiting_reader()
+
+    def on_response_complete(self) -> None:
+        """An answer was written, the last one perhaps."""
+        super().on_response_complete()
+        self._await_reader_of_the_rest()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No further request came."""
+        super().timeout_keep_alive_handler()
+        self._await_reader_of_the_rest()
+
+    def shutdown(self) -> None:
+        """The server stops."""
+        super().shutdown()
+        self._await_reader_of_the_rest()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: a websocket is refused as any other request for a route that is not there."""
@@ -184,6 +218,32 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _await_reader_of_the_rest(self) -> None:
+        """A connection that we closed stays until the rest of the answer was taken."""
+        if self.transport.is_closing() and self.transport.get_write_buffer_size() > 0:
+            self._await_reader()
+
+    def _await_reader(self) -> None:
+        if self._reader_timer is None:
+            size = self.transport.get_write_buffer_size()
+            self._reader_timer = self.loop.call_later(_READER_PERIOD_SECONDS, self._look_at_reader, size)
+
+    def _look_at_reader(self, size_before: int) -> None:
+        """Nothing was written since: what the caller took is what is missing."""
+        self._reader_timer = None
+        if size_before - self.transport.get_write_buffer_size() < _LEAST_READ_BYTES:
+            # With a reset, or the system would go on holding what it has of the answer.
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+        else:
+            self._await_reader()
+
+    def _stop_awaiting_reader(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def _cut_off(self, message: str) -> None:
         has_spoken = self._head_bytes > 0
