@@ -4,6 +4,7 @@ form parser writes what is larger than a megabyte to files on disk, which we nev
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -13,6 +14,8 @@ from service.errors import InvalidRequestError
 
 # Far more than any request of ours needs; each costs a little time even if it is empty.
 _MAX_PARTS = 1000
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_EXTENDED_FILENAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,12 +99,19 @@ class FormReader:
         if self._header_name.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._header_value))
             self._parts[-1].name = _decoded(options.get(b"name", b""))
-            self._parts[-1].is_file = b"filename" in options
+            self._parts[-1].is_file = b"filename" in options or _has_extended_filename(self._header_value)
         self._header_name.clear()
         self._header_value.clear()
 
     def _complete(self) -> None:
         self._is_complete = True
+
+
+def _has_extended_filename(disposition: bytes) -> bool:
+    """Whether there is a `filename*`, as RFC 5987 writes what is not ASCII. RFC 7578 forbids it in forms, so the parser
+    leaves it out; some clients send it all the same, and without a plain `filename` beside it.
+    """
+    return _EXTENDED_FILENAME.search(_QUOTED.sub(b'""', disposition)) is not None
 
 
 def _decoded(data: bytes | bytearray) -> str:

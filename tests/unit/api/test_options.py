@@ -49,6 +49,12 @@ def test_json_options_have_json_types(json: dict[str, object], words: str) -> No
         merge_options(DetectParameters(), Upload([], json=json))
 
 
+@pytest.mark.parametrize("option", ["score_thresh", "max_detections", "timeout_ms"])
+def test_numbers_are_written_as_everybody_writes_them(option: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"option '{option}': input should be a number .*, got '0_1'"):
+        merge_options(DetectParameters(), Upload([], form=[(option, "0_1")]))
+
+
 def test_defaults_are_left_to_the_model() -> None:
     wish = understand(DetectParameters(), FAKE_INFO)
     assert wish.options == DetectOptions(with_masks=True)
