@@ -1,14 +1,16 @@
-"""From a stored model to a predictor: choose the device and the precision, build the network, load the weights.
+"""From a stored model to a predictor: choose device, precision and engine, build the network, load the weights.
 Called by `app.py` and by offline commands.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import torch
 
 from service.errors import ServiceError
+from service.inference.engines.choosing import put_engine
 from service.inference.predictor import Predictor
 from service.model_store.store import StoredModel
 from service.model_store.weights import load_into
@@ -19,37 +21,47 @@ from service.structures import ModelInfo
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_predictor(stored: StoredModel, *, device: str = "auto", precision: str = "auto") -> Predictor:
+def load_predictor(
+    stored: StoredModel,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    cache_dir: Path | None = None,
+) -> Predictor:
     """Load a model onto a device.
 
     Args:
         stored: the model's folder.
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
         precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; `auto` is float32.
+        engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
+        cache_dir: where an engine keeps what it compiled, for the next start; nowhere if None.
 
     Raises:
         ModelStoreError: the folder, its configuration or its weights are not as they must be.
-        ServiceError: the device is not there.
+        ServiceError: the device or the engine is not there.
     """
     config = stored.model_toml
     target = choose_device(device)
+    precision = "float32" if precision == "auto" else precision
     model = build_model(config)
     load_into(model, stored.load_weights(), source=str(stored.path))
-    return Predictor(
-        model.to(target),
-        info=describe(
-            config,
-            name=stored.name,
-            version=stored.version,
-            precision="float32" if precision == "auto" else precision,
-            device=str(target),
-        ),
-        device=target,
-        autocast_dtype=DTYPES.get(precision),
+    model = model.to(target).eval()
+    engine = put_engine(
+        model, engine=engine, device=target, precision=precision, key=config.model_dump_json(), cache_dir=cache_dir
     )
+    info = describe(
+        config, name=stored.name, version=stored.version, engine=engine, precision=precision, device=str(target)
+    )
+    # OpenVINO's own parts are in this precision already; what lies between them stays in float32.
+    autocast_dtype = None if engine == "openvino" else DTYPES.get(precision)
+    return Predictor(model, info=info, device=target, autocast_dtype=autocast_dtype)
 
 
-def describe(config: ModelConfig, *, name: str, version: int, precision: str, device: str) -> ModelInfo:
+def describe(
+    config: ModelConfig, *, name: str, version: int, precision: str, device: str, engine: str = "eager"
+) -> ModelInfo:
     """What callers may know of a network of this configuration."""
     return ModelInfo(
         name=name,
@@ -61,10 +73,11 @@ def describe(config: ModelConfig, *, name: str, version: int, precision: str, de
         score_thresh=config.detections.score_thresh,
         max_detections=config.detections.detections_per_img,
         has_masks=config.has_masks,
-        engine="eager",
+        engine=engine,
         precision=precision,
         device=device,
         roi_ops=interchangeable_ops(config),
+        needs_proposals=config.needs_proposals,
     )
 
 

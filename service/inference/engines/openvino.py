@@ -1,0 +1,258 @@
+"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Called by `loading.py`.
+Compiled parts are kept on disk, so that the next start need not compile; nothing else is written, nothing is sent.
+
+Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and gives feature maps channels last, as the kernels of
+`ops` have them, and works on the memory of the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch import Tensor, nn
+
+from service.modeling.generalized_rcnn import GeneralizedRCNN
+from service.modeling.parts import Parts, TrunkOutput, run_trunk
+from service.modeling.poolers import RoIPooler
+
+logger = logging.getLogger(__name__)
+
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+"""By OpenVINO's names. Left to itself it takes bfloat16 wherever the processor has it."""
+
+_FORMAT = 1
+"""To be raised when a part takes or gives something else than before, so that older files are not read."""
+_DIGEST_BYTES = 32
+_PICTURE_SHAPE = (-1, 3, -1, -1)
+_EXAMPLE_SIDE = 128
+
+Shape = Sequence[int]
+
+
+class OpenVinoNetwork:
+    """The parts of one network.
+
+    Args:
+        model: in evaluation mode, on the CPU, in float32; it stays as it is.
+        key: names its weights and configuration.
+        precision: one of `PRECISION_HINTS`.
+        cache_dir: where compiled parts are kept; None to keep none.
+    """
+
+    def __init__(self, model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> None:
+        self._model = model
+        self._own = model.own_parts()
+        self._compiler = _Compiler(key=key, precision=precision, cache_dir=cache_dir)
+        example = torch.zeros(1, 3, _EXAMPLE_SIDE, _EXAMPLE_SIDE)
+        with torch.inference_mode():
+            maps = model.backbone(example)
+        self._names = list(maps)
+        self._channels = maps[self._names[0]].shape[1]
+
+    def parts(self) -> Parts:
+        """Compile what every batch needs.
+
+        Raises:
+            RuntimeError: OpenVINO cannot express a part.
+        """
+        has_rpn, has_masks = self._model.rpn.head is not None, self._own.mask_head is not None
+        _ = self._trunk if has_rpn else self._backbone, self._box_head, self._mask_head if has_masks else None
+        return Parts(
+            trunk=self.run_trunk,
+            backbone=self.run_backbone,
+            box_head=self.run_box_head,
+            mask_head=self.run_mask_head if has_masks else None,
+        )
+
+    def run_trunk(self, batch: Tensor) -> TrunkOutput:
+        """See `Parts.trunk`."""
+        *maps, objectness, deltas = self._trunk(batch)
+        return TrunkOutput(self._named(maps), objectness, deltas)
+
+    def run_backbone(self, batch: Tensor) -> Mapping[str, Tensor]:
+        """See `Parts.backbone`."""
+        return self._named(self._backbone(batch))
+
+    def run_box_head(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parts.box_head`."""
+        if not len(pooled):
+            return self._own.box_head(pooled)
+        class_logits, box_regression = self._box_head(pooled.permute(0, 2, 3, 1))
+        return class_logits, box_regression
+
+    def run_mask_head(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """See `Parts.mask_head`."""
+        if not len(pooled):
+            assert self._own.mask_head is not None
+            return self._own.mask_head(pooled, labels)
+        return self._mask_head(pooled.permute(0, 2, 3, 1), labels)[0]
+
+    def _named(self, maps: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        return {name: one.permute(0, 3, 1, 2) for name, one in zip(self._names, maps, strict=True)}
+
+    @cached_property
+    def _trunk(self) -> _Compiled:
+        return self._compiler.compile("trunk", _Trunk(self._model), [_PICTURE_SHAPE])
+
+    @cached_property
+    def _backbone(self) -> _Compiled:
+        """Compiled for the first batch that needs it: most servers see none."""
+        return self._compiler.compile("backbone", _Backbone(self._model), [_PICTURE_SHAPE])
+
+    @cached_property
+    def _box_head(self) -> _Compiled:
+        shape = self._patch_shape(self._model.roi_heads.box_roi_pool)
+        return self._compiler.compile("box_head", _Patches(self._own.box_head), [shape])
+
+    @cached_property
+    def _mask_head(self) -> _Compiled:
+        shape = self._patch_shape(self._model.roi_heads.mask_roi_pool)
+        return self._compiler.compile("mask_head", _Patches(self._own.mask_head), [shape, (-1,)])
+
+    def _patch_shape(self, pooler: RoIPooler) -> Shape:
+        size = pooler.output_size
+        return (-1, *((size, size) if isinstance(size, int) else (sum(side**2 for side in size), 1)), self._channels)
+
+
+class _Trunk(nn.Module):
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.rpn_head = model.rpn.head
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        output = run_trunk(self.backbone, self.rpn_head, batch)
+        return (*(one.permute(0, 2, 3, 1) for one in output.features.values()), output.objectness, output.deltas)
+
+
+class _Backbone(nn.Module):
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return tuple(one.permute(0, 2, 3, 1) for one in self.backbone(batch).values())
+
+
+class _Patches(nn.Module):
+    """A head that takes its patches channels last, and whatever else it takes."""
+
+    def __init__(self, head: object) -> None:
+        super().__init__()
+        assert isinstance(head, nn.Module)  # the network's own parts are
+        self.head = head
+
+    def forward(self, pooled: Tensor, *others: Tensor) -> Any:
+        return self.head(pooled.permute(0, 3, 1, 2), *others)
+
+
+class _Compiled:
+    """One part, ready to run; called by one thread at a time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = range(len(compiled.outputs))
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs lie in OpenVINO's own memory, until the next call."""
+        shared = [openvino.Tensor(one.contiguous().numpy(), shared_memory=True) for one in inputs]
+        self._request.infer(shared, share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(self._request.get_output_tensor(index).data) for index in self._outputs]
+
+
+class _Compiler:
+    """Compiles parts, or finds them compiled on disk: each in a file that begins with the SHA-256 of the rest."""
+
+    def __init__(self, *, key: str, precision: str, cache_dir: Path | None) -> None:
+        self._core = openvino.Core()
+        self._config = {
+            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            # Threads of several models and processes share the cores; pinned ones would all sit on the first.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._cache_dir = cache_dir
+        processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
+        made_for = (_FORMAT, key, openvino.__version__, torch.__version__, platform.machine(), processor, self._config)
+        self._key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
+
+    def compile(self, part: str, module: nn.Module, shapes: Sequence[Shape]) -> _Compiled:
+        """Compile a module for inputs of these shapes, -1 for any length; the inputs behind the first are int64.
+
+        Raises:
+            RuntimeError: OpenVINO cannot express it.
+        """
+        file = self._cache_dir and self._cache_dir / f"{self._key}-{part}.openvino"
+        compiled = self._read(file) if file else None
+        if compiled is None:
+            compiled = self._core.compile_model(_converted(module, shapes), "CPU", self._config)
+            if file:
+                blob = io.BytesIO()
+                compiled.export_model(blob)
+                _write(file, blob.getvalue())
+        return _Compiled(compiled)
+
+    def _read(self, file: Path) -> Any:
+        """The compiled part in a file; None if there is none, or none that is whole."""
+        try:
+            data = np.fromfile(file, np.uint8)
+        except OSError:
+            return None
+        digest, blob = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if hashlib.sha256(blob.data).digest() != digest.tobytes():
+            logger.warning("compiled part is damaged, compiling anew", extra={"fields": {"file": str(file)}})
+            return None
+        # A copy, for OpenVINO keeps using its memory.
+        return self._core.import_model(openvino.Tensor(blob), "CPU", self._config)
+
+
+def _write(file: Path, blob: bytes) -> None:
+    """Under another name first, so that no other process reads half of it."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished.write_bytes(hashlib.sha256(blob).digest() + blob)
+        unfinished.replace(file)
+    except OSError as error:
+        logger.warning("cannot keep a compiled part", extra={"fields": {"file": str(file), "reason": str(error)}})
+
+
+def _converted(module: nn.Module, shapes: Sequence[Shape]) -> Any:
+    examples = [
+        torch.zeros([_example_length(index, length) for index, length in enumerate(shape)], dtype=dtype)
+        for shape, dtype in zip(shapes, (torch.float32, torch.int64), strict=False)
+    ]
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch says that its tracing is old, and, of sizes that are not fixed, that they may be.
+        warnings.simplefilter("ignore")
+        # Not by `openvino.convert_model`, which sends a message to its makers.
+        decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(examples))
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        converted = frontend.convert(frontend.load(decoder))
+    for port, shape, example in zip(converted.inputs, shapes, examples, strict=True):
+        node = port.get_node()
+        node.set_partial_shape(openvino.PartialShape(list(shape)))
+        node.set_element_type(openvino.Type(example.numpy().dtype))
+    converted.validate_nodes_and_infer_types()
+    return converted
+
+
+def _example_length(index: int, length: int) -> int:
+    if length != -1:
+        return length
+    return 2 if index == 0 else _EXAMPLE_SIDE
