@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="COCO-format annotation file, such as DIR/val.json.")],
     store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[
+        Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
+    ] = "auto",
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
     ] = None,
@@ -37,7 +40,7 @@ def evaluate(
     from service.training.dataset import load_coco
     from service.training.evaluation import evaluate as evaluate_predictor
 
-    predictor = load_predictor(ModelStore(store).find(model), device=device)
+    predictor = load_predictor(ModelStore(store).find(model), device=device, engine=engine)
     info = predictor.info
     dataset = load_coco(data, labels=info.labels)
     with Progress(console=Console(stderr=True)) as progress:

@@ -36,7 +36,7 @@ def load_predictor(
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
         precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; `auto` is float32.
         engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
-        cache_dir: where an engine keeps what it compiled, for the next start; nowhere if None.
+        cache_dir: where an engine keeps what it compiled, for the next start; the user's cache folder if None.
 
     Raises:
         ModelStoreError: the folder, its configuration or its weights are not as they must be.

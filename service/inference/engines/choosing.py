@@ -38,7 +38,7 @@ def put_engine(
         device: where the network is.
         precision: `float32`, `float16` or `bfloat16`.
         key: names the network's weights and configuration.
-        cache_dir: where an engine may keep what it compiles; None to keep nothing.
+        cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
 
     Returns:
         The name of the engine that runs it now: with `auto`, `eager` where the fastest cannot.
@@ -69,7 +69,8 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     from service.inference.engines.openvino import OpenVinoNetwork
 
     try:
-        model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=cache_dir).parts()
+        folder = cache_dir or Path.home() / ".cache" / "roiserve"
+        model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
         return f"OpenVINO cannot express this network: {error}"
     return None

@@ -50,10 +50,10 @@ class OpenVinoNetwork:
         model: in evaluation mode, on the CPU, in float32; it stays as it is.
         key: names its weights and configuration.
         precision: one of `PRECISION_HINTS`.
-        cache_dir: where compiled parts are kept; None to keep none.
+        cache_dir: where compiled parts are kept; made if missing.
     """
 
-    def __init__(self, model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> None:
+    def __init__(self, model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path) -> None:
         self._model = model
         self._own = model.own_parts()
         self._compiler = _Compiler(key=key, precision=precision, cache_dir=cache_dir)
@@ -177,7 +177,7 @@ class _Compiled:
 class _Compiler:
     """Compiles parts, or finds them compiled on disk: each in a file that begins with the SHA-256 of the rest."""
 
-    def __init__(self, *, key: str, precision: str, cache_dir: Path | None) -> None:
+    def __init__(self, *, key: str, precision: str, cache_dir: Path) -> None:
         self._core = openvino.Core()
         self._config = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
@@ -197,14 +197,13 @@ class _Compiler:
         Raises:
             RuntimeError: OpenVINO cannot express it.
         """
-        file = self._cache_dir and self._cache_dir / f"{self._key}-{part}.openvino"
-        compiled = self._read(file) if file else None
+        file = self._cache_dir / f"{self._key}-{part}.openvino"
+        compiled = self._read(file)
         if compiled is None:
             compiled = self._core.compile_model(_converted(module, shapes), "CPU", self._config)
-            if file:
-                blob = io.BytesIO()
-                compiled.export_model(blob)
-                _write(file, blob.getvalue())
+            blob = io.BytesIO()
+            compiled.export_model(blob)
+            _write(file, blob.getvalue())
         return _Compiled(compiled)
 
     def _read(self, file: Path) -> Any:
