@@ -25,6 +25,7 @@ from service.errors import (
 )
 
 POISON = 13  # no model survives 13, 113, 213, ...
+LARGE = 17  # and no memory suffices for 17, 117, 217, ...
 OVER = 0.0  # a deadline on the standing clock that has passed
 SOON_SECONDS = 0.001  # a deadline on the real clock that passes while the device is kept busy
 
@@ -49,6 +50,8 @@ class Device:
         assert self._permits.acquire(timeout=20), "the test never let this batch through"
         if any(item % 100 == POISON for item in items):
             raise ValueError("cannot digest this")
+        if any(item % 100 == LARGE for item in items):
+            raise OutOfMemoryError("too large")
         return [10 * item for item in items]
 
     async def started(self) -> list[int]:
@@ -567,7 +570,7 @@ class Arrival:
     group: str
     priority: Priority
     deadline: float | None
-    is_poisoned: bool
+    kind: int
 
 
 ARRIVAL = st.builds(
@@ -575,33 +578,41 @@ ARRIVAL = st.builds(
     group=st.sampled_from("ab"),
     priority=st.sampled_from(Priority),
     deadline=st.sampled_from([None, None, OVER, 1000.0]),
-    is_poisoned=st.sampled_from([False, False, False, True]),
+    kind=st.sampled_from([0, 0, 0, POISON, LARGE]),
 )
 CANCEL = st.integers(0, 9)  # the caller of the arrival of that number goes away
 PERMIT = st.just("let one batch through")
+STOP = st.just("begin to stop")
 
 
-@settings(deadline=None)
-@given(steps=st.lists(st.one_of(ARRIVAL, CANCEL, PERMIT), max_size=25), drains=st.booleans())
+@settings(deadline=None, max_examples=200)
+@given(steps=st.lists(st.one_of(ARRIVAL, ARRIVAL, CANCEL, PERMIT, STOP), max_size=25), drains=st.booleans())
 def test_every_accepted_item_is_answered_whatever_happens(steps: list[Arrival | int | str], drains: bool) -> None:
-    """Any order of arrivals, cancellations, deadlines, failures and batches, and then a stop."""
+    """Any order of arrivals, cancellations, deadlines, failures, batches and a stop; then the drain ends or is cut."""
     asyncio.run(play(steps, drains=drains))
 
 
 async def play(steps: list[Arrival | int | str], *, drains: bool) -> None:
+    errors: list[object] = []  # such as a second answer to one item
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     device = Device()
     batcher = make_batcher(device.predict, max_batch_size=3, max_queue_size=4, clock=Clock())
     await batcher.start()
     submitted: dict[int, tuple[Arrival, asyncio.Task[Answer[int]]]] = {}
     cancelled: set[int] = set()
+    late: set[int] = set()
+    stopping: asyncio.Task[None] | None = None
     for step in steps:
         if isinstance(step, Arrival):
-            item = 100 * len(submitted) + (POISON if step.is_poisoned else 0)
+            item = 100 * len(submitted) + step.kind
+            late |= set() if stopping is None else {item}
             task = submit(batcher, item, group=step.group, priority=step.priority, deadline=step.deadline)
             submitted[item] = step, task
         elif isinstance(step, int):
             for item, (_, task) in list(submitted.items())[step : step + 1]:
                 cancelled |= {item} if task.cancel() else set()
+        elif step == "begin to stop":
+            stopping = stopping or asyncio.create_task(batcher.stop(drain_timeout_seconds=20))
         else:
             device.let_through(1)
         await settle()
@@ -610,16 +621,22 @@ async def play(steps: list[Arrival | int | str], *, drains: bool) -> None:
     await batcher.stop(drain_timeout_seconds=20 if drains else 0)
     await settle()
     device.let_through()
+    if stopping is not None:
+        await stopping
 
+    assert errors == []
     for item, (arrival, task) in submitted.items():
         assert task.done()
         (outcome,) = await outcomes(task)
         if item in cancelled:
             assert outcome is asyncio.CancelledError
+        elif item in late:
+            assert outcome is NotReadyError
         elif arrival.deadline == OVER:
             assert outcome in (DeadlineExceededError, OverloadedError)
         else:
-            result = InferenceError if arrival.is_poisoned else 10 * item
+            failure = {POISON: InferenceError, LARGE: OutOfMemoryError}
+            result = failure.get(arrival.kind, 10 * item)
             assert outcome in ((result, OverloadedError) if drains else (result, OverloadedError, NotReadyError))
     for batch in device.batches:
         assert len({(submitted[item][0].group, submitted[item][0].priority) for item in batch}) == 1

@@ -296,7 +296,7 @@ def test_at_ten_times_the_capacity_the_device_stays_busy_and_waiting_is_bounded(
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any order of arrivals, cancellations, expiries, batches and shutdown, held against a plain list.
+    """Any order of arrivals, cancellations, expiries, batches, shortages and shutdown, held against a plain list.
 
     The model: `waiting`, all entries accepted and not seen again, in order of arrival.
     """
@@ -372,6 +372,11 @@ class QueueMachine(RuleBasedStateMachine):
     def let_time_pass(self, seconds: int) -> None:
         self.now += seconds
 
+    @rule(cost=st.integers(2, 12))
+    def run_out_of_memory(self, cost: int) -> None:
+        self.queue.lower_batch_cost(cost, self.now)
+        assert 1 <= self.queue.max_batch_cost(self.now) <= max(1, cost // 2)
+
     @rule()
     def take_batch(self) -> None:
         self.expire()
@@ -392,10 +397,11 @@ class QueueMachine(RuleBasedStateMachine):
         mates = [entry for entry in line if entry.group == line[0].group]
         assert batch == mates[: len(batch)]  # one line, one group, the oldest first, nobody overtaken
         total_cost = sum(entry.cost for entry in batch)
+        max_batch_cost = self.queue.max_batch_cost(self.now)
         assert len(batch) <= self.max_batch_size
-        assert total_cost <= self.max_batch_cost or len(batch) == 1
+        assert total_cost <= max_batch_cost <= self.max_batch_cost or len(batch) == 1
         if len(mates) > len(batch) < self.max_batch_size:  # no room was left that the next mate could have used
-            assert total_cost + mates[len(batch)].cost > self.max_batch_cost
+            assert total_cost + mates[len(batch)].cost > max_batch_cost
         for entry in line:
             self.batches_left[entry] -= 1
             assert self.batches_left[entry] > 0 or entry in batch  # nobody starves
