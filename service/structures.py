@@ -137,6 +137,7 @@ class ModelInfo:
         max_detections: the default bound of detections an image.
         has_masks: whether it is a Mask R-CNN.
         roi_ops: RoI operators that can take the place of `roi_op`, itself among them; none if its heads fit no other.
+        needs_proposals: whether every request must bring proposals.
     """
 
     name: str
@@ -152,6 +153,7 @@ class ModelInfo:
     precision: str
     device: str
     roi_ops: tuple[str, ...] = ()
+    needs_proposals: bool = False
 
     @property
     def key(self) -> str:

@@ -194,8 +194,8 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
     """Read the options as a wish to this model.
 
     Raises:
-        InvalidRequestError: a label that it does not know, masks that it does not have, or an RoI operator that it
-            cannot take.
+        InvalidRequestError: a label that it does not know, masks that it does not have, an RoI operator that it
+            cannot take, or no proposals where it has none of its own.
     """
     mask_format: MaskFormat = parameters.masks or ("rle" if info.has_masks else "none")
     if mask_format != "none" and not info.has_masks:
@@ -206,6 +206,11 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
         known = ", ".join(info.roi_ops) or f"only its own, {info.roi_op}, without this option"
         raise InvalidRequestError(
             f"{info.key} cannot take roi_op={reprlib.repr(parameters.roi_op)}; it can take: {known}"
+        )
+    if info.needs_proposals and proposals is None:
+        raise InvalidRequestError(
+            f"{info.key} is a {info.architecture} that proposes no boxes itself; give it some as the option "
+            "'proposals', [[x1, y1, x2, y2], ...] in pixels"
         )
     options = DetectOptions(
         score_thresh=parameters.score_thresh,

@@ -54,7 +54,8 @@ class Predictor:
     def warm_up(self) -> None:
         """Run one blank picture through every part, so that the first request does not pay for first-time work."""
         blank = Image(np.zeros((*WARM_UP_SIZE, 3), dtype=np.uint8))
-        self.predict([Query(blank, DetectOptions(score_thresh=0.0, max_detections=1))])
+        proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
+        self.predict([Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))])
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Detect objects in a batch of images, each by its own options.

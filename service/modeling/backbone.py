@@ -5,17 +5,20 @@ Knows convolutions and strides; knows nothing of boxes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torchvision.models import mobilenet, resnet, vgg
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from service.errors import ModelStoreError
 from service.modeling.config import BackboneConfig, Norm
 
 NormLayer = Callable[[int], nn.Module]
@@ -81,8 +84,40 @@ class NarrowResNet18(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]  # nn.Module's call
 
 
+class TimmWithFPN(nn.Module):
+    """A trunk of timm with a feature pyramid over some of its maps.
+
+    Args:
+        trunk: (N, 3, H, W) -> a list of feature maps.
+        in_channels: of each map to use, by its place in that list, finest first.
+        out_channels: of every map of the pyramid.
+        norm_layer: behind the pyramid's convolutions, which then have no bias.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, *, in_channels: Mapping[int, int], out_channels: int, norm_layer: NormLayer | None
+    ) -> None:
+        super().__init__()
+        self.body = trunk
+        self.places = tuple(in_channels)
+        self.fpn = FeaturePyramidNetwork(
+            list(in_channels.values()), out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> the maps from `0`, finest first, and an extra one, `pool`."""
+        maps = self.body(x)
+        return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))  # type: ignore[no-any-return]  # nn.Module's call
+
+
 def build_backbone(config: BackboneConfig) -> Backbone:
-    """Build the trunk, and pyramid if any, that `config` names, with random weights."""
+    """Build the trunk, and pyramid if any, that `config` names, with random weights.
+
+    Raises:
+        ModelStoreError: a trunk of timm that it does not have or that gives no feature maps; or there is no timm.
+    """
+    if config.timm_model is not None:
+        return _timm_fpn(config.timm_model, config)
     if config.name == "vgg16":
         return _vgg16()
     trunk_norm = norm_layer(config.norm, eps=config.norm_eps)
@@ -139,6 +174,44 @@ def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
     return Backbone(module, {"0": 32}, strides=(32, 32, 64), out_channels=config.out_channels)
+
+
+def _timm_fpn(model: str, config: BackboneConfig) -> Backbone:
+    trunk = _timm_trunk(model)
+    if config.norm == "frozen_batch_norm":
+        from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]  # timm has no list of exports
+
+        trunk = freeze_batch_norm_2d(trunk)  # type: ignore[no-untyped-call]
+    # A pyramid begins with stride 4 (FPN, section 3); of maps with one stride, the deepest serves.
+    place_of = {stride: place for place, stride in enumerate(trunk.feature_info.reduction()) if stride >= 4}
+    channels = trunk.feature_info.channels()
+    module = TimmWithFPN(
+        trunk,
+        in_channels={place: channels[place] for place in place_of.values()},
+        out_channels=config.out_channels,
+        norm_layer=norm_layer(config.fpn_norm) if config.fpn_norm else None,
+    )
+    strides = tuple(place_of)
+    pooled = {str(level): stride for level, stride in enumerate(strides)}
+    return Backbone(module, pooled, strides=(*strides, 2 * strides[-1]), out_channels=config.out_channels)
+
+
+def _timm_trunk(model: str) -> Any:
+    """A model of timm that answers with its feature maps, with random weights."""
+    try:
+        import timm
+    except ImportError:
+        raise ModelStoreError(f"backbone timm/{model} needs the extra 'timm': pip install 'roiserve[timm]'") from None
+    if not timm.is_model(model):
+        close = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=3))
+        raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))
+    try:
+        trunk = timm.create_model(model, pretrained=False, features_only=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ModelStoreError(f"timm's {model} gives no feature maps: {error}") from error
+    if getattr(trunk, "output_fmt", "NCHW") != "NCHW":
+        raise ModelStoreError(f"expected a model of timm with maps of (N, C, H, W), {model} has {trunk.output_fmt}")
+    return trunk
 
 
 def _vgg16() -> Backbone:

@@ -12,12 +12,15 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
+from service.errors import ModelStoreError
 from service.modeling.anchors import Detectron2AnchorGenerator
 from service.modeling.backbone import Backbone, build_backbone, norm_layer
 from service.modeling.config import AnchorsConfig, ModelConfig, RoIConfig
+from service.modeling.fast_rcnn import FastRCNN, NoRPN
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.heads import DropoutMLPHead, Res5BoxHead, Res5MaskHead
 from service.modeling.poolers import RoIPooler
+from service.modeling.rcnn import CropBranch, WholeImage
 from service.modeling.roi_heads import RoIHeads
 from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
@@ -27,8 +30,20 @@ BOX_REGRESSION_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def build_model(config: ModelConfig) -> GeneralizedRCNN:
-    """Build the network that `config` describes, with random weights, in training mode."""
+    """Build the network that `config` describes, with random weights, in training mode.
+
+    Raises:
+        ModelStoreError: see `build_backbone`, or anchors that do not fit the maps of a trunk of timm.
+    """
     backbone = build_backbone(config.backbone)
+    if not config.has_rpn:
+        return FastRCNN(
+            backbone=WholeImage() if config.architecture == "rcnn" else backbone.module,
+            rpn=NoRPN(),
+            roi_heads=_build_roi_heads(config, backbone),
+            transform=Transform(config.transform),
+            proposals=config.proposals,
+        )
     return GeneralizedRCNN(
         backbone=backbone.module,
         rpn=_build_rpn(config, backbone),
@@ -38,6 +53,11 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
 
 
 def _build_rpn(config: ModelConfig, backbone: Backbone) -> RegionProposalNetwork:
+    if len(config.anchors.sizes) != len(backbone.strides):
+        raise ModelStoreError(
+            f"expected anchors.sizes for the {len(backbone.strides)} feature maps of {config.backbone.name}, of "
+            f"strides {', '.join(map(str, backbone.strides))}, got {len(config.anchors.sizes)}"
+        )
     rpn, anchor_generator = config.rpn, _build_anchor_generator(config.anchors, backbone.strides)
     return RegionProposalNetwork(
         anchor_generator=anchor_generator,
@@ -67,12 +87,8 @@ def _build_anchor_generator(anchors: AnchorsConfig, strides: Sequence[int]) -> A
 def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
     roi = config.roi
     heads = RoIHeads(  # type: ignore[no-untyped-call]  # torchvision has no annotation
-        box_roi_pool=RoIPooler(
-            roi=roi,
-            output_size=roi.spp_levels if roi.op == "spp" else roi.box_output_size,
-            strides=backbone.pooled_strides,
-        ),
-        box_head=_build_box_head(roi, backbone),
+        box_roi_pool=_build_box_roi_pool(roi, backbone),
+        box_head=nn.Identity() if roi.op == "crop" else _build_box_head(roi, backbone),
         box_predictor=FastRCNNPredictor(
             2 * backbone.out_channels if backbone.res5 is not None else roi.box_head_channels, config.num_classes
         ),
@@ -95,6 +111,22 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
             2 * backbone.out_channels if backbone.res5 is not None else mask_channels, mask_channels, config.num_classes
         )
     return heads
+
+
+def _build_box_roi_pool(roi: RoIConfig, backbone: Backbone) -> nn.Module:
+    if roi.op == "crop":
+        return CropBranch(
+            roi=roi,
+            backbone=backbone.module,
+            # res5 takes conv4 as it is, and averages it.
+            pool=nn.Identity() if backbone.res5 is not None else nn.AdaptiveMaxPool2d(roi.box_output_size),
+            box_head=_build_box_head(roi, backbone),
+        )
+    return RoIPooler(
+        roi=roi,
+        output_size=roi.spp_levels if roi.op == "spp" else roi.box_output_size,
+        strides=backbone.pooled_strides,
+    )
 
 
 def _build_mask_head(roi: RoIConfig, backbone: Backbone) -> nn.Module:

@@ -1,14 +1,18 @@
 """`ModelConfig`: everything that is needed to rebuild a network, as `model.toml` writes it down. Read by `build.py`,
-checked and stored by `service/model_store`. Defaults are torchvision's for `fasterrcnn_resnet50_fpn` unless said.
+checked and stored by `service/model_store`. Defaults are torchvision's for `fasterrcnn_resnet50_fpn`, and where
+`_paper_defaults` says so, those of the papers of a network.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Architecture = Literal["faster_rcnn", "mask_rcnn"]
+Architecture = Literal["faster_rcnn", "mask_rcnn", "fast_rcnn", "rcnn"]
 BackboneName = Literal[
     "resnet18_fpn",
     "resnet34_fpn",
@@ -25,7 +29,7 @@ BackboneName = Literal[
 ]
 Norm = Literal["batch_norm", "frozen_batch_norm"]
 PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
-RoIOp = Literal[PatchOp, "spp"]
+RoIOp = Literal[PatchOp, "spp", "crop"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
@@ -46,7 +50,8 @@ class BackboneConfig(_Table):
     Attributes:
         name: torchvision's trunk with its feature pyramid (`narrow_resnet18_fpn`: ResNet-18 with `width` channels in
             its first stage instead of 64); or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
-            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5.
+            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5; or `timm/<model>`: a
+            pyramid over the feature maps of any model of the package timm that has some.
         out_channels: channels of every feature map of the pyramid. Not used without a pyramid.
         width: channels of the first stage, for the narrow trunks only.
         norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
@@ -57,13 +62,23 @@ class BackboneConfig(_Table):
             weights have it, not in its 3 x 3 as torchvision's.
     """
 
-    name: BackboneName
+    name: str
     out_channels: Channels = 256
     width: Channels | None = None
     norm: Norm = "frozen_batch_norm"
     norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-5
     fpn_norm: Norm | None = None
     stride_in_1x1: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        known = get_args(BackboneName)
+        if name not in known and not re.fullmatch(r"timm/[A-Za-z0-9_.]+", name):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"expected {_one_of(BackboneName)}, or timm/<model>, got {name!r}{hint}")
+        return name
 
     @model_validator(mode="after")
     def _stride_belongs_to_bottlenecks(self) -> Self:
@@ -73,8 +88,8 @@ class BackboneConfig(_Table):
 
     @model_validator(mode="after")
     def _pyramid_norm_belongs_to_a_pyramid(self) -> Self:
-        if self.fpn_norm and not self.name.endswith("_fpn"):
-            raise ValueError(f"'fpn_norm' is for the backbones named *_fpn, got name={self.name!r}")
+        if self.fpn_norm and not self.has_pyramid:
+            raise ValueError(f"'fpn_norm' is for the backbones named *_fpn and timm/*, got name={self.name!r}")
         return self
 
     @model_validator(mode="after")
@@ -86,9 +101,21 @@ class BackboneConfig(_Table):
         return self
 
     @property
-    def num_levels(self) -> int:
-        """Feature maps that the RPN sees, a pyramid's extra max-pooled one included."""
-        if not self.name.endswith("_fpn"):
+    def timm_model(self) -> str | None:
+        """The trunk's name in timm, if it is one of timm's."""
+        return self.name.removeprefix("timm/") if self.name.startswith("timm/") else None
+
+    @property
+    def has_pyramid(self) -> bool:
+        """Whether there are several feature maps."""
+        return self.name.endswith("_fpn") or self.timm_model is not None
+
+    @property
+    def num_levels(self) -> int | None:
+        """Feature maps that the RPN sees, a pyramid's extra max-pooled one included; None where only timm knows."""
+        if self.timm_model is not None:
+            return None
+        if not self.has_pyramid:
             return 1
         return 3 if self.name == "mobilenet_v3_large_fpn" else 5
 
@@ -153,6 +180,23 @@ class RPNConfig(_Table):
     head_conv_depth: Annotated[int, Field(ge=1, le=8)] = 1
 
 
+class ProposalsConfig(_Table):
+    """Where a network without an RPN gets its proposals.
+
+    Attributes:
+        source: `caller`: every request brings its own; `selective_search`: those of a request that brings none are
+            found by selective search. Training always searches.
+        mode: `fast` (about 2,000 boxes a photograph, as R-CNN has them) or `quality` (more, many times slower).
+        search_width: pixels to which a picture is scaled before the search; R-CNN's code has 500.
+        max_count: boxes that are kept of a picture.
+    """
+
+    source: Literal["caller", "selective_search"] = "selective_search"
+    mode: Literal["fast", "quality"] = "fast"
+    search_width: Pixels = 500
+    max_count: Count = 2000
+
+
 class RoIBranchConfig(_Table):
     """What the mask branch does differently from `[roi]`; None means the same. A mask needs a square patch."""
 
@@ -171,6 +215,9 @@ class RoIConfig(_Table):
         aligned: half-pixel shift of those operators (detectron2's); torchvision's models have false.
         box_output_size: side of the patch for the box head. Not used by `spp`.
         spp_levels: sides of the grids of `spp`, whose bins the box head sees in one row.
+        crop_size: side in pixels to which `crop` warps each proposal.
+        crop_padding: pixels of context around the proposal, among those.
+        crops_per_chunk: crops that run through the network at once when serving; memory grows with it.
         mask_output_size: side of the patch for the mask head; its masks have twice that.
         box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
         box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions. Not used where
@@ -188,6 +235,9 @@ class RoIConfig(_Table):
     aligned: bool = False
     box_output_size: Side = 7
     spp_levels: tuple[Side, ...] = Field((4, 2, 1), min_length=1, max_length=8)
+    crop_size: Annotated[int, Field(ge=32, le=1024)] = 227
+    crop_padding: Annotated[int, Field(ge=0, le=256)] = 16
+    crops_per_chunk: Annotated[int, Field(ge=1, le=4096)] = 64
     mask_output_size: Side = 14
     box_head_convs: tuple[Channels, ...] = ()
     box_head_channels: Channels = 1024
@@ -205,6 +255,14 @@ class RoIConfig(_Table):
         for key, branch in (("sampling_ratio", self), ("mask.sampling_ratio", self.mask_branch())):
             if branch.op == "roi_warp" and branch.sampling_ratio == 0:
                 raise ValueError(f"expected {key} of 1 or more for roi_warp (1 is plain resampling), got 0")
+        return self
+
+    @model_validator(mode="after")
+    def _padding_leaves_room(self) -> Self:
+        if 2 * self.crop_padding >= self.crop_size:
+            raise ValueError(
+                f"expected crop_padding below half of crop_size, got {self.crop_padding} and {self.crop_size}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -241,7 +299,8 @@ class ModelConfig(_Table):
     """A whole network.
 
     Attributes:
-        architecture: `faster_rcnn` (boxes) or `mask_rcnn` (boxes and masks).
+        architecture: `faster_rcnn` (boxes) or `mask_rcnn` (boxes and masks), whose RPN proposes; `fast_rcnn` and
+            `rcnn` (boxes), which are given proposals.
         labels: class names without the background; `labels[i]` has the id i + 1.
 
     Raises:
@@ -254,8 +313,26 @@ class ModelConfig(_Table):
     transform: TransformConfig = TransformConfig()
     anchors: AnchorsConfig = AnchorsConfig()
     rpn: RPNConfig = RPNConfig()
+    proposals: ProposalsConfig = ProposalsConfig()
     roi: RoIConfig = RoIConfig()
     detections: DetectionsConfig = DetectionsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_papers_numbers(cls, document: Any) -> Any:
+        if not isinstance(document, Mapping):
+            return document
+        backbone = _written(document.get("backbone")).get("name")
+        roi = _written(document.get("roi"))
+        defaults = _paper_defaults(
+            document.get("architecture"), str(backbone), has_convs=bool(roi.get("box_head_convs"))
+        )
+        filled = {
+            table: {**numbers, **_written(document.get(table))}
+            for table, numbers in defaults.items()
+            if isinstance(document.get(table, {}), Mapping | _Table)  # what is neither is refused as it stands
+        }
+        return {**document, **filled}
 
     @field_validator("labels")
     @classmethod
@@ -267,7 +344,7 @@ class ModelConfig(_Table):
 
     @model_validator(mode="after")
     def _anchors_fit_the_pyramid(self) -> Self:
-        if len(self.anchors.sizes) != self.backbone.num_levels:
+        if self.has_rpn and self.backbone.num_levels not in (None, len(self.anchors.sizes)):
             raise ValueError(
                 f"expected anchors.sizes for the {self.backbone.num_levels} feature maps of {self.backbone.name}, "
                 f"got {len(self.anchors.sizes)}"
@@ -285,7 +362,7 @@ class ModelConfig(_Table):
 
     @model_validator(mode="after")
     def _res5_stands_alone(self) -> Self:
-        if not self.backbone.has_res5_head:
+        if not self.backbone.has_res5_head or self.architecture == "rcnn":
             return self
         name, roi = self.backbone.name, self.roi
         if roi.op == "spp":
@@ -304,6 +381,62 @@ class ModelConfig(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _crops_are_for_rcnn(self) -> Self:
+        name, op = self.backbone.name, self.roi.op
+        if self.architecture != "rcnn":
+            if op == "crop":
+                raise ValueError(
+                    f"expected roi.op to be {_one_of(PatchOp)} or spp with {name} and architecture = "
+                    f"{self.architecture!r}, got 'crop', which is for architecture = 'rcnn'"
+                )
+        elif op != "crop":
+            raise ValueError(f"expected roi.op = 'crop' with architecture = 'rcnn', got {op!r}")
+        elif self.backbone.has_pyramid:
+            known = ", ".join(one for one in get_args(BackboneName) if not one.endswith("_fpn"))
+            raise ValueError(f"expected one of {known} for architecture = 'rcnn': a crop needs no pyramid; got {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_counts(self) -> Self:
+        defaults = _paper_defaults(self.architecture, self.backbone.name, has_convs=bool(self.roi.box_head_convs))
+        for table, keys, reason in self._unused():
+            part: _Table = getattr(self, table)
+            for key in keys or type(part).model_fields:
+                value, ordinary = getattr(part, key), type(part).model_fields[key].get_default()
+                # A stored model has every key written out, so the default says nothing.
+                if value not in (ordinary, defaults.get(table, {}).get(key, ordinary)):
+                    raise ValueError(f"'{table}.{key}' would not be used, as {reason}; leave it out, got {value!r}")
+        return self
+
+    def _unused(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        """What this network does not read: table, keys (all if none are named), and why."""
+        name, roi = self.backbone.name, self.roi
+        if not self.backbone.has_pyramid:
+            yield "backbone", ("out_channels",), f"{name} has no pyramid"
+        if name == "vgg16":
+            yield "backbone", ("norm", "norm_eps"), "vgg16 has no norms"
+        if self.backbone.timm_model is not None:
+            yield "backbone", ("norm_eps",), f"{name} has its own"
+        if self.has_rpn:
+            yield "proposals", (), f"a {self.architecture} has an RPN"
+        else:
+            reason = f"a {self.architecture} has no RPN"
+            yield "anchors", (), reason
+            yield "rpn", (), reason
+        if not self.has_masks:
+            yield "roi", ("mask_output_size", "mask_head_channels", "mask"), f"a {self.architecture} has no masks"
+            if not roi.box_head_convs:
+                yield "roi", ("head_norm",), "there are no convolutions in its heads"
+        if self.backbone.has_res5_head:
+            yield "roi", ("box_head_channels", "box_head_dropout"), f"{name} has res5 as its box head"
+        if self.architecture != "rcnn":
+            yield "roi", ("crop_size", "crop_padding", "crops_per_chunk"), "there are no crops"
+            return
+        yield "roi", ("sampling_ratio", "aligned", "spp_levels", "box_head_convs"), "an rcnn crops"
+        if self.backbone.has_res5_head:
+            yield "roi", ("box_output_size",), f"{name} has res5 as its box head"
+
     @property
     def num_classes(self) -> int:
         """Classes with the background."""
@@ -313,6 +446,61 @@ class ModelConfig(_Table):
     def has_masks(self) -> bool:
         """Whether there is a mask branch."""
         return self.architecture == "mask_rcnn"
+
+    @property
+    def has_rpn(self) -> bool:
+        """Whether it proposes boxes itself."""
+        return self.architecture in ("faster_rcnn", "mask_rcnn")
+
+    @property
+    def needs_proposals(self) -> bool:
+        """Whether every request must bring proposals."""
+        return not self.has_rpn and self.proposals.source == "caller"
+
+    def searching(self) -> ModelConfig:
+        """The same network with selective search in the place of the caller, as training and judging need it."""
+        return self.model_copy(update={"proposals": self.proposals.model_copy(update={"source": "selective_search"})})
+
+
+def _written(table: object) -> Mapping[str, Any]:
+    """The keys of a table that are written down, in a document or in Python."""
+    if isinstance(table, _Table):
+        return table.model_dump(exclude_unset=True)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _paper_defaults(architecture: object, backbone: str, *, has_convs: bool) -> dict[str, dict[str, Any]]:
+    """The numbers, by table, in which a network's own papers differ from the defaults of torchvision's pyramid.
+
+    Girshick 2015 (Fast R-CNN: VGG-16, 2 images of 64 RoIs), Ren et al. 2015 (Faster R-CNN: anchors, 300 proposals at
+    test, 128 RoIs), He et al. 2017 (Mask R-CNN on C4: 5 scales, 64 RoIs); 12000 -> 2000 and 6000 are of the code of
+    Faster R-CNN. Girshick et al. 2014 (R-CNN).
+
+    Args:
+        has_convs: whether the box head begins with convolutions, which the papers' heads do not.
+    """
+    tables: dict[str, dict[str, Any]] = {"transform": {}, "anchors": {}, "rpn": {}, "roi": {}}
+    if backbone == "mobilenet_v3_large_fpn":
+        tables["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),) * 3}
+        tables["rpn"] = {"score_thresh": 0.05}
+    elif backbone == "vgg16":
+        tables["transform"] = {"min_size": 600, "max_size": 1000}
+        tables["anchors"] = {"sizes": ((128.0, 256.0, 512.0),)}
+        tables["roi"] = {"batch_size_per_image": 128}
+        if not has_convs:
+            tables["roi"] |= {"box_head_channels": 4096, "box_head_dropout": 0.5}
+    elif backbone.endswith(("_c4", "_c5")):
+        tables["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}
+        if backbone.endswith("_c4"):
+            tables["roi"] = {"batch_size_per_image": 64, "box_output_size": 14, "mask_head_channels": (256,)}
+    if backbone == "vgg16" or backbone.endswith("_c4"):
+        tables["rpn"] = {"pre_nms_top_n_train": 12_000, "pre_nms_top_n_test": 6000, "post_nms_top_n_test": 300}
+    if architecture in ("fast_rcnn", "rcnn"):
+        tables["anchors"], tables["rpn"] = {}, {}
+        tables["roi"] |= {"batch_size_per_image": 64}
+    if architecture == "rcnn":
+        tables["roi"] |= {"op": "crop"}
+    return {name: numbers for name, numbers in tables.items() if numbers}
 
 
 def _one_of(choices: object) -> str:

@@ -44,12 +44,15 @@ class Augmentation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingPicture:
-    """Pixels (S, S, 3) uint8 RGB; boxes (K, 4) float32; labels (K,) int64; masks (K, S, S) uint8 or None."""
+    """Pixels (S, S, 3) uint8 RGB; boxes (K, 4) float32; labels (K,) int64; masks (K, S, S) uint8 or None; proposals
+    (L, 4) float32 or None.
+    """
 
     pixels: UInt8Array
     boxes: Float32Array
     labels: Int64Array
     masks: UInt8Array | None
+    proposals: Float32Array | None = None
 
 
 def augment(
@@ -59,6 +62,7 @@ def augment(
     augmentation: Augmentation,
     fill: tuple[float, float, float],
     rng: np.random.Generator,
+    proposals: Float32Array | None = None,
 ) -> TrainingPicture:
     """Cut a random training picture from a sample.
 
@@ -68,6 +72,7 @@ def augment(
         augmentation: how strongly to change it.
         fill: RGB (0 to 255) outside the image: the mean, which is what padding is after normalisation.
         rng: the only source of chance.
+        proposals: (L, 4) in pixels of the stored image, to be moved with it; None for a network that makes its own.
     """
     size = augmentation.crop_size
     low, high = np.log(augmentation.scale_range)
@@ -97,6 +102,7 @@ def augment(
         boxes=clipped[keep],
         labels=sample.labels[keep],
         masks=masks,
+        proposals=None if proposals is None else _transform_proposals(proposals, matrix, size),
     )
 
 
@@ -120,6 +126,14 @@ def _random_affine(
 def _transform_boxes(boxes: Float32Array, matrix: NDArray[np.float64]) -> Float32Array:
     corners = np.stack([boxes[:, :2], boxes[:, 2:]], axis=1) @ matrix[:, :2].T + matrix[:, 2]
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
+
+
+def _transform_proposals(proposals: Float32Array, matrix: NDArray[np.float64], size: int) -> Float32Array:
+    """Those of which something is in the picture, clipped to it."""
+    clipped = np.clip(_transform_boxes(proposals, matrix), 0, size)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    visible: Float32Array = clipped[sides.min(axis=1) >= MIN_SIDE_PIXELS]
+    return visible
 
 
 def _is_visible(boxes: Float32Array, clipped: Float32Array) -> NDArray[np.bool_]:

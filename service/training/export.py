@@ -127,7 +127,7 @@ def export_model(
 
 
 def _predictor(config: ModelConfig, weights: dict[str, Tensor]) -> Predictor:
-    model = build_model(config)
+    model = build_model(config.searching())
     load_into(model, weights, source="the best checkpoint")
     return Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
 

@@ -27,6 +27,7 @@ from service.structures import ModelInfo
 from service.training.augmentation import Augmentation, TrainingPicture, augment
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, evaluate
+from service.training.proposals import ProposalCache
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 PREFETCHED_BATCHES = 4
@@ -142,6 +143,7 @@ class Trainer:
         self._val = val
         self._state_path = state_path
         self._device = device
+        self._proposals = None if model_config.has_rpn else ProposalCache(state_path.parent, model_config.proposals)
         torch.manual_seed(train_config.seed)
         self._model = build_model(model_config).to(device).to(memory_format=torch.channels_last)
         if initial_weights is not None:
@@ -241,7 +243,7 @@ class Trainer:
                 self._average[key].copy_(value)
 
     def _evaluate(self, epoch: int) -> Evaluation:
-        model = build_model(self._model_config).to(self._device)
+        model = build_model(self._model_config.searching()).to(self._device)
         model.load_state_dict(self._average)
         predictor = Predictor(model, info=evaluation_info(self._model_config), device=self._device)
         evaluation = evaluate(predictor, self._val)
@@ -279,6 +281,7 @@ class Trainer:
             augmentation=self._config.augmentation(),
             fill=(red, green, blue),
             rng=rng,
+            proposals=None if self._proposals is None else self._proposals.of(sample),
         )
 
     def _save(self) -> None:
@@ -347,12 +350,14 @@ def _target(picture: TrainingPicture, device: torch.device) -> dict[str, Tensor]
     }
     if picture.masks is not None:
         target["masks"] = torch.from_numpy(picture.masks).to(device)
+    if picture.proposals is not None:
+        target["proposals"] = torch.from_numpy(picture.proposals).to(device)
     return target
 
 
 def evaluation_info(config: ModelConfig) -> ModelInfo:
     """What a predictor needs to know of a network that is in no store yet."""
-    return describe(config, name="training", version=0, precision="float32", device="cpu")
+    return describe(config.searching(), name="training", version=0, precision="float32", device="cpu")
 
 
 def _best_to_dict(best: Best) -> dict[str, Any]:

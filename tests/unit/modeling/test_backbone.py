@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -6,6 +8,7 @@ from torchvision.models import resnet, vgg
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from service.errors import ModelStoreError
 from service.modeling.backbone import build_backbone
 from service.modeling.config import BackboneConfig
 
@@ -86,3 +89,29 @@ def test_vgg16_is_torchvisions_up_to_conv5_3() -> None:
 def test_a_norm_of_the_pyramid_needs_a_pyramid() -> None:
     with pytest.raises(ValidationError, match=r"'fpn_norm' is for the backbones named \*_fpn"):
         BackboneConfig(name="resnet50_c4", fpn_norm="batch_norm")
+
+
+@pytest.mark.parametrize("model", ["rexnet_100", "convnext_atto", "vgg11"])
+def test_a_trunk_of_timm_gets_a_pyramid_from_stride_4_on(model: str) -> None:
+    pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    backbone = build_backbone(BackboneConfig(name=f"timm/{model}", out_channels=8))
+    assert backbone.strides == (4, 8, 16, 32, 64)
+    maps = backbone.module.eval()(torch.randn(1, 3, 64, 128))
+    assert [one.shape for one in maps.values()] == [(1, 8, 64 / stride, 128 / stride) for stride in backbone.strides]
+    assert list(backbone.pooled_strides) == list(maps)[:-1]
+    # "frozen_batch_norm" is the default: nothing that learns statistics is left.
+    assert not [one for one in backbone.module.modules() if isinstance(one, nn.BatchNorm2d)]
+
+
+def test_what_timm_does_not_have_is_refused_with_what_it_has() -> None:
+    pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    with pytest.raises(ModelStoreError, match="timm has no model 'rexnet_10'; did you mean one of: .*rexnet_100"):
+        build_backbone(BackboneConfig(name="timm/rexnet_10"))
+    with pytest.raises(ModelStoreError, match="maps of"):
+        build_backbone(BackboneConfig(name="timm/swin_tiny_patch4_window7_224"))
+
+
+def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # what Python does for a package that is not there
+    with pytest.raises(ModelStoreError, match=r"needs the extra 'timm': pip install 'roiserve\[timm\]'"):
+        build_backbone(BackboneConfig(name="timm/rexnet_100"))

@@ -15,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from service.errors import ModelStoreError
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -82,7 +83,7 @@ def test_one_map_detectors_with_torchvisions_weights_give_its_boxes(name: str) -
         transform={"min_size": 96, "max_size": 128},
         anchors={"sizes": [SIZES]},
         rpn={"post_nms_top_n_test": 50},
-        roi={"box_output_size": 14, "box_head_channels": 32, "box_head_dropout": 0.5 if name == "vgg16" else 0},
+        roi={"box_output_size": 14, **({"box_head_channels": 32} if name == "vgg16" else {})},
         detections={"score_thresh": 0.0},
     ).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -98,12 +99,20 @@ def test_one_map_detectors_with_torchvisions_weights_give_its_boxes(name: str) -
 
 def test_the_papers_networks_on_the_page_are_built_as_it_says() -> None:
     documents = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)]
-    networks = {one["backbone"]["name"]: one for one in documents if "backbone" in one}
+    networks = {(one["architecture"], one["backbone"]["name"]): one for one in documents if "backbone" in one}
     with torch.device("meta"):  # shapes without the 500 MB
         built = {name: build_model(ModelConfig.model_validate(one)) for name, one in networks.items()}
-    vgg16, c4 = built["vgg16"], built["resnet50_c4"]
+    vgg16, c4 = built["faster_rcnn", "vgg16"], built["mask_rcnn", "resnet50_c4"]
     assert vgg16.roi_heads.box_head.fc6.weight.shape == (4096, 512 * 7 * 7)
     assert vgg16.get_parameter("rpn.head.cls_logits.bias").shape == (9,)
     assert c4.get_parameter("rpn.head.cls_logits.bias").shape == (15,)
     assert c4.roi_heads.mask_predictor.conv5_mask.weight.shape == (2048, 256, 2, 2)
     assert c4.roi_heads.mask_head(torch.zeros(3, 1024, 14, 14, device="meta")).shape == (3, 2048, 7, 7)
+    r_cnn = built["rcnn", "vgg16"]
+    assert r_cnn.get_parameter("roi_heads.box_roi_pool.box_head.fc6.weight").shape == (4096, 512 * 7 * 7)
+
+
+def test_anchors_that_do_not_fit_a_trunk_of_timm_are_refused_with_its_strides() -> None:
+    pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    with pytest.raises(ModelStoreError, match="5 feature maps of timm/rexnet_100, of strides 4, 8, 16, 32, 64, got 1"):
+        network(backbone={"name": "timm/rexnet_100"}, anchors={"sizes": [[32]]})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from service.modeling.config import ModelConfig, RoIConfig
+from service.modeling.config import ModelConfig, RoIConfig, TransformConfig
 
 
 def test_the_mask_branch_differs_from_the_box_branch_as_far_as_it_says() -> None:
@@ -73,3 +73,83 @@ def test_res5_takes_a_square_patch_and_no_layers_beside_it(roi: dict[str, object
 def test_dropout_is_for_hidden_layers() -> None:
     with pytest.raises(ValidationError, match="'box_head_dropout' is for a box head of two hidden layers"):
         RoIConfig(box_head_dropout=0.5, box_head_convs=(8,))
+
+
+def network(architecture: str, name: str, **tables: object) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {"architecture": architecture, "labels": ["cell"], "backbone": {"name": name}, **tables}
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "backbone", "tables", "key"),
+    [
+        ("faster_rcnn", "vgg16", {"backbone": {"name": "vgg16", "out_channels": 8}}, "backbone.out_channels"),
+        ("faster_rcnn", "vgg16", {"backbone": {"name": "vgg16", "norm": "batch_norm"}}, "backbone.norm"),
+        ("faster_rcnn", "resnet50_c4", {"roi": {"box_head_channels": 512}}, "roi.box_head_channels"),
+        ("faster_rcnn", "resnet50_fpn", {"roi": {"mask_output_size": 28}}, "roi.mask_output_size"),
+        ("faster_rcnn", "resnet50_fpn", {"roi": {"head_norm": "batch_norm"}}, "roi.head_norm"),
+        ("faster_rcnn", "resnet50_fpn", {"roi": {"crop_size": 128}}, "roi.crop_size"),
+        ("faster_rcnn", "resnet50_fpn", {"proposals": {"source": "caller"}}, "proposals.source"),
+        ("fast_rcnn", "resnet50_fpn", {"rpn": {"nms_thresh": 0.5}}, "rpn.nms_thresh"),
+        ("rcnn", "resnet50_c5", {"anchors": {"sizes": [[8]]}}, "anchors.sizes"),
+        ("rcnn", "resnet50_c5", {"roi": {"sampling_ratio": 1}}, "roi.sampling_ratio"),
+        ("rcnn", "resnet50_c4", {"roi": {"box_output_size": 3}}, "roi.box_output_size"),
+    ],
+)
+def test_a_key_that_would_not_be_used_is_refused(
+    architecture: str, backbone: str, tables: dict[str, object], key: str
+) -> None:
+    with pytest.raises(ValidationError, match=f"'{key}' would not be used, as "):
+        network(architecture, backbone, **tables)
+
+
+@pytest.mark.parametrize("backbone", ["vgg16", "resnet50_c4", "resnet50_c5"])
+@pytest.mark.parametrize("architecture", ["faster_rcnn", "mask_rcnn", "fast_rcnn", "rcnn"])
+def test_a_configuration_with_every_key_written_out_is_itself_again(architecture: str, backbone: str) -> None:
+    config = network(architecture, backbone)
+    assert ModelConfig.model_validate(config.model_dump()) == config
+
+
+def test_numbers_that_are_not_written_are_the_papers() -> None:
+    vgg16, c4, fpn = (network("faster_rcnn", name) for name in ("vgg16", "resnet50_c4", "resnet50_fpn"))
+    assert (vgg16.transform.min_size, vgg16.transform.max_size) == (600, 1000)
+    assert vgg16.anchors.sizes == ((128, 256, 512),)
+    for one in (vgg16, c4):
+        assert (one.rpn.pre_nms_top_n_train, one.rpn.post_nms_top_n_train) == (12_000, 2000)
+        assert (one.rpn.pre_nms_top_n_test, one.rpn.post_nms_top_n_test) == (6000, 300)
+    assert (fpn.rpn.pre_nms_top_n_train, fpn.rpn.post_nms_top_n_train) == (2000, 2000)
+    assert (fpn.rpn.pre_nms_top_n_test, fpn.rpn.post_nms_top_n_test) == (1000, 1000)
+    for one in (vgg16, c4, fpn):
+        rpn = one.rpn
+        assert (rpn.batch_size_per_image, rpn.fg_iou_thresh, rpn.bg_iou_thresh, rpn.nms_thresh) == (256, 0.7, 0.3, 0.7)
+        assert (one.roi.fg_iou_thresh, one.roi.positive_fraction) == (0.5, 0.25)
+    assert [one.roi.batch_size_per_image for one in (vgg16, c4, fpn)] == [128, 64, 512]
+    assert (vgg16.roi.box_head_channels, vgg16.roi.box_head_dropout) == (4096, 0.5)
+    assert network("mask_rcnn", "resnet50_c4").roi.mask_head_channels == (256,)
+    assert network("mask_rcnn", "resnet50_c4").roi.box_output_size == 14
+
+
+def test_rcnn_has_its_papers_crops_and_fast_rcnn_its_rois() -> None:
+    roi = network("rcnn", "vgg16").roi
+    assert (roi.op, roi.crop_size, roi.crop_padding) == ("crop", 227, 16)
+    assert network("fast_rcnn", "vgg16").roi.batch_size_per_image == 64
+
+
+def test_what_is_written_goes_before_the_papers_numbers_in_documents_and_in_python() -> None:
+    written = {"transform": {"min_size": 320}, "roi": {"box_head_convs": [8]}}
+    from_toml = network("faster_rcnn", "vgg16", **written)
+    assert (from_toml.transform.min_size, from_toml.transform.max_size) == (320, 1000)
+    assert (from_toml.roi.box_head_channels, from_toml.roi.box_head_dropout) == (1024, 0)
+    in_python = network("faster_rcnn", "vgg16", transform=TransformConfig(min_size=320))
+    assert in_python.transform == from_toml.transform
+
+
+def test_an_unknown_backbone_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValidationError, match=r"or timm/<model>, got 'resnt50_fpn'; did you mean 'resnet50_fpn'\?"):
+        network("faster_rcnn", "resnt50_fpn")
+
+
+def test_context_leaves_room_for_the_box() -> None:
+    with pytest.raises(ValidationError, match="crop_padding below half of crop_size, got 32 and 64"):
+        network("rcnn", "vgg16", roi={"crop_size": 64, "crop_padding": 32})

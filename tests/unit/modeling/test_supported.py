@@ -21,48 +21,58 @@ from service.structures import DetectOptions, Image, Query
 from service.training.loop import LOSSES, evaluation_info
 
 PAGE = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
-Cell = tuple[str, str]
+Cell = tuple[str, str, str]
+TIMM = ("timm/rexnet_100",)
 
 
-def table() -> dict[Cell, str]:
+def table() -> dict[tuple[str, str], str]:
     """What the page says of each (backbone, operator): `yes`, `box branch` or `no`."""
     section = PAGE.split("## What can be combined\n")[1].split("\n## ")[0]
     header, _, *rows = (line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|"))
     return {
         (backbone, op): answer
         for backbones, *answers in rows
-        for backbone in re.findall(r"`(\w+)`(?=,|:|$)", backbones)
+        for backbone in re.findall(r"`(\w+)`(?=,|:|$)", backbones) or TIMM
         for ops, answer in zip(header[1:], answers, strict=True)
         for op in re.findall(r"`(\w+)`", ops)
     }
 
 
 TABLE = table()
-SUPPORTED = [cell for cell, answer in TABLE.items() if answer != "no"]
-UNSUPPORTED = [cell for cell, answer in TABLE.items() if answer == "no"]
+CELLS = [(architecture, *cell) for architecture in get_args(Architecture) for cell in TABLE]
+"""`crop` is for `rcnn` alone, and `rcnn` for `crop` alone."""
+SUPPORTED = [cell for cell in CELLS if TABLE[cell[1:]] != "no" and (cell[0] == "rcnn") is (cell[2] == "crop")]
+UNSUPPORTED = [cell for cell in CELLS if cell not in SUPPORTED]
 
 
 def document(architecture: str, backbone: str, op: str) -> dict[str, Any]:
     """The smallest network of a cell: two cores run these tests."""
-    width = {"width": 8} if backbone.startswith("narrow_") else {}
-    trunk = {"name": backbone, "norm": "batch_norm", "out_channels": 8, **width}
-    few = {f"{when}_nms_top_n_{phase}": 8 for when in ("pre", "post") for phase in ("train", "test")}
+    trunk: dict[str, Any] = {"name": backbone}
+    if backbone != "vgg16":
+        trunk["norm"] = "batch_norm"
+    if backbone.startswith("narrow_"):
+        trunk["width"] = 8
+    if BackboneConfig.model_validate(trunk).has_pyramid:
+        trunk["out_channels"] = 8
+    tables: dict[str, dict[str, Any]] = {"roi": {"op": op, "batch_size_per_image": 4}}
+    if architecture in ("faster_rcnn", "mask_rcnn"):
+        tables["anchors"] = {"sizes": [[16, 32]] * (BackboneConfig.model_validate(trunk).num_levels or 5)}
+        tables["rpn"] = {f"{when}_nms_top_n_{phase}": 8 for when in ("pre", "post") for phase in ("train", "test")}
+    if architecture == "mask_rcnn":
+        tables["roi"] |= {"mask_output_size": 4, "mask_head_channels": [8]}
+        tables["roi"]["mask"] = {"op": "roi_align"} if op == "spp" else {}
+    if architecture == "rcnn":
+        tables["roi"] |= {"crop_size": 64, "crop_padding": 4, "crops_per_chunk": 3}
+    if not backbone.endswith("_c4"):
+        tables["roi"] |= {"box_output_size": 2, "box_head_channels": 8, "box_head_dropout": 0.0}
+    elif architecture != "rcnn":
+        tables["roi"] |= {"box_output_size": 2}
     return {
         "architecture": architecture,
         "labels": ["disc"],
         "backbone": trunk,
         "transform": {"min_size": 64, "max_size": 64},
-        "anchors": {"sizes": [[16, 32]] * BackboneConfig.model_validate(trunk).num_levels},
-        "rpn": few,
-        "roi": {
-            "op": op,
-            "box_output_size": 2,
-            "mask_output_size": 4,
-            "box_head_channels": 8,
-            "mask_head_channels": [8],
-            "batch_size_per_image": 4,
-            "mask": {"op": "roi_align"} if op == "spp" else {},
-        },
+        **tables,
     }
 
 
@@ -75,6 +85,7 @@ def disc() -> tuple[Image, dict[str, torch.Tensor]]:
         "boxes": torch.tensor([[10.0, 8, 50, 48]]),
         "labels": torch.tensor([1]),
         "masks": torch.from_numpy(inside[None].astype(np.uint8)),
+        "proposals": torch.tensor([[12.0, 8, 48, 50], [0, 0, 20, 20], [30, 30, 64, 64]]),
     }
     return image, target
 
@@ -110,31 +121,36 @@ def settle_norms(model: GeneralizedRCNN) -> None:
 
 
 def test_the_page_speaks_of_every_backbone_and_operator() -> None:
-    assert set(TABLE) == {(backbone, op) for backbone in get_args(BackboneName) for op in get_args(RoIOp)}
+    backbones = (*get_args(BackboneName), *TIMM)
+    assert set(TABLE) == {(backbone, op) for backbone in backbones for op in get_args(RoIOp)}
     assert set(TABLE.values()) == {"yes", "box branch", "no"}
 
 
-@pytest.mark.parametrize("architecture", get_args(Architecture))
-@pytest.mark.parametrize(("backbone", "op"), SUPPORTED)
+@pytest.mark.parametrize(("architecture", "backbone", "op"), SUPPORTED)
 def test_a_supported_cell_is_built_answers_and_trains(architecture: str, backbone: str, op: str) -> None:
     torch.manual_seed(0)
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="the extra 'timm' is not installed")
     config = ModelConfig.model_validate(document(architecture, backbone, op))
     model = build_model(config)
     assert model.roi_heads.box_roi_pool.roi.op == op
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     first, second = take_step(model, optimizer), take_step(model, optimizer)
-    assert set(first) == set(LOSSES if config.has_masks else LOSSES[:-1])
+    own = {"loss_mask": config.has_masks, "loss_objectness": config.has_rpn, "loss_rpn_box_reg": config.has_rpn}
+    assert set(first) == {name for name in LOSSES if own.get(name, True)}
     assert np.isfinite([*first.values(), *second.values()]).all()
     assert all(first[name] != second[name] for name in first)  # every branch has learnt something
-    for part in (model.backbone, model.rpn, model.roi_heads):
+    for part in model.children():
         gradients = [one.grad for one in part.parameters()]
         assert all(one is not None and one.isfinite().all() for one in gradients)
-        assert any(one is not None and one.any() for one in gradients)
+        assert not gradients or any(one is not None and one.any() for one in gradients)
 
     settle_norms(model)
     predictor = Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
-    found = predictor.predict([Query(disc()[0], DetectOptions(score_thresh=0.0))])[0].detections
+    proposals = None if config.has_rpn else ((10.0, 8.0, 50.0, 48.0), (0.0, 0.0, 30.0, 30.0))
+    query = Query(disc()[0], DetectOptions(score_thresh=0.0, proposals=proposals))
+    found = predictor.predict([query])[0].detections
     assert len(found) >= 1
     assert (found.masks is not None) is config.has_masks
     if found.masks is not None:
@@ -142,13 +158,20 @@ def test_a_supported_cell_is_built_answers_and_trains(architecture: str, backbon
         assert found.masks.shape == (len(found), side, side)
 
 
-@pytest.mark.parametrize("architecture", get_args(Architecture))
-@pytest.mark.parametrize(("backbone", "op"), UNSUPPORTED)
+@pytest.mark.parametrize(("architecture", "backbone", "op"), UNSUPPORTED)
 def test_an_unsupported_cell_is_refused_with_the_supported_ones(architecture: str, backbone: str, op: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ModelConfig.model_validate(document(architecture, backbone, op))
-    assert f"with {backbone}" in str(caught.value)
-    assert {other for other in get_args(PatchOp) if other not in str(caught.value)} == set()
+    words = str(caught.value)
+    if architecture != "rcnn":
+        assert f"with {backbone}" in words
+        assert {other for other in get_args(PatchOp) if other not in words} == set()
+    elif op == "crop":  # on a pyramid
+        assert {
+            one for (one, op), answer in TABLE.items() if op == "crop" and answer == "yes" and one not in words
+        } == set()
+    else:
+        assert "expected roi.op = 'crop'" in words
 
 
 @pytest.mark.parametrize("backbone", [backbone for (backbone, _), answer in TABLE.items() if answer == "box branch"])

@@ -1,0 +1,68 @@
+"""R-CNN's own parts: each proposal is cut from the image and runs through the whole network alone, so nothing is shared
+between proposals. Put into a `FastRCNN` by `build.py`. Knows images and boxes; knows nothing of classes or losses.
+
+Shapes: R proposals of the whole batch, S x S the crop, F values behind the box head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from service.modeling.config import RoIConfig
+from service.ops import crop
+from service.ops.rois import rois_of
+
+
+class WholeImage(nn.Module):
+    """Stands where other detectors have their backbone: the image itself is the one map, of stride 1."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> the same, as `0`."""
+        return {"0": x}
+
+
+class CropBranch(nn.Module):
+    """Cut every box from the image with context, warp it to one size, and run it through the network.
+
+    Args:
+        roi: size of the crops, their context, and how many run at once.
+        backbone: (R, 3, S, S) -> one map.
+        pool: that map -> (R, C, h, w) as the box head takes it.
+        box_head: (R, C, h, w) -> (R, F).
+    """
+
+    def __init__(self, *, roi: RoIConfig, backbone: nn.Module, pool: nn.Module, box_head: nn.Module) -> None:
+        super().__init__()
+        self.roi = roi
+        self.backbone = backbone
+        self.pool = pool
+        self.box_head = box_head
+
+    def forward(
+        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Look at all boxes of a batch; when serving, `crops_per_chunk` at a time, so that memory stays flat.
+
+        Args:
+            features: the images (N, 3, H, W) as `0`, normalised, so that 0 is the mean colour.
+            boxes: (L, 4) for each image, in pixels of the resized image.
+            image_sizes: not needed; torchvision's heads hand it over.
+
+        Returns:
+            (R, F), the boxes of all images in order.
+        """
+        (images,) = features.values()
+        rois = rois_of(boxes)
+        # Norms that learn take their statistics from all sampled boxes at once.
+        chunk = max(1, len(rois)) if self.training else self.roi.crops_per_chunk
+        # No box at all is one empty chunk, which gives (0, F).
+        return torch.cat([self._look(images, some) for some in rois.split(chunk)])
+
+    def _look(self, images: Tensor, rois: Tensor) -> Tensor:
+        crops = crop(images, rois, self.roi.crop_size, padding=self.roi.crop_padding)
+        (feature,) = self.backbone(crops).values()
+        values: Tensor = self.box_head(self.pool(feature))
+        return values
