@@ -53,10 +53,12 @@ format: setup ## Bring the code into the form that `make check` expects
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: setup ## Run every benchmark (ARGS= goes to each)
-	@set -e; for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python -m "benchmarks.$$(basename "$$script" .py)" $(ARGS); \
-	done
+BENCH ?= $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+bench: setup ## Run the benchmarks, all or BENCH='ops serve'; results in build/benchmarks (ARGS= goes to each)
+	@failed=; for name in $(BENCH); do \
+		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" $(ARGS) || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed; again with: make bench BENCH='$${failed# }'" >&2; exit 1; fi
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,25 +1,42 @@
-"""How every benchmark measures and prints: the sides take turns in one run, so that whatever else the machine does
-falls on all of them; medians with quartiles; memory as the operating system saw it.
+"""How every benchmark measures and reports: the sides take turns in one run, so that whatever else the machine does
+falls on all of them; medians with quartiles; memory as the operating system saw it; and beside each time what the
+machine's own matrix product would have made possible.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
-PACKAGES = ("roiserve", "torch", "torchvision", "numba", "numpy", "pycocotools")
+PACKAGES = (
+    "roiserve",
+    "torch",
+    "torchvision",
+    "openvino",
+    "numba",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-contrib-python-headless",
+    "pycocotools",
+)
+REPORTS = Path("build/benchmarks")
+SGEMM_SIDE = 3072  # 36 MB a matrix: far beyond the caches, and a fifth of a second on two cores
 
 
 @dataclass(frozen=True)
@@ -31,46 +48,64 @@ class Spread:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} – {self.high:.3g})"
+        return f"{_digits(self.median)} ({_digits(self.low)} – {_digits(self.high)})"
 
 
-def spread(numbers: list[float]) -> Spread:
+Cell = Spread | str | int | float
+
+
+def spread(numbers: Sequence[float]) -> Spread:
+    if len(numbers) == 1:
+        return Spread(*(3 * list(numbers)))
     return Spread(*statistics.quantiles(numbers, n=4, method="inclusive"))
 
 
+def milliseconds(seconds: Sequence[float]) -> Spread:
+    return spread([1e3 * one for one in seconds])
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
+    """How many times faster, round by round."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def _digits(number: float) -> str:
+    """Three digits, but no whole ones lost."""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
 def alternate(
-    sides: Mapping[str, Callable[[], object]], *, rounds: int, most_seconds: float = 60.0
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    most_seconds: float = 60.0,
+    least_rounds: int = 3,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Time each side once a round, in turn.
 
     Args:
-        sides: what to call, by name. Each is called once before the first round.
-        rounds: how many; fewer, but at least three, once `most_seconds` have passed.
+        sides: what to call, by name.
+        rounds: how many; fewer once `most_seconds` have passed.
+        least_rounds: but not fewer than these, if `rounds` allows them.
+        warm_up: call each once before the first round.
 
     Returns:
         The seconds of each side's calls, round by round.
     """
-    for call in sides.values():
-        call()
+    if warm_up:
+        for call in sides.values():
+            call()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > most_seconds:
+        if done >= least_rounds and time.perf_counter() - begin > most_seconds:
             break
         for name, call in sides.items():
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def milliseconds(seconds: list[float]) -> Spread:
-    return spread([1e3 * one for one in seconds])
-
-
-def ratio(slow: list[float], fast: list[float]) -> Spread:
-    """How many times faster, round by round."""
-    return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def peak_memory_bytes(call: Callable[[], object]) -> int:
@@ -83,23 +118,100 @@ def peak_memory_bytes(call: Callable[[], object]) -> int:
     return max(_status_bytes("VmHWM") - before, 0)
 
 
+def megabytes(memory_bytes: int) -> float:
+    return round(memory_bytes / 1e6, 1)
+
+
 def available_memory_bytes() -> int:
     return _kibibytes("/proc/meminfo", "MemAvailable")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[object]]) -> None:
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=160).print(table)
+def count_flop(call: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and matrix products that PyTorch runs: two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
-def print_machine() -> None:
-    """What the figures were measured on and with, and the command that repeats them."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    print(f"machine: {_processor()}, torch on {torch.get_num_threads()} threads, {platform.platform()}")
-    print(f"versions: Python {platform.python_version()}, {versions}")
-    print(f"command: python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".rstrip())
+def sgemm(side: int = SGEMM_SIDE) -> tuple[Callable[[], object], int]:
+    """A float32 matrix product, the fastest thing that the machine does with numbers, and its operations."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator) for _ in range(2))
+    product = torch.empty(side, side)
+    return lambda: torch.mm(a, b, out=product), 2 * side**3
+
+
+class Report:
+    """The tables of one benchmark, kept as JSON and as Markdown as they grow, so that no failure loses them.
+
+    Args:
+        name: the files' name.
+        folder: where they go; it is made if need be.
+    """
+
+    def __init__(self, name: str, folder: Path = REPORTS) -> None:
+        self._path = folder / name
+        self._head = {
+            "machine": f"{_processor()}, torch on {torch.get_num_threads()} threads, {platform.platform()}",
+            "versions": f"Python {platform.python_version()}, {', '.join(_versions())}",
+            "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".rstrip(),
+            "load before": f"{os.getloadavg()[0]:.2f} processes on average in the last minute",
+        }
+        self._tables: list[tuple[str, list[str], list[list[Cell]]]] = []
+        for words in self._head.items():
+            print(": ".join(words), flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Write the files anew. A table takes the place of the former one of its title."""
+        cells = [list(row) for row in rows]
+        self._tables = [*(one for one in self._tables if one[0] != title), (title, list(columns), cells)]
+        self._write()
+
+    def show(self) -> None:
+        """Print the tables."""
+        for title, columns, rows in self._tables:
+            table = Table(*columns, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*map(_text, row))
+            Console(width=180).print(table)
+        print(f"also in {self._path}.json and {self._path}.md", flush=True)
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        document = self._head | {
+            "tables": [
+                {"title": title, "rows": [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]}
+                for title, columns, rows in self._tables
+            ]
+        }
+        self._path.with_suffix(".json").write_text(json.dumps(document, indent=1, ensure_ascii=False))
+        head = "".join(f"- {name}: {words}\n" for name, words in self._head.items())
+        tables = "".join(f"\n{markdown(*table)}" for table in self._tables)
+        self._path.with_suffix(".md").write_text(f"{head}{tables}")
+
+
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table as documents have it; medians with their quartiles in brackets."""
+    lines = [columns, ["---"] * len(columns), *([_text(cell) for cell in row] for row in rows)]
+    return f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _text(cell: Cell) -> str:
+    return _digits(cell) if isinstance(cell, float) else str(cell)
+
+
+def _plain(cell: Cell) -> object:
+    return asdict(cell) if isinstance(cell, Spread) else cell
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # an extra
+            found.append(f"no {name}")
+    return found
 
 
 def _processor() -> str:

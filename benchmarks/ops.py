@@ -1,69 +1,156 @@
-"""Our CPU kernels against what a user would write with torchvision and pycocotools: `python -m benchmarks.ops`."""
+"""Our CPU kernels, and the decoder that we took, against what a user would write with torchvision, Pillow and
+pycocotools: `python -m benchmarks.ops`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Annotated
 
+import cv2
 import numpy as np
+import PIL.Image
+import simplejpeg
 import torch
 import typer
 from pycocotools import mask as coco
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align, roi_pool
 
+from benchmarks._detectors import as_jpeg, example_picture
 from benchmarks._measure import (
+    REPORTS,
+    Cell,
+    Report,
     alternate,
     available_memory_bytes,
+    megabytes,
     milliseconds,
     peak_memory_bytes,
-    print_machine,
-    print_table,
     ratio,
 )
+from service.imaging.decode import ImageLimits, decode_image
 from service.masks.polygons import encode_polygons
 from service.masks.rle import encode_rle
 from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
 from service.ops.multi_scale import assign_levels
-from service.structures import Float32Array
+from service.structures import Float32Array, UInt8Array
 
+PICTURES = Path("../shared/data/coco_free/images")
+MASK_COLUMNS = [
+    "objects",
+    "image",
+    "reference ms",
+    "ours ms",
+    "times faster",
+    "reference MB",
+    "ours MB",
+    "IoU",
+    "polygons ms",
+]
 IMAGE_SIZES = {"480p": (480, 640), "1080p": (1080, 1920), "12 MP": (3000, 4000)}
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def main(rounds: int = 9, threads: int = 2) -> None:
-    """Print a table for the masks and one for the RoI operators.
-
-    Args:
-        rounds: how often each side is timed.
-        threads: for torch and for our RoI kernels; masks are encoded on one, as a request's are.
-    """
+def main(
+    rounds: Annotated[int, typer.Option(help="How often each side is timed; fewer where a call takes long.")] = 9,
+    threads: Annotated[int, typer.Option(help="For torch and for our RoI kernels; masks and JPEGs take one.")] = 2,
+    pictures: Annotated[Path, typer.Option(help="Folder of JPEGs to decode, beside ours.")] = PICTURES,
+    quick: Annotated[bool, typer.Option(help="One round, small sizes: does it run?")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
+) -> None:
+    """Print a table for the RoI operators, one for decoding and one for the masks."""
     torch.set_num_threads(threads)
-    print_machine()
-    print_table(
-        "masks: paste_masks_in_image >= 0.5, then pycocotools.mask.encode one by one, against encode_rle",
-        [
-            "objects",
-            "image",
-            "reference ms",
-            "ours ms",
-            "times faster",
-            "reference MB",
-            "ours MB",
-            "IoU",
-            "polygons ms",
-        ],
-        [mask_row(count, name, rounds) for name in IMAGE_SIZES for count in (1, 20, 100)],
-    )
-    print_table(
-        "RoI operators: 1000 boxes x 256 channels x 7 x 7, 4 levels of 800 x 1088; torchvision's kernel level by level",
+    report = Report("ops", out)
+    rounds = 1 if quick else rounds
+    boxes = 20 if quick else 1000
+    report.table(
+        f"RoI operators: {boxes} boxes x 256 channels x 7 x 7, 4 levels of 800 x 1088; torchvision's level by level",
         ["operator", "torchvision ms", "ours ms", "times faster", "largest difference"],
-        roi_rows(rounds),
+        roi_rows(boxes, rounds),
     )
+    report.table(
+        "JPEG to RGB pixels in one thread; ours reads the container, checks the limits and takes simplejpeg",
+        ["picture", "pixels", *(f"{name} ms" for name in DECODERS), "ours, times faster"],
+        [decode_row(name, jpegs, rounds) for name, jpegs in jpeg_sets(pictures, quick=quick)],
+    )
+    rows: list[list[Cell]] = []
+    for name in ("480p",) if quick else IMAGE_SIZES:
+        for count in (1, 20, 100):
+            rows.append(mask_row(count, name, rounds))
+            report.table(
+                "masks: paste_masks_in_image >= 0.5, then pycocotools.mask.encode one by one, against encode_rle",
+                MASK_COLUMNS,
+                rows,
+            )
+    report.show()
 
 
-def mask_row(count: int, image: str, rounds: int) -> list[object]:
+def jpeg_sets(folder: Path, *, quick: bool) -> Iterator[tuple[str, list[bytes]]]:
+    """Real ones if they are there, and a picture of ours at the usual sizes."""
+    found = sorted(folder.glob("*.jpg"))[:20] if folder.is_dir() else []
+    if found:
+        yield f"{len(found)} of {folder.parent.name}", [file.read_bytes() for file in found]
+    for name, (height, width) in IMAGE_SIZES.items():
+        if not quick or name == "480p":
+            picture = example_picture(width, height)
+            yield name, [as_jpeg(picture)]
+            yield f"{name}, progressive", [as_jpeg(picture, progressive=True)]
+
+
+def decode_row(name: str, jpegs: list[bytes], rounds: int) -> list[Cell]:
+    sides = {decoder: partial(decode_all, decode, jpegs) for decoder, decode in DECODERS.items()}
+    pixels = {decoder: decode_all(decode, jpegs) for decoder, decode in DECODERS.items()}
+    for decoder in DECODERS:
+        if not all(np.array_equal(*pair) for pair in zip(pixels["Pillow"], pixels[decoder], strict=True)):
+            raise AssertionError(f"{decoder} decodes {name} to other pixels than Pillow")
+    seconds = alternate(sides, rounds=rounds, most_seconds=10)
+    total = sum(one.size // 3 for one in pixels["Pillow"])
+    times = [milliseconds(seconds[decoder]) for decoder in DECODERS]
+    return [name, f"{total / 1e6:.1f} M", *times, ratio(seconds["Pillow"], seconds["ours"])]
+
+
+def decode_all(decode: Callable[[bytes], UInt8Array], jpegs: list[bytes]) -> list[UInt8Array]:
+    return [decode(data) for data in jpegs]
+
+
+def decode_with_pillow(data: bytes) -> UInt8Array:
+    return np.array(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def decode_with_torchvision(data: bytes) -> UInt8Array:
+    """(H, W, 3), as everything behind expects it."""
+    planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    assert isinstance(planes, Tensor)
+    return planes.permute(1, 2, 0).contiguous().numpy()
+
+
+def decode_with_opencv(data: bytes) -> UInt8Array:
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert pixels is not None
+    return pixels.astype(np.uint8, copy=False)
+
+
+def decode_with_ours(data: bytes) -> UInt8Array:
+    """With the limits, the counting of scans and the orientation."""
+    return decode_image(data, limits=ImageLimits(max_image_pixels=50_000_000)).pixels
+
+
+DECODERS: dict[str, Callable[[bytes], UInt8Array]] = {
+    "Pillow": decode_with_pillow,
+    "OpenCV": decode_with_opencv,
+    "torchvision": decode_with_torchvision,
+    "simplejpeg": simplejpeg.decode_jpeg,
+    "ours": decode_with_ours,
+}
+
+
+def mask_row(count: int, image: str, rounds: int) -> list[Cell]:
     image_size = IMAGE_SIZES[image]
     masks, boxes = mask_head_output(count, image_size)
     ours = partial(encode_rle, masks, boxes, image_size)
@@ -80,7 +167,7 @@ def mask_row(count: int, image: str, rounds: int) -> list[object]:
         return [count, image, missing, milliseconds(seconds["ours"]), "", "", megabytes(our_memory), "", polygons]
     reference = partial(paste_and_encode, masks, boxes, image_size)
     reference_memory = peak_memory_bytes(reference)
-    seconds = alternate({"reference": reference, "ours": ours}, rounds=rounds)
+    seconds = alternate({"reference": reference, "ours": ours}, rounds=rounds, most_seconds=20)
     agreement = min(float(coco.iou([a], [b], [0])[0, 0]) for a, b in zip(reference(), ours(), strict=True))
     return [
         count,
@@ -93,10 +180,6 @@ def mask_row(count: int, image: str, rounds: int) -> list[object]:
         f"{agreement:.5f}",
         polygons,
     ]
-
-
-def megabytes(memory_bytes: int) -> str:
-    return f"{memory_bytes / 1e6:.1f}"
 
 
 def mask_head_output(count: int, image_size: tuple[int, int]) -> tuple[Float32Array, Float32Array]:
@@ -115,11 +198,11 @@ def paste_and_encode(masks: Float32Array, boxes: Float32Array, image_size: tuple
     return [coco.encode(np.asfortranarray(pixels, np.uint8)) for pixels in (canvases[:, 0] >= 0.5).numpy()]
 
 
-def roi_rows(rounds: int) -> list[list[object]]:
+def roi_rows(number: int, rounds: int) -> list[list[Cell]]:
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(1, 256, int(800 * scale), int(1088 * scale), generator=generator) for scale in SCALES]
     channels_last = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
-    boxes = proposals(generator)
+    boxes = proposals(number, generator)
     rois = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
     levels = assign_levels([boxes], min_level=2, max_level=5)
     pooled = (channels_last, rois, levels, SCALES, (7, 7))
@@ -131,7 +214,7 @@ def roi_rows(rounds: int) -> list[list[object]]:
         for samples, aligned in ((2, False), (0, True))
     }
     operators["roi_pool"] = roi_pool, partial(multi_scale_roi_pool_channels_last, *pooled)
-    rows = []
+    rows: list[list[Cell]] = []
     for name, (operator, ours) in operators.items():
         reference = partial(level_by_level, operator, features, rois, levels)
         seconds = alternate({"reference": reference, "ours": ours}, rounds=rounds)
@@ -143,10 +226,10 @@ def roi_rows(rounds: int) -> list[list[object]]:
     return rows
 
 
-def proposals(generator: torch.Generator) -> Tensor:
-    """(1000, 4) boxes of 16 to 400 pixels a side, small ones most often, clipped to 800 x 1088."""
-    sides = 16 * 25 ** torch.rand(1000, 2, generator=generator)
-    centers = torch.rand(1000, 2, generator=generator) * torch.tensor([1088.0, 800.0])
+def proposals(number: int, generator: torch.Generator) -> Tensor:
+    """(number, 4) boxes of 16 to 400 pixels a side, small ones most often, clipped to 800 x 1088."""
+    sides = 16 * 25 ** torch.rand(number, 2, generator=generator)
+    centers = torch.rand(number, 2, generator=generator) * torch.tensor([1088.0, 800.0])
     boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
     return boxes.clamp(min=torch.zeros(4), max=torch.tensor([1088.0, 800.0, 1088.0, 800.0]))
 

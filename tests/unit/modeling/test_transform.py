@@ -32,3 +32,14 @@ def test_a_batch_holds_the_normalised_pixels_padded_with_zeros() -> None:
     assert batch.tensors[0, 0, :80, :120].min().item() == pytest.approx(red, abs=1e-5)
     assert batch.tensors[0, :, 80:].abs().max().item() == 0
     assert batch.tensors[0, :, :, 120:].abs().max().item() == 0
+
+
+@pytest.mark.parametrize("size", [(40, 60), (61, 47), (480, 640), (301, 1003), (1, 1)])
+def test_pixels_are_those_of_torchvisions_transform(size: tuple[int, int]) -> None:
+    """Ours takes bytes and does the rest on the device."""
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = GeneralizedRCNNTransform(CONFIG.min_size, CONFIG.max_size, list(CONFIG.mean), list(CONFIG.std)).eval()
+    expected, _ = theirs([pixels.permute(2, 0, 1) / 255])
+    batch = Transform(CONFIG).eval().prepare([pixels])
+    assert batch.image_sizes == expected.image_sizes
+    torch.testing.assert_close(batch.tensors, expected.tensors, rtol=0, atol=1e-3)

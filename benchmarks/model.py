@@ -1,0 +1,213 @@
+"""One call of a network: our predictor, by engine, against torchvision's eager forward with the same weights, and both
+against what the machine's matrix product would have made possible: `python -m benchmarks.model`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from benchmarks._detectors import (
+    as_image,
+    bundled_models,
+    example_picture,
+    our_predictor,
+    picture_for,
+    random_detector,
+    store_detector,
+    torchvision_input,
+    torchvision_twin,
+)
+from benchmarks._measure import (
+    REPORTS,
+    SGEMM_SIDE,
+    Cell,
+    Report,
+    alternate,
+    count_flop,
+    megabytes,
+    milliseconds,
+    peak_memory_bytes,
+    ratio,
+    sgemm,
+    spread,
+)
+from service.inference.predictor import Predictor
+from service.model_store.store import StoredModel
+from service.structures import Image, Prediction, Query
+
+MASK, FASTER = "maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn"
+MOBILE = "fasterrcnn_mobilenet_v3_large_320_fpn"
+SIZES = {"640x480": (640, 480), "1080p": (1920, 1080)}
+STAGES = ("preprocess", "backbone", "rpn", "roi_heads", "postprocess")
+COLUMNS = {
+    "calls": [
+        "model",
+        "picture",
+        "batch",
+        "engine",
+        "objects (theirs, ours)",
+        "torchvision ms",
+        "ours ms",
+        "times faster",
+    ],
+    "limit": ["model", "picture", "batch", "engine", "GFLOP", "sgemm GFLOP/s", "torchvision %", "ours %"],
+    "stages": ["model", "picture", "batch", "engine", *STAGES],
+    "memory": ["model", "picture", "batch", "engine", "torchvision MB", "ours MB"],
+}
+TITLES = {
+    "calls": "One call: pixels to boxes, labels, scores and masks (torchvision's pasted, ours small)",
+    "limit": "Share of the time that the call's operations would take at the rate of the machine's own sgemm",
+    "stages": "Ours by stage, ms (the RPN's convolutions count as backbone)",
+    "memory": "Memory that the first call of this kind added",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of each table is about."""
+
+    model: str
+    size: str
+    batch: int
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="Begin no further case after so many seconds.")] = 300,
+    rounds: Annotated[int, typer.Option(help="How often each side is timed; fewer where a call takes long.")] = 9,
+    threads: Annotated[int, typer.Option(help="For torch.")] = 2,
+    engines: Annotated[str, typer.Option(help="Ours, separated by commas; eager is always added.")] = "auto",
+    only: Annotated[str, typer.Option(help="Only models whose names contain this.")] = "",
+    quick: Annotated[bool, typer.Option(help="One round of small networks: does it run?")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
+) -> None:
+    """Print tables of times, of shares of the limit, of stages and of memory; the most asked-for cases first."""
+    torch.set_num_threads(threads)
+    report = Report("model", out)
+    cases = [case for case in (_quick_cases() if quick else _all_cases()) if only in case.model]
+    rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
+    end = time.monotonic() + seconds
+    with TemporaryDirectory() as folder:
+        networks = _Networks(Path(folder), list(dict.fromkeys([*engines.split(","), "eager"])))
+        for number, case in enumerate(cases):
+            if time.monotonic() > end:
+                left = "; ".join(f"{one.model} {one.size} batch {one.batch}" for one in cases[number:])
+                print(f"not run, since {seconds:g} seconds were over: {left}")
+                break
+            for name, new in _measure(case, networks, rounds=1 if quick else rounds, is_quick=quick).items():
+                rows[name] += new
+                report.table(TITLES[name], COLUMNS[name], rows[name])
+            print(f"measured {case.model} {case.size} batch {case.batch}", flush=True)
+    report.show()
+
+
+def _quick_cases() -> list[Case]:
+    return [Case(stored.name, "640x480", 1) for stored in bundled_models()]
+
+
+def _all_cases() -> list[Case]:
+    """In the order in which they are worth having."""
+    small = [MOBILE, *(stored.name for stored in bundled_models())]
+    return [
+        *(Case(model, "640x480", 1) for model in (MASK, FASTER)),
+        *(Case(model, "640x480", batch) for model in small for batch in (1, 4, 8)),
+        *(Case(model, "1080p", 1) for model in (MASK, FASTER)),
+        *(Case(model, size, batch) for size in SIZES for batch in (4, 8) for model in (MASK, FASTER)),
+    ]
+
+
+class _Networks:
+    """Each network twice, with the same weights, loaded when it is first asked for.
+
+    Args:
+        folder: for a model store.
+        engines: of our predictors.
+    """
+
+    def __init__(self, folder: Path, engines: Sequence[str]) -> None:
+        self._folder = folder
+        self._engines = engines
+        self._loaded: dict[str, tuple[GeneralizedRCNN, dict[str, Predictor]]] = {}
+
+    def load(self, model: str) -> tuple[GeneralizedRCNN, dict[str, Predictor]]:
+        """torchvision's, and our predictors by the engine that they chose."""
+        if model not in self._loaded:
+            theirs, stored = self._bundled(model) if model in self._bundled_names() else self._random(model)
+            ours = [our_predictor(stored, engine) for engine in self._engines]
+            self._loaded[model] = theirs, {predictor.info.engine: predictor for predictor in ours}
+        return self._loaded[model]
+
+    def _bundled_names(self) -> list[str]:
+        return [stored.name for stored in bundled_models()]
+
+    def _bundled(self, name: str) -> tuple[GeneralizedRCNN, StoredModel]:
+        [stored] = [one for one in bundled_models() if one.name == name]
+        return torchvision_twin(stored), stored
+
+    def _random(self, builder: str) -> tuple[GeneralizedRCNN, StoredModel]:
+        model = random_detector(builder, as_image(example_picture(*SIZES["640x480"])))
+        return model, store_detector(model, builder, self._folder)
+
+
+def _measure(case: Case, networks: _Networks, *, rounds: int, is_quick: bool) -> dict[str, list[list[Cell]]]:
+    """The case's rows of each table, one for each engine."""
+    theirs, predictors = networks.load(case.model)
+    image = as_image(example_picture(*SIZES[case.size], name=picture_for(case.model)))
+    stages: dict[str, list[Prediction]] = {engine: [] for engine in predictors}
+    product, product_flop = sgemm(256 if is_quick else SGEMM_SIDE)
+    sides: dict[str, Callable[[], object]] = {"torchvision": partial(_torchvision_call, theirs, image, case.batch)}
+    for engine, predictor in predictors.items():
+        sides[engine] = partial(_our_call, predictor, image, case.batch, stages[engine])
+    # 1. What is found, the operations, and the memory: each in a call that no clock runs for.
+    objects = len(_torchvision_call(theirs, image, 1)[0]["boxes"])
+    flop = case.batch * count_flop(partial(_our_call, predictors["eager"], image, 1, []))
+    memory = {name: megabytes(peak_memory_bytes(call)) for name, call in sides.items()}
+    # 2. The times, in turn.
+    sides["sgemm"] = product
+    times = alternate(sides, rounds=rounds, most_seconds=40, least_rounds=3 if case.batch == 1 else 1, warm_up=False)
+    rate = spread([product_flop / one / 1e9 for one in times["sgemm"]])
+    rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
+    for engine in predictors:
+        head: list[Cell] = [case.model, case.size, case.batch, engine]
+        found = f"{objects}, {len(stages[engine][-1].detections)}"
+        rows["calls"].append(
+            [
+                *head,
+                found,
+                milliseconds(times["torchvision"]),
+                milliseconds(times[engine]),
+                ratio(times["torchvision"], times[engine]),
+            ]
+        )
+        limits = [
+            spread([100 * flop / 1e9 / rate.median / one for one in times[side]]) for side in ("torchvision", engine)
+        ]
+        rows["limit"].append([*head, f"{flop / 1e9:.1f}", rate, *limits])
+        timed = stages[engine][-len(times[engine]) :]
+        rows["stages"].append([*head, *(milliseconds([one.stage_seconds[stage] for one in timed]) for stage in STAGES)])
+        rows["memory"].append([*head, memory["torchvision"], memory[engine]])
+    return rows
+
+
+def _torchvision_call(model: GeneralizedRCNN, image: Image, batch: int) -> list[dict[str, Tensor]]:
+    with torch.inference_mode():
+        found: list[dict[str, Tensor]] = model([torchvision_input(image)] * batch)
+    return found
+
+
+def _our_call(predictor: Predictor, image: Image, batch: int, kept: list[Prediction]) -> None:
+    kept.append(predictor.predict([Query(image)] * batch)[0])
+
+
+if __name__ == "__main__":
+    typer.run(main)
