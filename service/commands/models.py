@@ -79,7 +79,7 @@ def show_model(
         return
     size = stored.weights_path.stat().st_size
     console = Console()
-    console.print(f"[bold]{stored.key}[/bold] in {stored.path} ({size / 1e6:.1f} MB of weights)\n")
+    console.print(f"[bold]{stored.key}[/bold] in {stored.path} ({size / 1e6:.1f} MB of weights)\n", soft_wrap=True)
     text = (stored.path / MODEL_TOML).read_text(encoding="utf-8")
     console.print(Syntax(text, "toml", theme="ansi_dark", background_color="default", word_wrap=True))
 
@@ -122,6 +122,13 @@ def import_model(
             "fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, else 1e-5, the default.",
         ),
     ] = None,
+    averaged: Annotated[
+        bool,
+        typer.Option(
+            "--averaged",
+            help="Take the weights averaged over training (model_ema) that the file has beside the others.",
+        ),
+    ] = False,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="How weights are stored; half precision halves the file.")
     ] = "float32",
@@ -137,9 +144,11 @@ def import_model(
 
     if model_config is None:
         names = read_labels(labels) if labels else None
-        imported = import_checkpoint(file, labels=names, architecture=architecture, norm_eps=norm_eps)
+        imported = import_checkpoint(
+            file, labels=names, architecture=architecture, norm_eps=norm_eps, averaged=averaged
+        )
     elif (architecture, labels, norm_eps) == (None, None, None):
-        imported = import_with_config(file, read_model_config(model_config))
+        imported = import_with_config(file, read_model_config(model_config), averaged=averaged)
     else:
         raise typer.BadParameter("describes the whole network: give nothing else", param_hint="--model-config")
     provenance = ProvenanceTable(command=_command_line(), created=datetime.now(UTC).replace(microsecond=0))

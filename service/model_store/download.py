@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -17,11 +18,18 @@ OnProgress = Callable[[int, int | None], None]
 """Is told the bytes that are there and the bytes that there will be, None where the server does not say."""
 
 _CHUNK_BYTES = 1 << 18
-_TIMEOUT_SECONDS = 30.0
 _RANGE_NOT_SATISFIABLE = 416
 
 
-def download(url: str, path: Path, *, sha256_prefix: str, on_progress: OnProgress, tries: int = 5) -> None:
+def download(
+    url: str,
+    path: Path,
+    *,
+    sha256_prefix: str,
+    on_progress: OnProgress,
+    tries: int = 5,
+    timeout_seconds: float = 30.0,
+) -> None:
     """Download a file, or the rest of it if a part lies at `path` already.
 
     Args:
@@ -29,6 +37,7 @@ def download(url: str, path: Path, *, sha256_prefix: str, on_progress: OnProgres
             turns out to be of something else.
         sha256_prefix: the first digits of the whole file's sha256.
         tries: how often a broken connection is opened again.
+        timeout_seconds: for how long a server may say nothing, until the connection counts as broken.
 
     Raises:
         ModelStoreError: refused by the server, still incomplete after all tries, or not what it should be.
@@ -40,13 +49,13 @@ def download(url: str, path: Path, *, sha256_prefix: str, on_progress: OnProgres
     problem = ""
     for _ in range(tries):
         try:
-            _fetch_rest(url, path, on_progress)
+            _fetch_rest(url, path, on_progress, timeout_seconds)
             break
         except HTTPError as error:
             if error.code < 500:
                 raise ModelStoreError(f"{url}: refused by the server: {error.code} {error.reason}") from error
             problem = f"{error.code} {error.reason}"
-        except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        except (URLError, HTTPException, ConnectionError, TimeoutError, SSLError) as error:
             problem = str(error)
         except OSError as error:
             raise ModelStoreError(f"{path}: cannot be written: {error.strerror}") from error
@@ -55,7 +64,7 @@ def download(url: str, path: Path, *, sha256_prefix: str, on_progress: OnProgres
     _check(url, path, sha256_prefix)
 
 
-def _fetch_rest(url: str, path: Path, on_progress: OnProgress) -> None:
+def _fetch_rest(url: str, path: Path, on_progress: OnProgress, timeout_seconds: float) -> None:
     """Append what the file lacks; all of it where the server does not do parts.
 
     Raises:
@@ -65,7 +74,7 @@ def _fetch_rest(url: str, path: Path, on_progress: OnProgress) -> None:
     present = path.stat().st_size if path.exists() else 0
     headers = {"User-Agent": "roiserve"} | ({"Range": f"bytes={present}-"} if present else {})
     try:
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
+        response = urlopen(Request(url, headers=headers), timeout=timeout_seconds)
     except HTTPError as error:
         if error.code == _RANGE_NOT_SATISFIABLE:
             return  # nothing is left to fetch; the hash will tell whether it is the right thing
@@ -76,7 +85,7 @@ def _fetch_rest(url: str, path: Path, on_progress: OnProgress) -> None:
         length = response.headers.get("Content-Length")
         total = present + int(length) if length else None
         with path.open("ab" if is_rest else "wb") as file:
-            while chunk := response.read(_CHUNK_BYTES):
+            while chunk := response.read1(_CHUNK_BYTES):
                 file.write(chunk)
                 present += len(chunk)
                 on_progress(present, total)
@@ -87,7 +96,10 @@ def _fetch_rest(url: str, path: Path, on_progress: OnProgress) -> None:
 def _check(url: str, path: Path, sha256_prefix: str) -> None:
     sha256 = sha256_of(path)
     if not sha256.startswith(sha256_prefix):
+        with path.open("rb") as file:
+            page = ", a web page instead of a file" if file.read(1) == b"<" else ""
         path.unlink()
         raise ModelStoreError(
-            f"{url}: corrupted: expected a sha256 that starts with {sha256_prefix}, got {sha256}. What came was deleted"
+            f"{url}: corrupted: expected a sha256 that starts with {sha256_prefix}, got {sha256}{page}. "
+            "What came was deleted"
         )

@@ -15,7 +15,7 @@ from service.model_store.checkpoint import read_checkpoint
 from service.model_store.detectron2_layout import detectron2_config, is_detectron2, with_torchvision_names
 from service.model_store.model_card import model_card
 from service.model_store.model_toml import Dtype, ProvenanceTable
-from service.model_store.published import find_published
+from service.model_store.published import category_labels, find_published
 from service.model_store.store import ModelStore, StoredModel
 from service.model_store.torchvision_layout import (
     builder_config,
@@ -43,6 +43,7 @@ def import_checkpoint(
     labels: Sequence[str] | None = None,
     architecture: str | None = None,
     norm_eps: float | None = None,
+    averaged: bool = False,
 ) -> ImportedModel:
     """Read a checkpoint, of torchvision's layout or detectron2's, into the network that it is of.
 
@@ -52,11 +53,12 @@ def import_checkpoint(
         labels: class names without the background, in the order of the weights.
         architecture: a torchvision builder's name; None infers it from the weights.
         norm_eps: of the trunk's norms, which nothing in the weights tells; None is 1e-5.
+        averaged: take the weights averaged over training that the file has beside the others.
 
     Raises:
         ModelStoreError: the checkpoint cannot be read, or does not fit the network and the labels key by key.
     """
-    original = read_checkpoint(path)
+    original = read_checkpoint(path, averaged=averaged)
     if published := find_published(sha256_of(path)):
         labels, architecture = labels or published.labels, architecture or published.builder
         norm_eps = published.norm_eps if norm_eps is None else norm_eps
@@ -72,13 +74,13 @@ def import_checkpoint(
     return _fitted(path, config, state_dict)
 
 
-def import_with_config(path: Path, config: ModelConfig) -> ImportedModel:
+def import_with_config(path: Path, config: ModelConfig, *, averaged: bool = False) -> ImportedModel:
     """Read a checkpoint, of torchvision's layout or detectron2's, into the network that `config` describes.
 
     Raises:
         ModelStoreError: as `import_checkpoint`.
     """
-    original = read_checkpoint(path)
+    original = read_checkpoint(path, averaged=averaged)
     return _fitted(path, config, _in_torchvision_layout(original))
 
 
@@ -124,6 +126,9 @@ def _fitted(path: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -
 def read_labels(path: Path) -> tuple[str, ...]:
     """The labels in a file: one on each line, empty lines at the end left out.
 
+    torchvision's own list of COCO's categories is understood too: `__background__` on its first line is left out, and
+    the ids that it calls `N/A` get the names that `published_weights` gives them.
+
     Raises:
         ModelStoreError: not readable, not UTF-8, or with an empty line in between.
     """
@@ -135,7 +140,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
     if "" in lines:
         raise ModelStoreError(f"{path}: expected a label on each line, got none on line {lines.index('') + 1}")
-    return tuple(lines)
+    return category_labels(lines[1:] if lines[:1] == ["__background__"] else lines)
 
 
 def store_imported(

@@ -5,7 +5,7 @@ a file when it sees one, and by `pull.py`, which fetches it. Holds no list of it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchvision.models import get_model_weights  # type: ignore[attr-defined]  # exported, but not by name
@@ -58,14 +58,18 @@ def published_weights(builder: str) -> PublishedWeights:
     if builder not in BUILDERS:
         raise ModelStoreError(f"no published weights for {builder!r}; there are some for: {', '.join(BUILDERS)}")
     weights = get_model_weights(builder)["COCO_V1"].value
-    categories = weights.meta["categories"][1:]
     return PublishedWeights(
         builder=builder,
         url=weights.url,
-        labels=tuple(f"unused {id_}" if name == "N/A" else name for id_, name in enumerate(categories, start=1)),
+        labels=category_labels(weights.meta["categories"][1:]),
         norm_eps=0.0 if builder in _WITHOUT_NORM_EPS else 1e-5,
         metrics=weights.meta["_metrics"]["COCO-val2017"],
     )
+
+
+def category_labels(categories: Sequence[str]) -> tuple[str, ...]:
+    """Categories as torchvision lists them, the background left out, with names for the ids that COCO does not use."""
+    return tuple(f"unused {id_}" if name == "N/A" else name for id_, name in enumerate(categories, start=1))
 
 
 def find_published(sha256: str) -> PublishedWeights | None:

@@ -39,6 +39,13 @@ _BUILDERS: Mapping[str, dict[str, Any]] = {
 BUILDERS = tuple(_BUILDERS)
 """Names of torchvision's builders whose networks we have."""
 
+# What the papers have on ResNet's fourth stage, as `docs/models.md` says it; torchvision has no builder for it.
+_C4 = {
+    "anchors": {"sizes": ((32, 64, 128, 256, 512),)},
+    "rpn": {"pre_nms_top_n_train": 12_000, "pre_nms_top_n_test": 6000, "post_nms_top_n_test": 300},
+    "roi": {"box_output_size": 14, "mask_head_channels": (256,), "batch_size_per_image": 64},
+}
+
 _CLASS_BIAS = "roi_heads.box_predictor.cls_score.bias"
 _RESNETS = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
 """By the number of blocks in the third stage, and whether they are bottlenecks."""
@@ -67,7 +74,8 @@ def builder_config(builder: str, labels: Sequence[str], *, norm_eps: float = 1e-
 
 
 def inferred_config(state_dict: Mapping[str, Tensor], labels: Sequence[str], *, norm_eps: float = 1e-5) -> ModelConfig:
-    """The network that a state dict is from, as far as keys and shapes tell: the six builders', with any ResNet.
+    """The network that a state dict is from, as far as keys and shapes tell: the six builders', with any ResNet, and
+    ResNet-50 and 101 on C4.
 
     Raises:
         ModelStoreError: they do not tell.
@@ -79,9 +87,14 @@ def inferred_config(state_dict: Mapping[str, Tensor], labels: Sequence[str], *, 
         )
     blocks = {key.split(".")[3] for key in state_dict if key.startswith("backbone.body.layer3.")}
     resnet = _RESNETS.get((len(blocks), "backbone.body.layer3.0.conv3.weight" in state_dict))
+    has_masks = "roi_heads.mask_predictor.conv5_mask.weight" in state_dict
+    if resnet in ("resnet50", "resnet101") and "roi_heads.box_head.layer4.0.conv1.weight" in state_dict:
+        document = {**_C4, "architecture": "mask_rcnn" if has_masks else "faster_rcnn", "labels": labels}
+        document["backbone"] = {"name": f"{resnet}_c4", "norm_eps": norm_eps}
+        return validated(f"{resnet}_c4", document, ModelConfig)
     if resnet is None or "backbone.fpn.inner_blocks.0.0.weight" not in state_dict:
         raise ModelStoreError("the weights' names do not tell which network they are of: give a --model-config")
-    architecture = "maskrcnn" if "roi_heads.mask_predictor.conv5_mask.weight" in state_dict else "fasterrcnn"
+    architecture = "maskrcnn" if has_masks else "fasterrcnn"
     version = "_v2" if "backbone.fpn.inner_blocks.0.1.weight" in state_dict else ""
     config = builder_config(f"{architecture}_resnet50_fpn{version}", labels, norm_eps=norm_eps)
     return with_backbone(config, name=f"{resnet}_fpn")

@@ -118,6 +118,24 @@ def test_pull_says_why_a_mirror_failed(store: Path) -> None:
     assert "http://127.0.0.1:1/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth: not complete" in str(result.exception)
 
 
+def test_pull_takes_the_mirror_from_the_environment(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROISERVE_WEIGHTS_BASE_URL", "http://127.0.0.1:1/mirror/")
+    result = run(store, "pull", "maskrcnn_resnet50_fpn")
+    assert "http://127.0.0.1:1/mirror/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth: not complete" in str(result.exception)
+
+
+def test_import_takes_averaged_weights_when_told_to(store: Path, checkpoint: Path) -> None:
+    state_dict = torch.load(checkpoint)["model"]
+    averaged = {f"module.{key}": tensor * 0 for key, tensor in state_dict.items()}
+    torch.save({"model": state_dict, "model_ema": {"n_averaged": torch.tensor(5), **averaged}}, checkpoint)
+    described = ("--model-config", str(checkpoint.with_name("model.toml")))
+    for name, options in {"plain": (), "mean": ("--averaged",)}.items():
+        run(store, "import", str(checkpoint), "--name", name, *described, *options)
+    key = "roi_heads.box_head.fc6.weight"
+    assert ModelStore(store).find("plain").load_weights()[key].any()
+    assert not ModelStore(store).find("mean").load_weights()[key].any()
+
+
 @pytest.mark.parametrize("command", ["list", "show", "import", "pull"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"roiserve models {command}" in CliRunner().invoke(models_app, [command, "--help"]).stdout

@@ -89,7 +89,11 @@ class FileServer:
     Attributes:
         content: the file.
         cut_after_bytes: the next answers end after so many bytes, though their header promises the rest; one each.
+        status: answered to all requests instead of the file.
         next_status: answered to the next request instead of the file.
+        redirected: whether requests are sent on to the same path below `/elsewhere`.
+        page: answered to all requests with status 200, as a proxy does that wants to be logged in to.
+        silent_after_bytes: the answer stops there and the connection stays open, until the server ends.
         does_ranges: whether it answers a part when asked for one.
         asked: path and Range header of every request so far.
     """
@@ -97,8 +101,13 @@ class FileServer:
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.cut_after_bytes: list[int] = []
+        self.status: int | None = None
         self.next_status: int | None = None
+        self.redirected = False
+        self.page: bytes | None = None
+        self.silent_after_bytes: int | None = None
         self.does_ranges = True
+        self.ended = threading.Event()
         self.asked: list[tuple[str, str | None]] = []
         outer = self
 
@@ -116,8 +125,20 @@ class FileServer:
         """Send the file, the asked part of it, or what a test wants instead."""
         asked = request.headers.get("Range")
         self.asked.append((request.path, asked))
+        if self.redirected and not request.path.startswith("/elsewhere"):
+            request.send_response(302)
+            request.send_header("Location", f"/elsewhere{request.path}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if self.page is not None:
+            request.send_response(200)
+            request.send_header("Content-Length", str(len(self.page)))
+            request.end_headers()
+            request.wfile.write(self.page)
+            return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.does_ranges else 0
-        status, self.next_status = self.next_status or (206 if start else 200), None
+        status, self.next_status = self.next_status or self.status or (206 if start else 200), None
         body = self.content[start:]
         if start and not body:
             status = 416
@@ -126,6 +147,10 @@ class FileServer:
         if status == 206:
             request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         request.end_headers()
+        if self.silent_after_bytes is not None:
+            request.wfile.write(body[: self.silent_after_bytes])
+            self.ended.wait()
+            return
         request.wfile.write(body[: self.cut_after_bytes.pop(0)] if self.cut_after_bytes else body)
         request.close_connection = True
 
@@ -137,6 +162,7 @@ def file_server() -> Iterator[FileServer]:
     thread = threading.Thread(target=file_server.server.serve_forever)
     thread.start()
     yield file_server
+    file_server.ended.set()
     file_server.server.shutdown()
     file_server.server.server_close()
     thread.join()

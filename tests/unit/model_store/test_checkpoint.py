@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from service.errors import ModelStoreError
 from service.model_store.checkpoint import read_checkpoint
@@ -51,8 +53,9 @@ def test_safetensors_and_pickled_arrays_are_read(path: Path) -> None:
     assert_read(path)
 
 
-def test_half_precision_becomes_float32(path: Path) -> None:
-    torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, path)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(path: Path, dtype: torch.dtype) -> None:
+    torch.save({"a": torch.ones(2, dtype=dtype)}, path)
     assert read_checkpoint(path)["a"].dtype == torch.float32
 
 
@@ -69,6 +72,52 @@ def test_half_precision_becomes_float32(path: Path) -> None:
 def test_wrappers_and_prefixes_of_training_scripts_are_taken_off(path: Path, wrapped: dict[str, Any]) -> None:
     torch.save(wrapped, path)
     assert_read(path)
+
+
+def test_a_checkpoint_of_torchvisions_reference_scripts_is_read(path: Path) -> None:
+    """They save the whole state of the training, their command line among it."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [16, 22]).state_dict(),
+        "args": argparse.Namespace(lr=0.1, lr_steps=[16, 22], device="cuda", output_dir=".", amp=False),
+        "epoch": 25,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
+    }
+    torch.save(content, path)
+    assert read_checkpoint(path).keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("key", ["model_ema", "ema", "state_dict_ema", "ema_state_dict"])
+def test_averaged_weights_are_taken_when_asked_for_or_alone(path: Path, key: str) -> None:
+    averaged = AveragedModel(nn.Linear(1, 1)).state_dict()  # prefixed with `module.`, and with a count of its own
+    torch.save({key: averaged, "model": WEIGHTS}, path)
+    assert_read(path)
+    assert read_checkpoint(path, averaged=True)["weight"].equal(averaged["module.weight"])
+    torch.save({key: averaged}, path)
+    assert read_checkpoint(path).keys() == {"weight", "bias"}
+
+
+def test_averaged_weights_that_are_not_there_are_missed(path: Path) -> None:
+    torch.save({"model": WEIGHTS}, path)
+    with pytest.raises(ModelStoreError, match=r"expected averaged weights as one of model_ema, .*, got none"):
+        read_checkpoint(path, averaged=True)
+
+
+def test_a_torchscript_program_and_an_empty_file_are_called_what_they_are(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("checkpoint/constants.pkl", pickle.dumps(()))
+        archive.writestr("checkpoint/data.pkl", pickle.dumps(()))
+        archive.writestr("checkpoint/version", "3\n")
+    with pytest.raises(ModelStoreError, match="got a TorchScript program; save"):
+        read_checkpoint(path)
+    path.write_bytes(b"")
+    with pytest.raises(ModelStoreError, match="expected a checkpoint, got an empty file"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("zip_archive", [True, False])

@@ -15,7 +15,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "weights.pth"
 
 
-def fetch(server: Any, path: Path, *, sha256_prefix: str | None = None, tries: int = 5) -> list[tuple[int, int | None]]:
+def fetch(
+    server: Any, path: Path, *, sha256_prefix: str | None = None, tries: int = 5, timeout_seconds: float = 30
+) -> list[tuple[int, int | None]]:
     """Download the server's file; what was said of the progress."""
     told: list[tuple[int, int | None]] = []
     download(
@@ -24,6 +26,7 @@ def fetch(server: Any, path: Path, *, sha256_prefix: str | None = None, tries: i
         sha256_prefix=sha256_prefix or hashlib.sha256(server.content).hexdigest()[:8],
         on_progress=lambda present, total: told.append((present, total)),
         tries=tries,
+        timeout_seconds=timeout_seconds,
     )
     return told
 
@@ -97,6 +100,41 @@ def test_a_refusal_is_final_a_server_error_is_not(file_server: Any, path: Path) 
     file_server.next_status = 503
     fetch(file_server, path)
     assert path.read_bytes() == file_server.content
+
+
+def test_a_server_that_always_fails_is_given_up_with_what_it_said(file_server: Any, path: Path) -> None:
+    file_server.status = 500
+    with pytest.raises(ModelStoreError, match="not complete after 3 tries, the last: 500 Internal Server Error"):
+        fetch(file_server, path, tries=3)
+    assert len(file_server.asked) == 3
+
+
+@pytest.mark.parametrize("silent_after_bytes", [0, 1000])
+def test_a_server_that_falls_silent_is_given_up_and_what_came_is_kept(
+    silent_after_bytes: int, file_server: Any, path: Path
+) -> None:
+    file_server.silent_after_bytes = silent_after_bytes
+    with pytest.raises(ModelStoreError, match=r"not complete after 2 tries, the last: .*timed out"):
+        fetch(file_server, path, tries=2, timeout_seconds=0.2)
+    assert path.read_bytes() == file_server.content[: 2 * silent_after_bytes]
+    file_server.silent_after_bytes = None
+    fetch(file_server, path)
+    assert path.read_bytes() == file_server.content
+
+
+def test_a_redirect_is_followed_for_the_rest_too(file_server: Any, path: Path) -> None:
+    file_server.redirected = True
+    file_server.cut_after_bytes = [1000]
+    fetch(file_server, path)
+    assert path.read_bytes() == file_server.content
+    assert file_server.asked[-1] == ("/elsewhere/models/weights.pth", "bytes=1000-")
+
+
+def test_the_page_of_a_proxy_is_not_taken_for_the_file(file_server: Any, path: Path) -> None:
+    file_server.page = b"<!doctype html><title>Please log in</title>"
+    with pytest.raises(ModelStoreError, match=r"corrupted: .*a web page instead of a file"):
+        fetch(file_server, path)
+    assert not path.exists()
 
 
 def test_an_unreachable_server_and_a_file_url_are_named(path: Path) -> None:

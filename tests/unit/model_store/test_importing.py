@@ -6,12 +6,14 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torchvision.models import detection
 
 from service.errors import ModelStoreError
 from service.model_store.importing import ImportedModel, import_checkpoint, import_with_config, read_labels
 from service.model_store.published import published_weights
 from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
 from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
 
 Builder = Callable[..., nn.Module]
 Detect = Callable[[nn.Module], dict[str, Tensor]]
@@ -101,6 +103,19 @@ def test_another_resnet_in_torchvisions_layout_is_inferred(path: Path) -> None:
     assert import_checkpoint(path, labels=LABELS).config == config
 
 
+def test_a_network_on_c4_is_inferred(path: Path) -> None:
+    """It has no builder; what is inferred is what docs/models.md says of the papers' network."""
+    document = {"architecture": "mask_rcnn", "labels": LABELS, "backbone": {"name": "resnet50_c4"}}
+    tables = {
+        "anchors": {"sizes": [[32, 64, 128, 256, 512]]},
+        "rpn": {"pre_nms_top_n_train": 12000, "pre_nms_top_n_test": 6000, "post_nms_top_n_test": 300},
+        "roi": {"box_output_size": 14, "mask_head_channels": [256], "batch_size_per_image": 64},
+    }
+    config = ModelConfig.model_validate(document | tables)
+    torch.save(build_model(config).state_dict(), path)
+    assert import_checkpoint(path, labels=LABELS).config == config
+
+
 @pytest.mark.usefixtures("small_checkpoint")
 def test_an_architecture_that_the_weights_do_not_tell_is_asked_for(path: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"fit fasterrcnn_mobilenet_v3_large_fpn and .*: say which with"):
@@ -139,6 +154,13 @@ def test_missing_and_surplus_weights_are_named(path: Path, small_checkpoint: dic
     ]
 
 
+def test_a_weight_of_another_shape_is_named_with_both_shapes(path: Path, small_checkpoint: dict[str, Tensor]) -> None:
+    small_checkpoint["rpn.head.cls_logits.bias"] = torch.zeros(3)
+    torch.save(small_checkpoint, path)
+    with pytest.raises(ModelStoreError, match=r"shape: rpn\.head\.cls_logits\.bias \(expected \(15,\), got \(3,\)\)$"):
+        import_checkpoint(path, labels=LABELS, architecture="fasterrcnn_mobilenet_v3_large_320_fpn")
+
+
 @pytest.mark.usefixtures("small_checkpoint")
 def test_an_unknown_architecture_is_answered_with_the_known_ones(path: Path) -> None:
     with pytest.raises(ModelStoreError, match="no architecture 'yolo'; known: fasterrcnn_resnet50_fpn, "):
@@ -163,6 +185,15 @@ def test_labels_are_read_one_a_line(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes("\N{BYTE ORDER MARK}red cell\r\n platelet \n\n".encode())
     assert read_labels(path) == ("red cell", "platelet")
+
+
+def test_torchvisions_own_list_of_categories_is_read_as_its_published_models_have_it(tmp_path: Path) -> None:
+    """91 lines: the background first, and `N/A` for each of the ten ids that COCO does not use."""
+    categories = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    assert len(categories) == 91
+    path = tmp_path / "labels.txt"
+    path.write_text("\n".join(categories))
+    assert read_labels(path) == published_weights("maskrcnn_resnet50_fpn").labels
 
 
 @pytest.mark.parametrize(
