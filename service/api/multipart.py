@@ -99,7 +99,7 @@ class FormReader:
         if self._header_name.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._header_value))
             self._parts[-1].name = _decoded(options.get(b"name", b""))
-            self._parts[-1].is_file = b"filename" in options or _has_extended_filename(self._header_value)
+            self._parts[-1].is_file = b"filename" in options or _has_extended_filename(bytes(self._header_value))
         self._header_name.clear()
         self._header_value.clear()
 
