@@ -1,13 +1,14 @@
 """RoIServe: images in over HTTP; boxes, labels, scores and masks out. The floor plan, in walking order.
 
-A request moves one room forward at a time: api, pipeline, imaging, batching, inference, then masks on the way out. The
-future that it waits on is the only way back. Training enters at `modeling` and never meets `api` or `batching`.
+A request moves one room forward at a time: api, workers, pipeline, imaging, batching, inference, then masks on the way
+out. The future that it waits on is the only way back. Training enters at `modeling` and never meets `api` or `batching`.
 
 service/
 ├── __main__.py         `python -m service`
 ├── cli.py              the `roiserve` command
 ├── commands/           its subcommands, a file each: words, tables and progress bars
 ├── app.py              create_app(settings): the only place that wires rooms together
+├── workers/            device workers: processes that run models, supervised, and what is said between them
 ├── pipeline.py         one request: decode, submit, encode
 ├── api/                HTTP and JSON only: one file per resource, schemas, the error table, the web page
 ├── imaging/            bytes to pixels; pixels to a picture with the detections drawn
@@ -28,8 +29,9 @@ service/
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli → commands → app | training → api → pipeline → batching | imaging | masks | inference → model_store → modeling
-    → ops → metrics → structures → settings | logs | jit | load → errors
+    cli → commands → app | training → api → workers → pipeline → batching | imaging | masks | inference → model_store
+    → modeling → ops → metrics → structures → settings | logs | jit | load → errors
 
-`api` and `batching` never import torch; `modeling` never imports `settings`; `training` never `api` or `batching`.
+`api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
+never imports `settings`; `training` never `api` or `batching`.
 """

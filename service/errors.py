@@ -6,6 +6,7 @@
     - UnsupportedImageError   not an image format that we read
     - InvalidImageError       the right format, but the bytes do not decode
     - TooLargeError           more bytes or pixels than the settings allow
+    - PoisonousImageError     an image that twice stopped the process that worked on it
     - ModelNotFoundError      no model of that name or version
   - OverloadedError           the queue is full; try again later
   - NotReadyError             loading, draining, or the model is not loaded
@@ -48,6 +49,12 @@ class TooLargeError(InvalidRequestError):
     """More bytes or pixels than the settings allow; found out before the work is done."""
 
     code = "too_large"
+
+
+class PoisonousImageError(InvalidRequestError):
+    """The process that worked on this image, and on nothing else, died; twice."""
+
+    code = "poisonous_image"
 
 
 class ModelNotFoundError(InvalidRequestError):

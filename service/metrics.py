@@ -6,8 +6,9 @@ that are loaded, the rest words of our own.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -17,6 +18,16 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128)
 _RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detections"]
+
+
+class Observe(Protocol):
+    """Where a device worker's observations go: into the metrics, or to the process that has them."""
+
+    def __call__(self, name: Observed, labels: Sequence[str], value: float) -> None:
+        """Count a value in the histogram that `Metrics` calls by this name."""
 
 
 class Metrics:
@@ -100,6 +111,18 @@ class Metrics:
         self.model_ready = Gauge(
             "roiserve_model_ready", "Whether a model is loaded and warmed up.", ("model",), registry=registry
         )
+        self.device_memory = Gauge(
+            "roiserve_device_memory_bytes",
+            "Memory of a device: allocated, reserved and total of a GPU, resident of the workers on a CPU.",
+            ("device", "kind"),
+            registry=registry,
+        )
+        self.worker_restarts = Counter(
+            "roiserve_worker_restarts_total",
+            "Device workers that were replaced: killed by a signal, crashed, hung, or start_failed.",
+            ("reason",),
+            registry=registry,
+        )
         build_info = Gauge(
             "roiserve_build_info", "The running program; always 1.", ("version", "python"), registry=registry
         )
@@ -114,10 +137,29 @@ class Metrics:
             queue_depth: how many images wait for it, asked at each scrape.
             queue_pixels: how many pixels, padded, they have.
         """
-        self.model_info.labels(
-            info.key, info.version, info.architecture, info.roi_op, info.engine, info.precision, info.device
-        ).set(1)
+        self.model_info.labels(*_info_labels(info)).set(1)
         self.model_ready.labels(info.key).set(1)
         self.images.labels(info.key, "ok")
         self.queue_depth.labels(info.key).set_function(queue_depth)
         self.queue_pixels.labels(info.key).set_function(queue_pixels)
+
+    def remove_model(self, info: ModelInfo) -> None:
+        """Forget a model that was unloaded, but for what was counted."""
+        self.model_info.remove(*_info_labels(info))
+        for gauge in (self.model_ready, self.queue_depth, self.queue_pixels):
+            gauge.remove(info.key)
+
+    def observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
+        """See `Observe`."""
+        histogram: Histogram = getattr(self, name)
+        histogram.labels(*labels).observe(value)
+
+    def set_device_memory(self, sizes: Mapping[tuple[str, str], float]) -> None:
+        """Replace the memory of all devices: bytes by device and kind."""
+        self.device_memory.clear()
+        for labels, size in sizes.items():
+            self.device_memory.labels(*labels).set(size)
+
+
+def _info_labels(info: ModelInfo) -> tuple[object, ...]:
+    return info.key, info.version, info.architecture, info.roi_op, info.engine, info.precision, info.device

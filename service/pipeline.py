@@ -1,4 +1,4 @@
-"""One request: decode, submit, encode. Called by `api` with a job; knows threads, the batcher and the deadline, but
+"""One request: decode, submit, encode. Called by `workers` with a job; knows threads, the batcher and the deadline, but
 neither HTTP nor networks: whatever runs a model is a `Predictor` to it.
 
 Sizes are (height, width) in pixels, times are in seconds of `time.monotonic`.
@@ -8,26 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import orjson
 
 from service.batching.batcher import Batcher
-from service.errors import CancelledRequestError, DeadlineExceededError, OverloadedError, ServiceError
+from service.batching.queue import Priority
+from service.errors import DeadlineExceededError, NotReadyError
 from service.imaging.decode import ImageLimits, decode_image
-from service.metrics import Metrics
-from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
+from service.imaging.overlay import draw_detections, encode_picture
+from service.masks.png import encode_crops, encode_png
+from service.masks.polygons import encode_polygons
+from service.masks.rle import encode_rle
+from service.metrics import Observe
+from service.structures import (
+    Answer,
+    Detections,
+    Image,
+    Job,
+    MaskFormat,
+    ModelInfo,
+    PictureType,
+    Prediction,
+    Progress,
+    Query,
+)
 
 T = TypeVar("T")
-E = TypeVar("E")
 
-# What one job is taken to last before the first was measured.
-_UNMEASURED_SECONDS = 1.0
-
-# How much of the measured time of a job the next one leaves in place: about the last fifty count.
-_TIME_MEMORY = 0.98
+MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
+    "rle": encode_rle,
+    "polygons": encode_polygons,
+    "png": encode_png,
+    "crop": encode_crops,
+}
 
 
 class Predictor(Protocol):
@@ -44,60 +61,10 @@ class Predictor(Protocol):
         """Do once what would make the first requests slow."""
 
     def predict(self, queries: Sequence[Query]) -> Sequence[Prediction]:
-        """Answer a batch: one prediction for each query, in order."""
+        """Answer a batch: one prediction for each query, in order. Raises OutOfMemoryError for lack of memory."""
 
-
-class Progress:
-    """Where a request is, and how long each earlier stage took. The pipeline moves it on, whoever reports reads it.
-
-    Attributes:
-        stage: the one it is in.
-        stage_seconds: by name, for the stages that it has left.
-        started_at: when it entered its first stage.
-    """
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.stage_seconds: dict[str, float] = {}
-        self.started_at = self._entered_at = time.monotonic()
-
-    def enter(self, stage: str) -> None:
-        """Leave the present stage for another one."""
-        now = time.monotonic()
-        self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self._entered_at
-        self.stage, self._entered_at = stage, now
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Job:
-    """One encoded image and what to find in it.
-
-    Attributes:
-        deadline: when the caller will no longer wait.
-    """
-
-    predictor: Predictor
-    data: bytes
-    options: DetectOptions
-    deadline: float
-    progress: Progress
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answer(Generic[E]):
-    """What came of a job.
-
-    Attributes:
-        image_size: of the upright image, the frame of the boxes.
-        encoded: what the caller's `encode` made of the detections.
-        batch_size: how many images shared the batch.
-    """
-
-    image_size: tuple[int, int]
-    orientation_applied: bool
-    detections: Detections
-    encoded: E
-    batch_size: int
+    def release_memory(self) -> None:
+        """Free what the device holds in reserve, after a lack of memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,98 +77,184 @@ class Work:
     progress: Progress
 
 
-def predict_batch(batch: Sequence[Work], *, metrics: Metrics) -> Sequence[Prediction]:
-    """The batcher's function: answer works of one model together. Runs on the batcher's thread."""
+@dataclass(slots=True, eq=False)
+class Errand:
+    """Something else to be done on the batcher's thread, such as a warm-up: never beside a batch, for much of what runs
+    networks bears one thread only.
+
+    Attributes:
+        error: what the function raised.
+    """
+
+    function: Callable[[], object]
+    error: Exception | None = None
+
+    def run(self) -> None:
+        """Call the function."""
+        try:
+            self.function()
+        except Exception as error:
+            self.error = error
+
+
+def run_batch(batch: Sequence[Work | Errand], *, observe: Observe) -> Sequence[Prediction | None]:
+    """The batcher's function: answer works of one model together, or run errands. Runs on the batcher's thread."""
+    for errand in batch:
+        if isinstance(errand, Errand):
+            errand.run()
+    works = [work for work in batch if isinstance(work, Work)]
+    return _predict(works, observe) if works else [None] * len(batch)
+
+
+def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
     for work in batch:
         work.progress.enter("inference")
+        work.progress.begin("inference")
     predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
     for stage, seconds in predictions[0].stage_seconds.items():
-        metrics.stage_duration.labels(stage, model).observe(seconds)
-    metrics.batch_size.labels(model).observe(len(batch))
-    metrics.batch_padding_ratio.labels(model).observe(predictions[0].padding_ratio)
+        observe("stage_duration", (stage, model), seconds)
+    observe("batch_size", (model,), len(batch))
+    observe("batch_padding_ratio", (model,), predictions[0].padding_ratio)
     return predictions
+
+
+def release_memory(batch: Sequence[Work | Errand]) -> None:
+    """The batcher's function after a lack of memory for these works."""
+    if isinstance(batch[0], Work):
+        batch[0].predictor.release_memory()
+
+
+def encode_json(image: Image, detections: Detections, info: ModelInfo, mask_format: MaskFormat) -> bytes:
+    """The detections as the JSON array that the answer to a request holds; see `api/schemas.py`."""
+    labels = detections.labels.tolist()
+    found: list[dict[str, Any]] = [
+        {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
+        for box, label_id, score in zip(detections.boxes, labels, detections.scores, strict=True)
+    ]
+    if mask_format != "none" and detections.masks is not None:
+        masks = MASK_ENCODERS[mask_format](detections.masks, detections.boxes, image.size)
+        for detection, mask in zip(found, masks, strict=True):
+            detection["mask"] = mask
+    return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_drawing(image: Image, detections: Detections, info: ModelInfo, picture_type: PictureType) -> bytes:
+    """The image with the detections drawn into it."""
+    drawn = draw_detections(image, detections, info.labels)
+    return encode_picture(drawn, "png" if picture_type == "image/png" else "jpeg")
 
 
 class Pipeline:
     """The way of every request through the rooms, for all models of a device.
 
     Args:
-        batcher: runs `predict_batch`.
+        batcher: runs `run_batch`.
         decoders: threads that decode.
         encoders: threads that encode: others, so that finished answers do not wait behind new images.
-        max_jobs: jobs that may be under way; more are refused before they are decoded, which they would be in vain.
+        predictors: the loaded models by their keys; looked up anew for each job.
+        observe: takes the times of the stages and the numbers of detections.
     """
 
     def __init__(
         self,
         *,
-        batcher: Batcher[Work, Prediction],
+        batcher: Batcher[Work | Errand, Prediction | None],
         decoders: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
         image_limits: ImageLimits,
-        max_jobs: int,
-        metrics: Metrics,
+        predictors: Mapping[str, Predictor],
+        observe: Observe,
     ) -> None:
         self._batcher = batcher
         self._decoders = decoders
         self._encoders = encoders
         self._image_limits = image_limits
-        self._max_jobs = max_jobs
-        self._metrics = metrics
-        self._jobs = 0
+        self._predictors = predictors
+        self._observe = observe
         self._submitted: set[Work] = set()
-        self._seconds_per_job = _UNMEASURED_SECONDS
 
-    def queue_depth(self, model_key: str) -> int:
-        """How many images wait for the device on behalf of one model, `name@version`."""
-        return len(self._waiting(model_key))
-
-    def queue_pixels(self, model_key: str) -> int:
-        """How many pixels they have, resized and padded."""
-        return sum(work.padded_pixels for work in self._waiting(model_key))
-
-    def _waiting(self, model_key: str) -> list[Work]:
+    def waiting_pixels(self, model_key: str) -> Sequence[int]:
+        """Of each image that waits for the device on behalf of one model, its pixels, resized and padded."""
         return [
-            work for work in self._submitted if work.progress.stage == "queue" and work.predictor.info.key == model_key
+            work.padded_pixels
+            for work in self._submitted
+            if work.progress.stage == "queue" and work.predictor.info.key == model_key
         ]
 
-    async def run(self, job: Job, encode: Callable[[Image, Detections], E]) -> Answer[E]:
+    async def run(self, job: Job) -> Answer:
         """Take one job the whole way. Cancelling it drops what was not begun.
-
-        Args:
-            encode: makes of the detections what the caller wants; called in a thread.
 
         Raises:
             ServiceError: UnsupportedImageError, InvalidImageError or TooLargeError for the image; OverloadedError,
                 NotReadyError, DeadlineExceededError or InferenceError for what became of it.
         """
-        with self._outcome_counted(job), self._place_taken():
-            job.progress.enter("decode")
-            image = await self._in_thread(self._decoders, job, self._decode, job.data)
-            job.progress.enter("queue")
-            prediction = await self._submit(job, image)
-            job.progress.enter("encode")
-            encoded = await self._in_thread(self._encoders, job, encode, image, prediction.detections)
-            job.progress.enter("respond")
-        self._observe(job, prediction)
-        return Answer(image.size, image.orientation_applied, prediction.detections, encoded, prediction.batch_size)
+        image, prediction = await self.detect(job)
+        job.progress.enter("encode")
+        encoded = await self._in_thread(self._encoders, job, self._encode, job, image, prediction.detections)
+        job.progress.enter("respond")
+        for stage in ("decode", "queue", "encode"):
+            self._observe("stage_duration", (stage, job.model), job.progress.stage_seconds[stage])
+        found = len(prediction.detections)
+        self._observe("detections", (job.model,), found)
+        return Answer(image.size, image.orientation_applied, found, prediction.batch_size, encoded)
 
-    def _decode(self, data: bytes) -> Image:
-        return decode_image(data, limits=self._image_limits)
+    async def detect(self, job: Job) -> tuple[Image, Prediction]:
+        """As `run`, but for the encoding: the decoded image and what was found in it."""
+        predictor = self._predictor(job.model)
+        job.progress.enter("decode")
+        image = await self._in_thread(self._decoders, job, self._decode, job)
+        job.progress.enter("queue")
+        return image, await self._submit(job, predictor, image)
 
-    async def _submit(self, job: Job, image: Image) -> Prediction:
-        padded_size = job.predictor.group_key(image.size)
+    def _predictor(self, model_key: str) -> Predictor:
+        predictor = self._predictors.get(model_key)
+        if predictor is None:
+            raise NotReadyError(f"the model {model_key} is not loaded any more")
+        return predictor
+
+    def _decode(self, job: Job) -> Image:
+        job.progress.begin("decode")
+        return decode_image(job.data, limits=self._image_limits)
+
+    def _encode(self, job: Job, image: Image, detections: Detections) -> bytes:
+        job.progress.begin("encode")
+        info = self._predictor(job.model).info
+        if job.output == "image/png" or job.output == "image/jpeg":
+            return encode_drawing(image, detections, info, job.output)
+        return encode_json(image, detections, info, job.output)
+
+    async def _submit(self, job: Job, predictor: Predictor, image: Image) -> Prediction:
+        padded_size = predictor.group_key(image.size)
         padded_pixels = padded_size[0] * padded_size[1]
-        work = Work(job.predictor, Query(image, job.options), padded_pixels, job.progress)
-        group = (job.predictor.info.key, padded_size, job.options.roi_op)
+        work = Work(predictor, Query(image, job.options), padded_pixels, job.progress)
+        job.progress.begin("queue", padded_pixels=padded_pixels)
         self._submitted.add(work)
         try:
-            answer = await self._batcher.submit(work, group=group, cost=padded_pixels, deadline=job.deadline)
+            answer = await self._batcher.submit(
+                work,
+                group=(job.model, padded_size, job.options.roi_op),
+                cost=padded_pixels,
+                deadline=job.deadline,
+                priority=Priority.BULK if job.is_bulk else Priority.INTERACTIVE,
+            )
         finally:
             self._submitted.remove(work)
+        assert answer.result is not None
         return answer.result
+
+    async def run_errand(self, function: Callable[[], object]) -> None:
+        """Call a function on the batcher's thread, when its turn comes; raises what it raises.
+
+        Raises:
+            OverloadedError: the queue is full.
+            NotReadyError: the batcher is stopping.
+        """
+        errand = Errand(function)
+        await self._batcher.submit(errand, group=errand, cost=1)
+        if errand.error is not None:
+            raise errand.error
 
     async def _in_thread(self, threads: ThreadPoolExecutor, job: Job, function: Callable[..., T], *args: object) -> T:
         """Call a function in a thread for as long as the caller waits. One that has begun runs on, in vain."""
@@ -215,43 +268,3 @@ class Pipeline:
                 return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
         except TimeoutError:
             raise too_late from None
-
-    @contextmanager
-    def _place_taken(self) -> Iterator[None]:
-        """Hold one of the `max_jobs` places, and learn how long a job takes."""
-        if self._jobs >= self._max_jobs:
-            # Little's law: what is under way now will be done after about the time that one job takes.
-            raise OverloadedError(
-                f"the queue is full: {self._jobs} images wait or are under way, at most {self._max_jobs}",
-                retry_after_seconds=self._seconds_per_job,
-            )
-        started_at = time.monotonic()
-        self._jobs += 1
-        try:
-            yield
-            seconds = time.monotonic() - started_at
-            self._seconds_per_job += (1 - _TIME_MEMORY) * (seconds - self._seconds_per_job)
-        finally:
-            self._jobs -= 1
-
-    @contextmanager
-    def _outcome_counted(self, job: Job) -> Iterator[None]:
-        outcome = "internal_error"
-        try:
-            yield
-            outcome = "ok"
-        except asyncio.CancelledError:
-            outcome = CancelledRequestError.code
-            self._metrics.cancelled.labels(job.progress.stage).inc()
-            raise
-        except ServiceError as error:
-            outcome = error.code
-            raise
-        finally:
-            self._metrics.images.labels(job.predictor.info.key, outcome).inc()
-
-    def _observe(self, job: Job, prediction: Prediction) -> None:
-        model = job.predictor.info.key
-        for stage in ("decode", "queue", "encode"):
-            self._metrics.stage_duration.labels(stage, model).observe(job.progress.stage_seconds[stage])
-        self._metrics.detections.labels(model).observe(len(prediction.detections))

@@ -39,8 +39,30 @@ class Settings(BaseSettings):
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the network: auto, float32, float16 or bfloat16."
     )
-    engine: Literal["auto", "eager"] = Field(
-        "auto", description="What runs the network: auto or eager, PyTorch as it is; auto takes the fastest there is."
+    engine: Literal["auto", "eager", "compiled", "openvino"] = Field(
+        "auto",
+        description="What runs the network: auto, eager (PyTorch as it is), compiled (torch.compile) or openvino (for "
+        "the CPU); auto takes the fastest there is.",
+    )
+    engine_cache_dir: Path | None = Field(
+        None,
+        description="Folder where an engine keeps what it compiled, for the next start; unset takes .cache/roiserve in "
+        "the user's home.",
+    )
+
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes that run models; unset takes one a GPU, or one on the CPU. 0 runs them in the process "
+        "that serves HTTP, for debugging.",
+    )
+    probe_timeout_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="How long a worker may give no sign of progress, in seconds, before it is replaced; above the time "
+        "of the slowest batch.",
     )
 
     max_batch_size: int = Field(8, ge=1, le=1024, description="Most images that share a batch.")

@@ -6,8 +6,10 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
+MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+PictureType = Literal["image/png", "image/jpeg"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,3 +163,70 @@ class ModelInfo:
     def key(self) -> str:
         """`name@version`, as requests may write it."""
         return f"{self.name}@{self.version}"
+
+
+class Progress:
+    """Where a request is, and how long each earlier stage took. The rooms move it on, whoever reports reads it.
+
+    Attributes:
+        stage: the one it is in.
+        stage_seconds: by name, for the stages that it has left.
+        started_at: when it entered its first stage, in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.stage_seconds: dict[str, float] = {}
+        self.started_at = self._entered_at = time.monotonic()
+
+    def enter(self, stage: str) -> None:
+        """Leave the present stage for another one."""
+        now = time.monotonic()
+        self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self._entered_at
+        self.stage, self._entered_at = stage, now
+
+    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
+        """Work on it begins now (`decode`, `inference`, `encode`), or it begins to wait (`queue`).
+
+        Called on the thread that does the work, right before it, so that a process that dies of the work has said so.
+        Nobody but a worker process wants to know.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Job:
+    """One encoded image, what to find in it, and what to make of it.
+
+    Attributes:
+        model: the key of a loaded model, name@version.
+        data: the encoded image.
+        output: the form of the masks in the JSON of the detections, or the type of the picture to draw them into.
+        deadline: when the caller will no longer wait, in seconds of `time.monotonic`.
+        is_bulk: whether it is one of many that may take their time.
+    """
+
+    model: str
+    data: bytes
+    options: DetectOptions
+    output: MaskFormat | PictureType
+    deadline: float
+    progress: Progress
+    is_bulk: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What came of a job.
+
+    Attributes:
+        image_size: of the upright image, the frame of the boxes.
+        detections: how many there are.
+        batch_size: how many images shared the batch.
+        encoded: the JSON of the detections, or the picture.
+    """
+
+    image_size: tuple[int, int]
+    orientation_applied: bool
+    detections: int
+    batch_size: int
+    encoded: bytes

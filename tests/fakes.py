@@ -5,14 +5,18 @@ It can hold the device, and fail.
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 
-from service.errors import OutOfMemoryError
+from service.errors import ModelStoreError, OutOfMemoryError
+from service.settings import Settings
 from service.structures import Detections, ModelInfo, Prediction, Query
 
 FAKE_INFO = ModelInfo(
@@ -34,6 +38,9 @@ FAKE_BOXES_INFO = replace(FAKE_INFO, name="fake-boxes", architecture="faster_rcn
 
 # A picture whose top left pixel has this red value makes the model fail.
 POISON = 13
+# These end the process that works on them, or keep it for ever.
+KILLER = 14
+HANG = 15
 NO_LIMIT = 10**12
 
 
@@ -81,8 +88,13 @@ class FakePredictor:
         if sum(query.image.width * query.image.height for query in queries) > self.memory_pixels:
             sizes = ", ".join(f"{query.image.width}x{query.image.height}" for query in queries)
             raise OutOfMemoryError(f"not enough memory for a batch of {len(queries)} ({sizes})")
-        if any(query.image.pixels[0, 0, 0] == POISON for query in queries):
+        marks = {int(query.image.pixels[0, 0, 0]) for query in queries}
+        if POISON in marks:
             raise RuntimeError("the device cannot bear this picture")
+        if KILLER in marks:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if HANG in marks:
+            threading.Event().wait()
         stage_seconds = {"backbone": 0.001, "roi_heads": 0.001}
         return [Prediction(self._detect(query), stage_seconds, len(queries)) for query in queries]
 
@@ -113,3 +125,20 @@ def picture(*, red: int = 255, height: int = 48, width: int = 64, image_format: 
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (width, height), (red, 0, 0)).save(buffer, image_format)
     return buffer.getvalue()
+
+
+class SlowPredictor(FakePredictor):
+    """Takes its time over every batch, so that something can happen meanwhile."""
+
+    def predict(self, queries: Sequence[Query]) -> list[Prediction]:
+        time.sleep(0.02)
+        return super().predict(queries)
+
+
+def load_fakes(settings: Settings) -> Iterator[FakePredictor]:
+    """A factory for worker processes: `fake@1`, or the models that the settings name; `broken` cannot be loaded."""
+    for reference in settings.models or ("fake",):
+        name, _, version = reference.partition("@")
+        if name == "broken":
+            raise ModelStoreError("broken/1/weights.safetensors is not what it says")
+        yield SlowPredictor(replace(FAKE_INFO, name=name, version=int(version or 1), device=settings.device))

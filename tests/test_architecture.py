@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "service"
 
 # Rooms on one floor (between two arrows) do not import one another either.
 ORDER = (
-    "cli → commands → app | training → api → pipeline → batching | imaging | masks | inference → model_store "
+    "cli → commands → app | training → api → workers → pipeline → batching | imaging | masks | inference → model_store "
     "→ modeling → ops → metrics → structures → settings | logs | jit | load → errors"
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER.split(" → ")) for room in rooms.split(" | ")}
@@ -112,3 +112,16 @@ def test_floor_plan_draws_the_rooms_that_exist() -> None:
 
 def test_floor_plan_states_this_order() -> None:
     assert ORDER in " ".join(str(service.__doc__).split())
+
+
+def test_process_that_serves_http_does_not_load_what_its_workers_run() -> None:
+    program = (
+        "import sys\n"
+        "from service.app import create_app\n"
+        "from service.settings import Settings\n"
+        "create_app(Settings())\n"
+        "print(*sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not set(run.stdout.split()) & {"torch", "torchvision", "numba", "cv2", "service.inference"}

@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic.fields import FieldInfo
 
-from service.api.options import DetectParameters, MaskFormat
+from service.api.options import DetectParameters
 from service.metrics import Metrics
 from service.settings import Settings
+from service.structures import MaskFormat
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])

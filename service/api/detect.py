@@ -1,5 +1,5 @@
 """Detections in one image, in several, or drawn into the image. Reads the upload and its options, hands jobs to the
-pipeline and writes what comes back.
+detector and writes what comes back.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from service.api.options import (
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
 from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
-from service.imaging.overlay import draw_detections, encode_picture
-from service.pipeline import Answer, Job, Predictor, Progress
-from service.structures import Detections, Image
+from service.structures import Answer, Job, MaskFormat, ModelInfo, PictureType, Progress
 
 router = APIRouter(
     prefix="/v1",
@@ -50,21 +48,23 @@ class _Order(Generic[P]):
 
     images: Sequence[bytes]
     parameters: P
-    predictor: Predictor
+    info: ModelInfo
     wish: Wish
     deadline: float
 
-    def job(self, image: bytes, progress: Progress) -> Job:
+    def job(self, image: bytes, progress: Progress, output: MaskFormat | PictureType, *, is_bulk: bool = False) -> Job:
         return Job(
-            predictor=self.predictor,
+            model=self.info.key,
             data=image,
             options=self.wish.options,
+            output=output,
             deadline=self.deadline,
             progress=progress,
+            is_bulk=is_bulk,
         )
 
-    def describe(self, answer: Answer[Sequence[object] | None], progress: Progress) -> dict[str, object]:
-        return detections_document(self.predictor.info, answer, progress, roi_op=self.wish.options.roi_op)
+    def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
+        return detections_document(self.info, answer, progress, roi_op=self.wish.options.roi_op)
 
     def only_image(self) -> bytes:
         if not self.images:
@@ -92,12 +92,12 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     parameters = merge_options(query, upload)
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
-    predictor = state.models.find(parameters.model)
-    record.notes["model"] = predictor.info.key
+    info = state.models.find(parameters.model)
+    record.notes["model"] = info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
-    wish = understand(parameters, predictor.info, read_proposals(upload))
-    return _Order(upload.images, parameters, predictor, wish, deadline)
+    wish = understand(parameters, info, read_proposals(upload))
+    return _Order(upload.images, parameters, info, wish, deadline)
 
 
 @router.post(
@@ -115,9 +115,9 @@ async def detect(
     Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress)
-    answer = await while_connected(request, state.pipeline.run(job, order.wish.encode))
-    record.notes |= {"batch_size": answer.batch_size, "detections": len(answer.detections)}
+    job = order.job(order.only_image(), record.progress, order.wish.mask_format)
+    answer = await while_connected(request, state.admission.run(job))
+    record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
 
@@ -158,7 +158,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
     progress = Progress("decode")
     try:
-        answer = await state.pipeline.run(order.job(image, progress), order.wish.encode)
+        answer = await state.admission.run(order.job(image, progress, order.wish.mask_format, is_bulk=True))
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}
@@ -176,12 +176,7 @@ async def annotate(
 ) -> Response:
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress)
-    picture_format = order.parameters.format
-
-    def draw(image: Image, detections: Detections) -> bytes:
-        drawn = draw_detections(image, detections, order.predictor.info.labels)
-        return encode_picture(drawn, picture_format)
-
-    answer = await while_connected(request, state.pipeline.run(job, draw))
-    return Response(answer.encoded, media_type=f"image/{picture_format}")
+    picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
+    job = order.job(order.only_image(), record.progress, picture_type)
+    answer = await while_connected(request, state.admission.run(job))
+    return Response(answer.encoded, media_type=picture_type)

@@ -13,17 +13,23 @@ router = APIRouter(tags=["health"])
 
 
 @router.head("/healthz", include_in_schema=False)
-@router.get("/healthz", responses=describe_answer(Health))
-async def live() -> Response:
-    """Whether the process answers; if not, restart it."""
+@router.get("/healthz", responses=describe_answer(Health) | describe_errors(503))
+async def live(state: State) -> Response:
+    """Whether the process answers and its workers can do their work, now or soon; if not, restart it."""
+    if (failure := state.detector.failure) is not None:
+        raise NotReadyError(failure)
     return json_response({"status": "ok"})
 
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=describe_answer(Health) | describe_errors(503))
 async def ready(state: State) -> Response:
-    """Whether requests are wanted: all models are loaded and warmed up, and the service is not about to stop."""
+    """Whether requests are wanted: all models are loaded and warmed up, a worker is there to run them, and the service
+    is not about to stop.
+    """
     phase = state.lifecycle.phase
     if phase is not Phase.READY:
         raise NotReadyError(f"the service is {phase}")
+    if not state.detector.is_alive:
+        raise NotReadyError("no worker is alive; one is being started")
     return json_response({"status": phase})

@@ -22,7 +22,7 @@ from service.api.state import ApiState, Lifecycle, Phase
 from service.batching.held_bytes import Holding
 from service.errors import NotReadyError, ServiceError
 from service.logs import request_id_context
-from service.pipeline import Progress
+from service.structures import Progress
 
 logger = logging.getLogger(__name__)
 

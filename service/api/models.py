@@ -22,12 +22,12 @@ async def list_models(state: State) -> Response:
     """All loaded models."""
     state.lifecycle.require_serving()
     default = state.models.find(None)
-    return json_response({"models": [model_document(one.info, is_default=one is default) for one in state.models]})
+    return json_response({"models": [model_document(one, is_default=one is default) for one in state.models]})
 
 
 @router.get("/{name}", responses=describe_answer(ModelDescription) | describe_errors(404, 422))
 async def show_model(name: str, state: State) -> Response:
     """One loaded model, by name or name@version."""
     state.lifecycle.require_serving()
-    predictor = state.models.find(name)
-    return json_response(model_document(predictor.info, is_default=predictor is state.models.find(None)))
+    info = state.models.find(name)
+    return json_response(model_document(info, is_default=info is state.models.find(None)))

@@ -6,32 +6,22 @@ from __future__ import annotations
 
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from service.api.body import Upload
 from service.api.errors import describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.masks.png import encode_crops, encode_png
-from service.masks.polygons import encode_polygons
-from service.masks.rle import encode_rle
-from service.structures import Box, Detections, DetectOptions, Image, ModelInfo
+from service.structures import Box, DetectOptions, MaskFormat, ModelInfo
 
 MAX_PROPOSALS = 2000
-MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
-MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
-    "rle": encode_rle,
-    "polygons": encode_polygons,
-    "png": encode_png,
-    "crop": encode_crops,
-}
 
 
 class DetectParameters(BaseModel):
@@ -73,7 +63,16 @@ class DetectParameters(BaseModel):
         unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
         if unknown:
             # Its message may hold braces, which a template of its own would not survive.
-            raise PydanticCustomError("unknown_option", "{words}", {"words": _unknown_words(unknown[0], cls)})
+            words = "; ".join(_unknown_words(name, cls) for name in unknown)
+            raise PydanticCustomError("unknown_option", "{words}", {"words": words})
+        return given
+
+    @field_validator("score_thresh", "max_detections", "timeout_ms", mode="before")
+    @classmethod
+    def _refuse_underscores(cls, given: object) -> object:
+        """Python reads 1_0 as ten, nobody else does."""
+        if isinstance(given, str) and "_" in given:
+            raise PydanticCustomError("number", "Input should be a number without underscores")
         return given
 
 
@@ -182,12 +181,6 @@ class Wish:
 
     options: DetectOptions
     mask_format: MaskFormat
-
-    def encode(self, image: Image, detections: Detections) -> Sequence[object] | None:
-        """The masks in the form that was asked for, one for each detection; None if none were."""
-        if self.mask_format == "none" or detections.masks is None:
-            return None
-        return MASK_ENCODERS[self.mask_format](detections.masks, detections.boxes, image.size)
 
 
 def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[Box, ...] | None = None) -> Wish:

@@ -5,15 +5,12 @@ our own output is not validated on its way out, a test holds the two together.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.pipeline import Answer, Progress
-from service.structures import ModelInfo
+from service.structures import Answer, ModelInfo, Progress
 
 
 class ImageFrame(BaseModel):
@@ -127,26 +124,17 @@ class Health(BaseModel):
 
 def detections_document(
     info: ModelInfo,
-    answer: Answer[Sequence[object] | None],
+    answer: Answer,
     progress: Progress,
     *,
     roi_op: str | None = None,
 ) -> dict[str, object]:
-    """What was found in one image, as `ImageDetections` describes it; holds NumPy rows, which orjson writes.
+    """What was found in one image, as `ImageDetections` describes it; the detections are JSON already.
 
     Args:
         roi_op: the operator that the request named instead of the model's.
     """
     height, width = answer.image_size
-    found = answer.detections
-    labels = found.labels.tolist()
-    detections: list[dict[str, Any]] = [
-        {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
-        for box, label_id, score in zip(found.boxes, labels, found.scores, strict=True)
-    ]
-    if answer.encoded is not None:
-        for detection, mask in zip(detections, answer.encoded, strict=True):
-            detection["mask"] = mask
     seconds = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
     seconds["total"] = time.monotonic() - progress.started_at
     return {
@@ -154,7 +142,7 @@ def detections_document(
         "version": info.version,
         "roi_op": roi_op or info.roi_op,
         "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied},
-        "detections": detections,
+        "detections": orjson.Fragment(answer.encoded),
         "timings_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
         "batch_size": answer.batch_size,
     }
@@ -169,4 +157,4 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
 
 def json_response(document: object) -> Response:
     """A document as the bytes of an answer, built once."""
-    return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    return Response(orjson.dumps(document), media_type="application/json")

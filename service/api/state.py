@@ -1,4 +1,4 @@
-"""What the routes of one app share: settings, metrics, the pipeline, the loaded models and where the service is in its
+"""What the routes of one app share: settings, metrics, the detector, the loaded models and where the service is in its
 life. Made by `app.py`; routes get it as the dependency `State`.
 """
 
@@ -15,8 +15,9 @@ from fastapi import Depends, Request
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNotFoundError, NotReadyError
 from service.metrics import Metrics
-from service.pipeline import Pipeline, Predictor
 from service.settings import Settings
+from service.structures import ModelInfo
+from service.workers.detector import Admission, Detector
 
 
 class Phase(StrEnum):
@@ -70,34 +71,34 @@ class LoadedModels:
 
     def __init__(self, default_model: str | None = None) -> None:
         self._default_model = default_model
-        self._predictors: list[Predictor] = []
+        self._infos: list[ModelInfo] = []
 
-    def __iter__(self) -> Iterator[Predictor]:
-        return iter(self._predictors)
+    def __iter__(self) -> Iterator[ModelInfo]:
+        return iter(self._infos)
 
-    def add(self, predictor: Predictor) -> None:
+    def add(self, info: ModelInfo) -> None:
         """Take requests for this model from now on."""
-        self._predictors.append(predictor)
+        self._infos.append(info)
 
-    def find(self, name: str | None) -> Predictor:
+    def find(self, name: str | None) -> ModelInfo:
         """The model of a name (its highest version) or name@version; None for the default.
 
         Raises:
             ModelNotFoundError: none of that name; lists those that are loaded.
         """
         name = self._default_name() if name is None else name
-        found = [one for one in self._predictors if name in (one.info.name, one.info.key)]
+        found = [one for one in self._infos if name in (one.name, one.key)]
         if not found:
-            known = ", ".join(sorted(one.info.key for one in self._predictors)) or "none"
+            known = ", ".join(sorted(one.key for one in self._infos)) or "none"
             raise ModelNotFoundError(f"no model {name!r} is loaded; loaded: {known}")
-        return max(found, key=lambda one: one.info.version)
+        return max(found, key=lambda one: one.version)
 
     def _default_name(self) -> str:
         if self._default_model is not None:
             return self._default_model
-        if not self._predictors:
+        if not self._infos:
             raise ModelNotFoundError("no model is loaded")
-        return next((one for one in self._predictors if one.info.has_masks), self._predictors[0]).info.key
+        return next((one for one in self._infos if one.has_masks), self._infos[0]).key
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -106,10 +107,20 @@ class ApiState:
 
     settings: Settings
     metrics: Metrics
-    pipeline: Pipeline
+    detector: Detector
+    admission: Admission
     models: LoadedModels
     lifecycle: Lifecycle
     held_bytes: HeldBytes
+
+    def add_model(self, info: ModelInfo) -> None:
+        """Take requests for this model from now on, and count them."""
+        self.models.add(info)
+        self.metrics.add_model(
+            info,
+            queue_depth=lambda: len(self.detector.waiting_pixels(info.key)),
+            queue_pixels=lambda: sum(self.detector.waiting_pixels(info.key)),
+        )
 
 
 def _state(request: Request) -> ApiState:

@@ -19,10 +19,10 @@ from service.errors import InvalidRequestError, ServiceError
 
 if TYPE_CHECKING:
     from service.api.options import DetectParameters, Wish
-    from service.api.state import ApiState
-    from service.pipeline import Predictor
+    from service.api.state import LoadedModels
     from service.settings import Settings
-    from service.structures import Detections, Image
+    from service.structures import ModelInfo
+    from service.workers.local import LocalDetector
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 """What is taken from a folder; a file that is named itself may be called anything."""
@@ -31,17 +31,15 @@ FILES_IN_FLIGHT = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Result:
-    """One file's answer as the server would write it, and the drawn picture (PNG) if one is wanted."""
+    """One file's answer as the server would write it, the drawn picture (PNG) if one is wanted, and the labels."""
 
     document: dict[str, object]
     drawn: bytes | None
+    labels: Counter[str]
 
     def summary(self) -> str:
         """How many of each label were found."""
-        detections = self.document["detections"]
-        assert isinstance(detections, list)
-        counts = Counter(detection["label"] for detection in detections)
-        return ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "nothing found"
+        return ", ".join(f"{count} {label}" for label, count in self.labels.most_common()) or "nothing found"
 
 
 def detect(
@@ -63,6 +61,9 @@ def detect(
     ] = None,
     store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[
+        Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
+    ] = "auto",
 ) -> None:
     """Detect objects in files, with the answers that the server would give.
 
@@ -75,7 +76,9 @@ def detect(
     from service.api.options import DetectParameters
     from service.commands.serve import read_settings
 
-    settings = read_settings({"model_store": store, "models": (model,) if model else (), "device": device})
+    settings = read_settings(
+        {"model_store": store, "models": (model,) if model else (), "device": device, "engine": engine}
+    )
     parameters = DetectParameters(score_thresh=score_thresh, max_detections=max_detections, labels=labels, masks=masks)
     failed = asyncio.run(_detect_files(pictures, settings, parameters, out=out, as_json=json))
     if failed:
@@ -132,15 +135,15 @@ async def _detect_files(
     from service.api.options import understand
 
     failed = 0
-    async with _open_service(settings) as state:
-        predictor = state.models.find(parameters.model)
-        wish = understand(parameters, predictor.info)
+    async with _open_detector(settings) as (detector, models):
+        info = models.find(parameters.model)
+        wish = understand(parameters, info)
         console = Console(stderr=True)
         with Progress(console=console, disable=len(pictures) < 2 or not console.is_terminal) as progress:
-            task = progress.add_task(predictor.info.key, total=len(pictures))
+            task = progress.add_task(info.key, total=len(pictures))
             for first in range(0, len(pictures), FILES_IN_FLIGHT):
                 some = pictures[first : first + FILES_IN_FLIGHT]
-                coming = (_detect_file(one.file, state, predictor, wish, draw=out is not None) for one in some)
+                coming = (_detect_file(one.file, detector, info, wish, draw=out is not None) for one in some)
                 for picture, result in zip(some, await asyncio.gather(*coming), strict=True):
                     failed += isinstance(result, ServiceError)
                     _report(picture, result, out=out, as_json=as_json)
@@ -149,53 +152,59 @@ async def _detect_files(
 
 
 @asynccontextmanager
-async def _open_service(settings: Settings) -> AsyncIterator[ApiState]:
-    """The app without its HTTP: models loaded, batcher running.
+async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetector, LoadedModels]]:
+    """What the server runs, without its HTTP: models loaded, batcher running.
 
     Raises:
         ServiceError: a model cannot be loaded.
     """
-    from service.api.state import Phase
-    from service.app import create_app
+    from prometheus_client import CollectorRegistry
 
-    app = create_app(settings)
-    state: ApiState = app.state.api
-    async with app.router.lifespan_context(app):
-        while state.lifecycle.phase is Phase.LOADING:
-            if state.lifecycle.failure is not None:
-                raise state.lifecycle.failure
-            await asyncio.sleep(0.02)
-        yield state
+    from service.api.state import LoadedModels
+    from service.metrics import Metrics
+    from service.workers.local import LocalDetector
+    from service.workers.stored import stored_predictors
+
+    detector = LocalDetector(settings, stored_predictors, Metrics(CollectorRegistry()).observe)
+    models = LoadedModels(settings.default_model)
+    try:
+        for info in await detector.start():
+            models.add(info)
+        yield detector, models
+    finally:
+        await detector.stop()
 
 
 async def _detect_file(
-    file: Path, state: ApiState, predictor: Predictor, wish: Wish, *, draw: bool
+    file: Path, detector: LocalDetector, info: ModelInfo, wish: Wish, *, draw: bool
 ) -> _Result | ServiceError:
     from service.api.schemas import detections_document
-    from service.pipeline import Answer, Job, Progress
-
-    def encode(image: Image, detections: Detections) -> tuple[Sequence[object] | None, bytes | None]:
-        return wish.encode(image, detections), _draw(image, detections, predictor) if draw else None
+    from service.pipeline import encode_drawing, encode_json
+    from service.structures import Answer, Job, Progress
 
     progress = Progress("decode")
     try:
         job = Job(
-            predictor=predictor, data=file.read_bytes(), options=wish.options, deadline=math.inf, progress=progress
+            model=info.key,
+            data=file.read_bytes(),
+            options=wish.options,
+            output=wish.mask_format,
+            deadline=math.inf,
+            progress=progress,
         )
-        answer = await state.pipeline.run(job, encode)
+        image, prediction = await detector.pipeline.detect(job)
     except OSError as error:
         return InvalidRequestError(f"cannot be read: {error.strerror}")
     except ServiceError as error:
         return error
-    masks, drawn = answer.encoded
-    undrawn = Answer(answer.image_size, answer.orientation_applied, answer.detections, masks, answer.batch_size)
-    return _Result(detections_document(predictor.info, undrawn, progress), drawn)
-
-
-def _draw(image: Image, detections: Detections, predictor: Predictor) -> bytes:
-    from service.imaging.overlay import draw_detections, encode_picture
-
-    return encode_picture(draw_detections(image, detections, predictor.info.labels), "png")
+    progress.enter("encode")
+    found = prediction.detections
+    encoded = await asyncio.to_thread(encode_json, image, found, info, wish.mask_format)
+    progress.enter("done")
+    drawn = await asyncio.to_thread(encode_drawing, image, found, info, "image/png") if draw else None
+    answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
+    labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
+    return _Result(detections_document(info, answer, progress), drawn, labels)
 
 
 def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:
@@ -212,8 +221,8 @@ def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | No
             target = out / picture.target
             target.parent.mkdir(parents=True, exist_ok=True)
             Path(f"{target}.png").write_bytes(result.drawn)
-            Path(f"{target}.json").write_bytes(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
+            Path(f"{target}.json").write_bytes(orjson.dumps(document))
     if as_json:
-        typer.echo(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
+        typer.echo(orjson.dumps(document))
     elif isinstance(result, _Result):
         typer.echo(f"{file}: {result.summary()}")

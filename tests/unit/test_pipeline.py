@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
+import orjson
+import PIL.Image
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service import pipeline
 from service.batching.batcher import Batcher
-from service.errors import DeadlineExceededError, InvalidImageError, OverloadedError
+from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
-from service.pipeline import Job, Pipeline, Progress, predict_batch
-from service.structures import Detections, DetectOptions, Image
+from service.pipeline import Errand, Pipeline, Work, run_batch
+from service.structures import DetectOptions, Job, MaskFormat, PictureType, Prediction, Progress
 from tests.fakes import FakePredictor, picture
 
 
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self, max_jobs: int = 8) -> None:
+    def __init__(self) -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
-        self.batcher = Batcher(
-            partial(predict_batch, metrics=self.metrics),
+        self.batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+            partial(run_batch, observe=self.metrics.observe),
             max_batch_size=4,
             max_batch_cost=10**9,
             max_queue_size=8,
@@ -41,15 +46,18 @@ class Bench:
             decoders=self.threads,
             encoders=self.threads,
             image_limits=ImageLimits(max_image_pixels=10_000),
-            max_jobs=max_jobs,
-            metrics=self.metrics,
+            predictors={self.predictor.info.key: self.predictor},
+            observe=self.metrics.observe,
         )
 
-    def job(self, data: bytes | None = None, seconds: float = 60.0) -> Job:
+    def job(
+        self, data: bytes | None = None, seconds: float = 60.0, *, output: MaskFormat | PictureType = "none"
+    ) -> Job:
         return Job(
-            predictor=self.predictor,
+            model="fake@1",
             data=picture() if data is None else data,
             options=DetectOptions(),
+            output=output,
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )
@@ -68,32 +76,41 @@ async def running(bench: Bench) -> AsyncIterator[Bench]:
             bench.threads.shutdown()
 
 
-def count_detections(image: Image, detections: Detections) -> int:
-    return len(detections)
-
-
 async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> None:
     async with running(Bench()) as bench:
         job = bench.job()
-        answer = await bench.pipeline.run(job, count_detections)
-    assert (answer.encoded, answer.image_size, answer.batch_size) == (2, (48, 64), 1)
+        answer = await bench.pipeline.run(job)
+    assert [found["label"] for found in orjson.loads(answer.encoded)] == ["cat", "dog"]
+    assert (answer.detections, answer.image_size, answer.batch_size) == (2, (48, 64), 1)
     assert list(job.progress.stage_seconds) == ["body", "decode", "queue", "inference", "encode"]
-    assert bench.count("roiserve_images_total", model="fake@1", outcome="ok") == 1
+    for stage in ("decode", "queue", "backbone", "encode"):
+        assert bench.count("roiserve_stage_duration_seconds_count", stage=stage, model="fake@1") == 1
+
+
+async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
+    async with running(Bench()) as bench:
+        answer = await bench.pipeline.run(bench.job(output="image/jpeg"))
+    assert PIL.Image.open(io.BytesIO(answer.encoded)).format == "JPEG"
+
+
+async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
+    async with running(Bench()) as bench:
+        with pytest.raises(NotReadyError, match="other@1"):
+            await bench.pipeline.run(replace(bench.job(), model="other@1"))
 
 
 async def test_broken_image_never_reaches_the_batcher() -> None:
     async with running(Bench()) as bench:
         with pytest.raises(InvalidImageError):
-            await bench.pipeline.run(bench.job(picture()[:-30]), count_detections)
+            await bench.pipeline.run(bench.job(picture()[:-30]))
     assert bench.predictor.batches == []
-    assert bench.count("roiserve_images_total", model="fake@1", outcome="invalid_image") == 1
 
 
 async def test_nothing_is_begun_after_the_deadline() -> None:
     async with running(Bench()) as bench:
         bench.threads.shutdown()  # they would now refuse with another error
         with pytest.raises(DeadlineExceededError) as raised:
-            await bench.pipeline.run(bench.job(seconds=0), count_detections)
+            await bench.pipeline.run(bench.job(seconds=0))
     assert raised.value.stage == "decode"
 
 
@@ -102,65 +119,45 @@ async def test_deadline_ends_the_wait_for_a_decoder() -> None:
         gate = threading.Event()
         bench.threads.submit(gate.wait)
         with pytest.raises(DeadlineExceededError) as raised:
-            await bench.pipeline.run(bench.job(seconds=0.05), count_detections)
+            await bench.pipeline.run(bench.job(seconds=0.05))
         gate.set()
     assert raised.value.stage == "decode"
 
 
-async def test_deadline_ends_the_encoding() -> None:
+async def test_deadline_ends_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-
-    def encode(image: Image, detections: Detections) -> None:
-        gate.wait()
-
+    monkeypatch.setattr(pipeline, "encode_json", lambda *_: gate.wait())
     async with running(Bench()) as bench:
         with pytest.raises(DeadlineExceededError) as raised:
-            await bench.pipeline.run(bench.job(seconds=0.5), encode)
+            await bench.pipeline.run(bench.job(seconds=0.5))
         gate.set()
     assert raised.value.stage == "encode"
 
 
-async def test_one_job_too_many_is_refused_before_it_is_decoded() -> None:
-    async with running(Bench(max_jobs=1)) as bench:
-        bench.predictor.device_is_free.clear()
-        first = asyncio.create_task(bench.pipeline.run(bench.job(), count_detections))
-        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
-        with pytest.raises(OverloadedError) as raised:
-            await bench.pipeline.run(bench.job(b"not even looked at"), count_detections)
-        bench.predictor.device_is_free.set()
-        assert (await first).encoded == 2
-        assert (await bench.pipeline.run(bench.job(), count_detections)).encoded == 2
-    assert raised.value.retry_after_seconds > 0
+async def test_errand_runs_on_the_devices_thread_and_its_error_comes_back_as_it_was() -> None:
+    def name_thread() -> None:
+        raise ValueError(threading.current_thread().name)
 
-
-async def test_cancelled_job_is_counted_by_its_stage_and_frees_its_place() -> None:
-    async with running(Bench(max_jobs=1)) as bench:
-        bench.predictor.device_is_free.clear()
-        task = asyncio.create_task(bench.pipeline.run(bench.job(), count_detections))
-        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        bench.predictor.device_is_free.set()
-        await bench.pipeline.run(bench.job(), count_detections)
-    assert bench.count("roiserve_cancelled_total", stage="inference") == 1
-    assert bench.count("roiserve_images_total", model="fake@1", outcome="cancelled") == 1
+    async with running(Bench()) as bench:
+        with pytest.raises(ValueError, match="batcher"):
+            await bench.pipeline.run_errand(name_thread)
+        assert (await bench.pipeline.run(bench.job())).detections == 2
 
 
 async def test_waiting_images_are_counted_with_their_padded_pixels() -> None:
     async with running(Bench()) as bench:
         bench.predictor.device_is_free.clear()
-        first = asyncio.create_task(bench.pipeline.run(bench.job(), count_detections))
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
         await asyncio.to_thread(bench.predictor.device_is_busy.wait)
-        assert bench.pipeline.queue_depth("fake@1") == 0
-        second = asyncio.create_task(bench.pipeline.run(bench.job(), count_detections))
-        while bench.pipeline.queue_depth("fake@1") == 0:
+        assert bench.pipeline.waiting_pixels("fake@1") == []
+        second = asyncio.create_task(bench.pipeline.run(bench.job()))
+        while not bench.pipeline.waiting_pixels("fake@1"):
             await asyncio.sleep(0)
-        assert bench.pipeline.queue_pixels("fake@1") == 64 * 64  # 48 x 64 in steps of 32
-        assert bench.pipeline.queue_depth("other@1") == 0
+        assert bench.pipeline.waiting_pixels("fake@1") == [64 * 64]  # 48 x 64 in steps of 32
+        assert bench.pipeline.waiting_pixels("other@1") == []
         bench.predictor.device_is_free.set()
         await asyncio.gather(first, second)
-        assert bench.pipeline.queue_depth("fake@1") == 0
+        assert bench.pipeline.waiting_pixels("fake@1") == []
 
 
 def test_progress_adds_up_a_stage_that_is_entered_twice(monkeypatch: pytest.MonkeyPatch) -> None:

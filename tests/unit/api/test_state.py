@@ -8,30 +8,31 @@ import pytest
 
 from service.api.state import Lifecycle, LoadedModels, Phase
 from service.errors import ModelNotFoundError, NotReadyError
-from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, FakePredictor
+from service.structures import ModelInfo
+from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO
 
 
-def loaded(*infos: object, default: str | None = None) -> LoadedModels:
+def loaded(*infos: ModelInfo, default: str | None = None) -> LoadedModels:
     models = LoadedModels(default)
     for info in infos:
-        models.add(FakePredictor(info))  # type: ignore[arg-type]
+        models.add(info)
     return models
 
 
 def test_name_without_version_means_the_highest() -> None:
     models = loaded(replace(FAKE_INFO, version=9), replace(FAKE_INFO, version=10), FAKE_BOXES_INFO)
-    assert models.find("fake").info.version == 10
-    assert models.find("fake@9").info.version == 9
+    assert models.find("fake").version == 10
+    assert models.find("fake@9").version == 9
 
 
 def test_default_is_the_first_model_with_masks_else_the_first() -> None:
-    assert loaded(FAKE_BOXES_INFO, FAKE_INFO).find(None).info.name == "fake"
+    assert loaded(FAKE_BOXES_INFO, FAKE_INFO).find(None).name == "fake"
     other = replace(FAKE_BOXES_INFO, name="other")
-    assert loaded(FAKE_BOXES_INFO, other).find(None).info.name == "fake-boxes"
+    assert loaded(FAKE_BOXES_INFO, other).find(None).name == "fake-boxes"
 
 
 def test_configured_default_wins() -> None:
-    assert loaded(FAKE_INFO, FAKE_BOXES_INFO, default="fake-boxes").find(None).info.name == "fake-boxes"
+    assert loaded(FAKE_INFO, FAKE_BOXES_INFO, default="fake-boxes").find(None).name == "fake-boxes"
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:

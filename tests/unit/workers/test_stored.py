@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.app import _stored_predictors
 from service.errors import ModelNotFoundError, ModelStoreError
 from service.model_store.model_toml import ProvenanceTable
 from service.model_store.store import ModelStore
 from service.modeling.build import build_model
 from service.settings import Settings
+from service.workers.stored import stored_predictors
 from tests.unit.training.test_comparing import CONFIG
 
 
@@ -32,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(root: Path, models: str = "", default_model: str | None = None) -> list[str]:
     settings = Settings(model_store=root, models=models, default_model=default_model, device="cpu")  # type: ignore[arg-type]
-    return [predictor.info.key for predictor in _stored_predictors(settings)]
+    return [predictor.info.key for predictor in stored_predictors(settings)]
 
 
 def test_broken_models_are_named_in_the_log_and_the_others_served(

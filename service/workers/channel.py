@@ -1,0 +1,126 @@
+"""What the process that serves HTTP and a worker say to each other: frames over one Unix stream socket. A frame is two
+lengths (4 bytes each, little-endian), a header in JSON and a body of raw bytes. Here is how nouns become headers and
+back; who says what when stands in `process.py` and `pool.py`. Nothing is pickled, nothing lies in shared memory.
+
+Deadlines need no translation: `time.monotonic` is one clock for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+
+from service import errors
+from service.errors import ServiceError
+from service.structures import DetectOptions, ModelInfo
+
+Header = dict[str, Any]
+_LENGTHS = struct.Struct("<II")
+_READ_BYTES = 1024 * 1024
+
+
+def pack(header: Header, body: bytes = b"") -> list[bytes]:
+    """A frame, in two pieces, so that the body need not be copied."""
+    text = orjson.dumps(header)
+    return [_LENGTHS.pack(len(text), len(body)) + text, body]
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Header, bytes]]:
+        """The frames that are complete with these bytes."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTHS.size:
+            header_length, body_length = _LENGTHS.unpack_from(self._buffer)
+            header_end = _LENGTHS.size + header_length
+            if len(self._buffer) < header_end + body_length:
+                return
+            header = orjson.loads(self._buffer[_LENGTHS.size : header_end])
+            body = bytes(memoryview(self._buffer)[header_end : header_end + body_length])
+            del self._buffer[: header_end + body_length]
+            yield header, body
+
+
+class BlockingChannel:
+    """The worker's end. Any thread may send; when `send` returns, the frame outlives this process."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._lock = threading.Lock()
+
+    def send(self, header: Header, body: bytes = b"") -> None:
+        """Send a frame; raises OSError if nobody is there any more."""
+        head, body = pack(header, body)
+        with self._lock:
+            if len(body) < _READ_BYTES:
+                self._socket.sendall(head + body)
+            else:
+                self._socket.sendall(head)
+                self._socket.sendall(body)
+
+    def frames(self) -> Iterator[tuple[Header, bytes]]:
+        """What the other end says, until it is closed."""
+        reader = FrameReader()
+        while data := self._socket.recv(_READ_BYTES):
+            yield from reader.feed(data)
+
+
+def options_from(fields: Header) -> DetectOptions:
+    """Options as they came out of a header."""
+    label_ids, proposals = fields["label_ids"], fields["proposals"]
+    return DetectOptions(
+        **fields
+        | {
+            "label_ids": None if label_ids is None else frozenset(label_ids),
+            "proposals": None if proposals is None else tuple(tuple(box) for box in proposals),
+        }
+    )
+
+
+def options_to(options: DetectOptions) -> Header:
+    """Options as they go into a header."""
+    return asdict(options) | {"label_ids": None if options.label_ids is None else sorted(options.label_ids)}
+
+
+def model_info_from(fields: Header) -> ModelInfo:
+    """A model as it came out of a header; `asdict` puts it in."""
+    return ModelInfo(**fields | {"labels": tuple(fields["labels"]), "roi_ops": tuple(fields["roi_ops"])})
+
+
+class WorkerTracebackError(Exception):
+    """Where in the worker an error came from: the cause of the error that was raised again here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def error_to(error: Exception) -> Header:
+    """An error as it goes into a header; one that is not ours as an error of the service."""
+    is_ours = isinstance(error, ServiceError)
+    return {
+        "code": error.code if isinstance(error, ServiceError) else ServiceError.code,
+        "message": str(error) if is_ours else f"an error of the service: {error!r}",
+        "fields": {name: value for name, value in vars(error).items() if not name.startswith("__")} if is_ours else {},
+        "traceback": None if is_ours and error.__cause__ is None else "".join(traceback.format_exception(error)),
+    }
+
+
+def error_from(header: Header) -> ServiceError:
+    """The same error again: the same class, message and attributes."""
+    kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError))
+    kind = next((kind for kind in kinds if kind.code == header["code"]), ServiceError)
+    error = kind(header["message"], **header["fields"])
+    if header["traceback"]:
+        error.__cause__ = WorkerTracebackError(header["traceback"])
+    return error

@@ -1,0 +1,169 @@
+"""One worker process as its supervisor sees it: start it, talk to it, notice its end. Used by `pool.py`, on the event
+loop; knows frames and processes, nothing of jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+
+from service.errors import NotReadyError
+from service.settings import Settings
+from service.structures import ModelInfo
+from service.workers.channel import FrameReader, Header, error_from, pack
+from service.workers.detector import PredictorFactory
+
+# What a worker may take to end when its socket has.
+_LEAVE_SECONDS = 5.0
+# The frames that answer `ask`.
+_REPLIES = ("pong", "loaded", "unloaded", "refused")
+
+
+class WorkerHandle(asyncio.Protocol):
+    """See the module.
+
+    Args:
+        receive: takes every frame but answers to `ask`.
+
+    Attributes:
+        models: what it has loaded, by key; none while it is not ready.
+        memory: bytes by device and kind, when it was last asked.
+        is_ready: whether it takes jobs.
+        was_killed_for: why its supervisor ended it.
+        got_ready: set when it first was.
+        ended: set when nothing more will come of it.
+    """
+
+    def __init__(self, receive: Callable[[WorkerHandle, Header, bytes], None]) -> None:
+        self.models: dict[str, ModelInfo] = {}
+        self.memory: Mapping[tuple[str, str], float] = {}
+        self.is_ready = False
+        self.was_killed_for: str | None = None
+        self.got_ready = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._receive = receive
+        self._reader = FrameReader()
+        self._ids = itertools.count()
+        self._questions: dict[int, asyncio.Future[Header]] = {}
+        self._process: BaseProcess | None = None
+        self._starting: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = None
+
+    async def start(self, settings: Settings, factory: PredictorFactory) -> None:
+        """Start the process; `got_ready` follows, or `ended`."""
+        ours, theirs = socket.socketpair()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_run_worker, args=(theirs, settings, factory), daemon=True
+        )
+        self._process = process
+        # In a thread, since it waits until the fork server has imported what it shall.
+        self._starting = asyncio.ensure_future(asyncio.to_thread(_start_deaf, process))
+        try:
+            await asyncio.shield(self._starting)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            if self._starting.done():
+                theirs.close()
+            else:
+                self._starting.add_done_callback(lambda _: theirs.close())
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process."""
+        return None if self._process is None else self._process.pid
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is a stream's
+        """As asyncio calls it."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it."""
+        for header, body in self._reader.feed(data):
+            question = self._questions.pop(header["id"], None) if header["kind"] in _REPLIES else None
+            if question is None:
+                self._receive(self, header, body)
+            elif not question.done():
+                question.set_result(header)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """As asyncio calls it: the process has ended, or is about to."""
+        self.is_ready = False
+        self.ended.set()
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(NotReadyError("the worker stopped meanwhile; try again"))
+
+    def send(self, header: Header, body: bytes = b"") -> None:
+        """Send a frame. What cannot be sent any more is lost; `ended` says so."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(pack(header, body))
+
+    async def ask(self, header: Header) -> Header:
+        """Send a command and await the reply.
+
+        Raises:
+            ServiceError: the worker refused it, or ended.
+        """
+        if self.ended.is_set():
+            raise NotReadyError("the worker stopped meanwhile; try again")
+        question_id = next(self._ids)
+        question = self._questions[question_id] = asyncio.get_running_loop().create_future()
+        self.send(header | {"id": question_id})
+        try:
+            reply: Header = await question
+        finally:
+            self._questions.pop(question_id, None)
+        if reply["kind"] == "refused":
+            raise error_from(reply["error"])
+        return reply
+
+    def kill(self, reason: str) -> None:
+        """End it at once."""
+        self.was_killed_for = reason
+        if self._process is not None:
+            self._process.kill()
+
+    async def finish(self) -> int | None:
+        """Let it end, if need be with force; its exit status, negative for a signal."""
+        if self._starting is not None:
+            await asyncio.wait([self._starting])
+        if self._transport is not None:
+            self._transport.close()
+        if self._process is None or self._process.pid is None:
+            return None
+        return await asyncio.to_thread(_await_end, self._process)
+
+
+def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
+    # Imported there only: the process that serves HTTP has no use for what it brings along.
+    from service.workers.process import run_worker
+
+    run_worker(end, settings, factory)
+
+
+def _start_deaf(process: BaseProcess) -> None:
+    """Start a process that no Ctrl-C and no SIGTERM reaches, nor the fork server that bears it: they may go to a whole
+    group of processes, of which only the one that serves HTTP knows how to leave in order.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _await_end(process: BaseProcess) -> int | None:
+    process.join(_LEAVE_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join(_LEAVE_SECONDS)
+    return process.exitcode

@@ -1,0 +1,169 @@
+"""`LocalDetector`: batcher, threads and models, all in this process. A worker process runs one; so does the process
+that serves HTTP if the settings say so, and `roiserve detect`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from service import masks
+from service.batching.batcher import Batcher
+from service.imaging.decode import ImageLimits
+from service.metrics import Observe
+from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
+from service.settings import Settings
+from service.structures import Answer, Job, ModelInfo, Prediction
+from service.workers import devices
+from service.workers.detector import PredictorFactory
+
+logger = logging.getLogger(__name__)
+
+
+class LocalDetector:
+    """See the module.
+
+    Args:
+        factory: loads the models.
+        observe: takes times and sizes.
+    """
+
+    def __init__(self, settings: Settings, factory: PredictorFactory, observe: Observe) -> None:
+        self._settings = settings
+        self._factory = factory
+        self._observe = observe
+        self._predictors: dict[str, Predictor] = {}
+        self._jobs: dict[str, int] = {}
+        self._idle = asyncio.Condition()
+        self._busy_since: float | None = None
+        self.failure: str | None = None
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._encoders = ThreadPoolExecutor(settings.decode_threads, "encode")
+        max_jobs = settings.max_queue_size + settings.max_batch_size
+        self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+            self._run_batch,
+            max_batch_size=settings.max_batch_size,
+            max_batch_cost=settings.max_batch_pixels,
+            max_queue_size=max_jobs,  # who was admitted has a place
+            max_queue_cost=settings.max_queue_pixels,
+            max_batch_wait_seconds=settings.max_batch_wait_ms / 1000,
+            release_memory=release_memory,
+        )
+        self.pipeline = Pipeline(
+            batcher=self._batcher,
+            decoders=self._decoders,
+            encoders=self._encoders,
+            image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
+            predictors=self._predictors,
+            observe=observe,
+        )
+
+    # Whoever waits for another process may be in doubt; this one is as alive as who asks.
+    is_alive = True
+
+    async def start(self) -> Sequence[ModelInfo]:
+        """Load and warm up one model after the other. One that does not warm up is left out, unless the settings name
+        it or no other does.
+        """
+        await self._batcher.start()
+        await asyncio.to_thread(masks.warm_up)
+        broken: Exception | None = None
+        predictors = self._factory(self._settings)
+        while (predictor := await asyncio.to_thread(next, predictors, None)) is not None:
+            try:
+                await self._add(predictor)
+            except Exception as error:
+                if self._settings.models:
+                    raise
+                broken = error
+                logger.error(
+                    "model does not warm up", extra={"fields": {"model": predictor.info.key, "reason": str(error)}}
+                )
+        if broken is not None and not self._predictors:
+            raise broken
+        return [predictor.info for predictor in self._predictors.values()]
+
+    async def stop(self) -> None:
+        """Whatever the device is still at, nobody wants it."""
+        await self._batcher.stop(drain_timeout_seconds=0)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, job: Job) -> Answer:
+        """Do a job; see `Pipeline.run`."""
+        self._jobs[job.model] = self._jobs.get(job.model, 0) + 1
+        try:
+            return await self.pipeline.run(job)
+        finally:
+            self._jobs[job.model] -= 1
+            if self._jobs[job.model] == 0:
+                async with self._idle:
+                    self._idle.notify_all()
+
+    async def load(self, reference: str) -> ModelInfo:
+        """Load a further model beside those that serve, and warm it up between their batches."""
+        settings = self._settings.model_copy(update={"models": (reference,), "default_model": None})
+        [predictor] = await asyncio.to_thread(lambda: list(self._factory(settings)))
+        if predictor.info.key not in self._predictors:
+            await self._add(predictor)
+        return predictor.info
+
+    async def unload(self, model_key: str) -> None:
+        """Let its jobs finish, then forget it and give back its memory."""
+        async with self._idle:
+            await self._idle.wait_for(lambda: self._jobs.get(model_key, 0) == 0)
+        self._jobs.pop(model_key, None)
+        await asyncio.to_thread(self._predictors.pop(model_key).release_memory)
+
+    def waiting_pixels(self, model_key: str) -> Sequence[int]:
+        """See `Pipeline.waiting_pixels`."""
+        return self.pipeline.waiting_pixels(model_key)
+
+    def memory(self) -> Mapping[tuple[str, str], float]:
+        """Bytes by device and kind."""
+        return {
+            (device, kind): size
+            for device in {predictor.info.device for predictor in self._predictors.values()}
+            for kind, size in devices.memory(device).items()
+        }
+
+    def probe(self) -> None:
+        """Let every device do a little; raises RuntimeError if one cannot. Takes as long as it takes."""
+        self._on_device(devices.probe)
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the device's thread has been at one batch; 0 while it is free."""
+        busy_since = self._busy_since
+        return 0.0 if busy_since is None else time.monotonic() - busy_since
+
+    async def _add(self, predictor: Predictor) -> None:
+        await self.pipeline.run_errand(predictor.warm_up)
+        self._predictors[predictor.info.key] = predictor
+        fields = {"model": predictor.info.key, "device": predictor.info.device}
+        logger.info("model ready", extra={"fields": fields})
+
+    def _run_batch(self, batch: Sequence[Work | Errand]) -> Sequence[Prediction | None]:
+        if isinstance(batch[0], Work):  # a warm-up may take its time
+            self._busy_since = time.monotonic()
+        try:
+            return run_batch(batch, observe=self._observe)
+        except Exception:
+            self._check_devices()
+            raise
+        finally:
+            self._busy_since = None
+
+    def _check_devices(self) -> None:
+        """After some CUDA errors nothing works any more in this process."""
+        try:
+            self.probe()
+        except RuntimeError as error:
+            self.failure = f"the device does not answer any more: {error}"
+
+    def _on_device(self, act: Callable[[str], object]) -> None:
+        for device in {predictor.info.device for predictor in self._predictors.values()}:
+            act(device)

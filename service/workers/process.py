@@ -1,0 +1,170 @@
+"""The worker process: a `LocalDetector` at the end of a socket. Started by `pool.py` from the fork server; ends when
+its socket does, so that no worker outlives the process that it works for.
+
+It says `hello` at once and `ready` or `failed` when its models are loaded. Then, for each `job` an `answer` or an
+`error`; a `mark` whenever dangerous work on a job begins or ends; for each `ping` a `pong`, for each `load` and
+`unload` a `loaded`, `unloaded` or `refused`. Observations for the metrics ride on answers and pongs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from dataclasses import asdict
+
+from service.errors import ServiceError
+from service.logs import configure_logging, request_id_context
+from service.metrics import Observed
+from service.settings import Settings
+from service.structures import Answer, Job, Progress
+from service.workers import devices
+from service.workers.channel import BlockingChannel, Header, error_to, options_from
+from service.workers.detector import PredictorFactory
+from service.workers.local import LocalDetector
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
+    """Serve the other end of the socket until it closes."""
+    configure_logging(log_format=settings.log_format, log_level=settings.log_level)
+    asyncio.run(_Worker(BlockingChannel(end), settings, factory).serve())
+
+
+class _MarkedProgress(Progress):
+    """Tells the other process of dangerous work before it begins."""
+
+    def __init__(self, stage: str, *, job_id: int, channel: BlockingChannel) -> None:
+        super().__init__(stage)
+        self._job_id = job_id
+        self._channel = channel
+
+    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
+        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "pixels": padded_pixels})
+
+
+class _Worker:
+    """One worker; see the module."""
+
+    def __init__(self, channel: BlockingChannel, settings: Settings, factory: PredictorFactory) -> None:
+        self._channel = channel
+        self._settings = settings
+        self._factory = factory
+        self._observations: deque[tuple[Observed, Sequence[str], float]] = deque()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._commands: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Load the models, and obey."""
+        self._detector = LocalDetector(self._settings, self._factory, self._observe)
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, name="channel", daemon=True).start()
+        may_use_gpus = self._settings.device != "cpu"
+        self._channel.send(
+            {"kind": "hello", "gpus": await asyncio.to_thread(devices.count_gpus) if may_use_gpus else 0}
+        )
+        try:
+            infos = await self._detector.start()
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                logger.error("the models cannot be loaded", exc_info=error)
+            self._channel.send({"kind": "failed", "error": error_to(error)})
+        else:
+            self._channel.send({"kind": "ready", "models": [asdict(info) for info in infos]})
+        await asyncio.Event().wait()  # `_read` ends the process
+
+    def _read(self) -> None:
+        try:
+            for header, body in self._channel.frames():
+                self._loop.call_soon_threadsafe(self._obey, header, body)
+        except OSError:
+            pass  # reset rather than closed: the other process was killed
+        finally:
+            # At once, whatever the other threads are at: nobody wants it any more.
+            os._exit(0)
+
+    def _obey(self, header: Header, body: bytes) -> None:
+        if header["kind"] == "job":
+            task = asyncio.create_task(self._run(header, body))
+            self._tasks[header["id"]] = task
+            task.add_done_callback(lambda _: self._tasks.pop(header["id"]))
+        elif header["kind"] == "cancel":
+            if header["id"] in self._tasks:
+                self._tasks[header["id"]].cancel()
+        else:
+            command = asyncio.create_task(self._answer_command(header))
+            self._commands.add(command)
+            command.add_done_callback(self._commands.discard)
+
+    async def _run(self, header: Header, body: bytes) -> None:
+        request_id_context.set(header["request_id"])
+        progress = _MarkedProgress("received", job_id=header["id"], channel=self._channel)
+        job = Job(
+            model=header["model"],
+            data=body,
+            options=options_from(header["options"]),
+            output=header["output"],
+            deadline=header["deadline"],
+            progress=progress,
+            is_bulk=header["is_bulk"],
+        )
+        try:
+            answer = await self._detector.run(job)
+        except Exception as error:
+            if self._detector.failure is not None:
+                logger.error("worker gives up", extra={"fields": {"reason": self._detector.failure}})
+                os._exit(1)  # another one may do better with this job
+            self._channel.send({"kind": "error", "id": header["id"], "error": error_to(error)})
+        else:
+            self._answer(header["id"], answer, progress)
+
+    def _answer(self, job_id: int, answer: Answer, progress: Progress) -> None:
+        fields = {
+            "image_size": answer.image_size,
+            "orientation_applied": answer.orientation_applied,
+            "detections": answer.detections,
+            "batch_size": answer.batch_size,
+        }
+        stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
+        header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
+        self._channel.send(header | {"observations": self._take_observations()}, answer.encoded)
+
+    async def _answer_command(self, header: Header) -> None:
+        commands = {"ping": self._ping, "load": self._load, "unload": self._unload}
+        answer: Awaitable[Header] = commands[header["kind"]](header)
+        try:
+            reply = await answer
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                logger.error("a command failed", exc_info=error)
+            reply = {"kind": "refused", "error": error_to(error)}
+        self._channel.send(reply | {"id": header["id"]})
+
+    async def _ping(self, header: Header) -> Header:
+        await asyncio.to_thread(self._detector.probe)
+        memory = [[*labels, size] for labels, size in self._detector.memory().items()]
+        return {
+            "kind": "pong",
+            "busy_seconds": self._detector.busy_seconds,
+            "memory": memory,
+            "observations": self._take_observations(),
+        }
+
+    async def _load(self, header: Header) -> Header:
+        return {"kind": "loaded", "model": asdict(await self._detector.load(header["model"]))}
+
+    async def _unload(self, header: Header) -> Header:
+        await self._detector.unload(header["model"])
+        return {"kind": "unloaded"}
+
+    def _observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
+        self._observations.append((name, labels, value))
+
+    def _take_observations(self) -> list[tuple[Observed, Sequence[str], float]]:
+        # One after the other, since the device's thread may be adding some.
+        return [self._observations.popleft() for _ in range(len(self._observations))]

@@ -1,0 +1,85 @@
+"""The predictors of the models that the settings name, from the model store. Called in the process that runs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from service.errors import ModelNotFoundError, ModelStoreError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.model_store.store import StoredModel
+    from service.pipeline import Predictor
+
+logger = logging.getLogger(__name__)
+
+PRELOAD = ("service.workers.process", "service.inference.loading")
+"""Modules that bring along what takes seconds to import."""
+
+
+def stored_predictors(settings: Settings) -> Iterator[Predictor]:
+    """The models that the settings name, each loaded when it is asked for.
+
+    If they name none, the newest of each name that is not broken.
+
+    Raises:
+        ModelNotFoundError: one that the settings name, or the default model, is not there; before any is loaded.
+        ModelStoreError: one that the settings name is broken, or all are.
+    """
+    # Imported here: the process that serves HTTP knows this function by name only, and probes want an answer meanwhile.
+    from service.inference.loading import load_predictor
+    from service.model_store.store import ModelStore
+
+    _share_cores(settings)
+    store = ModelStore(settings.model_store)
+    known = store.list()
+    # For each model that is to be served, the versions that may be it, best first. One named twice is loaded once.
+    if settings.models:
+        choices = {stored.key: [stored] for stored in map(store.find, settings.models)}
+    else:
+        choices = {one.name: [other for other in reversed(known) if other.name == one.name] for one in known}
+    names = {name for choice in choices.values() for stored in choice for name in (stored.name, stored.key)}
+    if settings.default_model is not None and settings.default_model not in names:
+        words = ", ".join(sorted(names)) or "none"
+        raise ModelNotFoundError(f"no default model {settings.default_model!r} among those to load; known: {words}")
+
+    def load_first_good(choice: Sequence[StoredModel]) -> Predictor | None:
+        for stored in choice:
+            logger.info("loading model", extra={"fields": {"model": stored.key}})
+            try:
+                return load_predictor(
+                    stored,
+                    device=settings.device,
+                    precision=settings.precision,
+                    engine=settings.engine,
+                    cache_dir=settings.engine_cache_dir,
+                )
+            except ModelStoreError as error:
+                if settings.models:
+                    raise
+                logger.error("model is broken", extra={"fields": {"model": stored.key, "reason": str(error)}})
+        return None
+
+    are_all_broken = bool(choices)
+    for choice in choices.values():
+        if (predictor := load_first_good(choice)) is not None:
+            are_all_broken = False
+            yield predictor
+    if are_all_broken:
+        raise ModelStoreError(f"every model in {store.root} is broken")
+
+
+def _share_cores(settings: Settings) -> None:
+    """Let several workers on one CPU not use it all, each of them."""
+    from numba import set_num_threads as set_numba_threads
+    from torch import set_num_threads as set_torch_threads
+
+    from service.inference.loading import choose_device
+
+    if settings.workers is not None and settings.workers > 1 and choose_device(settings.device).type == "cpu":
+        threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+        set_torch_threads(threads)
+        set_numba_threads(threads)
