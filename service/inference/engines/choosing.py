@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
 from pathlib import Path
 
 import torch
 
 from service.errors import ServiceError
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.compiled import check_compiler, compiled_parts
 from service.inference.engines.folding import fold
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
@@ -18,7 +17,6 @@ from service.modeling.poolers import RoIPooler
 logger = logging.getLogger(__name__)
 
 _OPENVINO_PRECISIONS = ("float32", "bfloat16")
-_C_COMPILERS = ("cc", "gcc", "clang")
 
 
 def put_engine(
@@ -54,7 +52,7 @@ def put_engine(
     if problem is None and chosen == "openvino":
         problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir)
     elif problem is None and chosen == "compiled":
-        model.parts = compiled_parts(model)
+        problem = _put_compiled(model, device)
     if problem is None:
         return chosen
     if engine != "auto":
@@ -72,7 +70,18 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
         folder = cache_dir or Path.home() / ".cache" / "roiserve"
         model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
-        return f"OpenVINO cannot express this network: {error}"
+        # The first line says it; behind it there may be whole weights.
+        return f"OpenVINO cannot express this network: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def _put_compiled(model: GeneralizedRCNN, device: torch.device) -> str | None:
+    """As `_put_openvino`."""
+    try:
+        check_compiler(device)
+    except Exception as error:  # Many kinds, by what is missing.
+        return f"engine 'compiled' cannot compile here: {error}"
+    model.parts = compiled_parts(model)
     return None
 
 
@@ -85,11 +94,6 @@ def _why_not(engine: str, model: GeneralizedRCNN, device: torch.device, precisio
             return f"engine 'openvino' runs on the CPU, not on {device}"
         if precision not in _OPENVINO_PRECISIONS:
             return f"engine 'openvino' runs in {' or '.join(_OPENVINO_PRECISIONS)}, not in {precision}"
-    if engine == "compiled":
-        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            return "engine 'compiled' needs Triton, which comes with PyTorch for CUDA"
-        if not any(map(shutil.which, _C_COMPILERS)):
-            return f"engine 'compiled' needs a C compiler: one of {', '.join(_C_COMPILERS)}"
     if engine != "eager" and not isinstance(model.roi_heads.box_roi_pool, RoIPooler):
         return f"engine {engine!r} does not run R-CNN, whose network is run on each proposal's pixels"
     return None

@@ -1,12 +1,14 @@
-"""The `compiled` engine: a network's convolutional parts by `torch.compile`. Called by `choosing.py`. Half precision
-comes from the autocast around the whole network; boxes are decoded in float32 as with every engine.
+"""The `compiled` engine: a network's convolutional parts by `torch.compile`, which captures graphs on CUDA. Called by
+`choosing.py`. Half precision comes from the autocast around the whole network; boxes are decoded in float32 as with
+every engine.
 
-A part is compiled for every shape that it meets, and each of these is a captured graph on CUDA. There are few: a
-model's padded sizes times batch sizes, and numbers of patches, which are rounded up here.
+A part is compiled for each shape that it meets, up to torch's limit of eight; what comes after that runs uncompiled.
+Shapes are few: a model's padded sizes times sizes of batches, and numbers of patches, which are rounded up here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.modeling.generalized_rcnn import GeneralizedRCNN
-from service.modeling.parts import Parts, run_trunk
+from service.modeling.parts import Parts, TrunkOutput, run_trunk
 
 _PATCHES = 128
 """Numbers of patches are rounded up to multiples of this."""
@@ -31,8 +33,19 @@ def compiled_parts(model: GeneralizedRCNN, *, backend: str = "inductor", mode: s
     own = model.own_parts()
     compile_part = partial(torch.compile, backend=backend, mode=mode, dynamic=False)
     trunk = compile_part(partial(run_trunk, model.backbone, model.rpn.head))
-    box_head = compile_part(own.box_head)
+    backbone, box_head = compile_part(model.backbone), compile_part(own.box_head)
     mask_head = None if own.mask_head is None else compile_part(own.mask_head)
+
+    def run_the_trunk(batch: Tensor) -> TrunkOutput:
+        # A new batch begins: from here on the last one's memory may be written over.
+        torch.compiler.cudagraph_mark_step_begin()
+        output: TrunkOutput = trunk(batch)
+        return output
+
+    def run_backbone(batch: Tensor) -> Mapping[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        maps: Mapping[str, Tensor] = backbone(batch)
+        return maps
 
     def run_box_head(pooled: Tensor) -> tuple[Tensor, Tensor]:
         class_logits, box_regression = box_head(_filled_up(pooled))
@@ -44,11 +57,20 @@ def compiled_parts(model: GeneralizedRCNN, *, backend: str = "inductor", mode: s
         return logits[: len(pooled)]
 
     return Parts(
-        trunk=trunk,
-        backbone=compile_part(model.backbone),
+        trunk=run_the_trunk,
+        backbone=run_backbone,
         box_head=run_box_head,
         mask_head=None if mask_head is None else run_mask_head,
     )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a sum.
+
+    Raises:
+        Exception: of whatever is missing: Triton, a C compiler, a folder to write to.
+    """
+    torch.compile(torch.add)(torch.zeros(2, device=device), 1)
 
 
 def _filled_up(rows: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ _RUN_IN_ORDER = (nn.Sequential, BasicBlock, Bottleneck, IntermediateLayerGetter)
 
 
 def fold(model: GeneralizedRCNN) -> None:
-    """Fold what can be folded, in place. The network is in evaluation mode."""
+    """Fold what can be folded, in place, and let nothing ask for gradients. The network is in evaluation mode."""
     fold_norms(model)
     flatten_channels_last(model)
+    model.requires_grad_(False)
 
 
 @torch.no_grad()

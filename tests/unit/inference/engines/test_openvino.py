@@ -1,0 +1,58 @@
+"""The OpenVINO engine keeps what it compiled, trusts no damaged file, writes nowhere else and tells nobody."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from service.inference.engines.folding import fold
+from tests.unit.inference.engines.networks import network
+
+openvino = pytest.importorskip("service.inference.engines.openvino")
+FAMILY = "fpn with masks"
+
+
+def features_of(cache_dir: Path, *, key: str = "key") -> torch.Tensor:
+    model = network(FAMILY)
+    fold(model)
+    parts = openvino.OpenVinoNetwork(model, key=key, precision="float32", cache_dir=cache_dir).parts()
+    with torch.inference_mode():
+        maps: torch.Tensor = parts.trunk(torch.ones(1, 3, 64, 96)).features["0"].clone()
+    return maps
+
+
+def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path) -> None:
+    first = features_of(tmp_path)
+    with patch.object(openvino, "_converted", side_effect=AssertionError("compiled again")):
+        torch.testing.assert_close(features_of(tmp_path), first, rtol=0, atol=0)
+        with pytest.raises(AssertionError, match="compiled again"):
+            features_of(tmp_path, key="other weights")
+
+
+def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
+    first = features_of(tmp_path)
+    for file in tmp_path.iterdir():
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    torch.testing.assert_close(features_of(tmp_path), first, rtol=0, atol=0)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert features_of(tmp_path / "file" / "folder").isfinite().all()
+
+
+def test_nothing_is_sent_and_nothing_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    with patch.object(socket, "socket", side_effect=AssertionError), patch.object(socket, "getaddrinfo") as look_up:
+        features_of(tmp_path / "cache")
+    look_up.assert_not_called()
+    assert list(home.iterdir()) == []
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".openvino"}
