@@ -63,6 +63,7 @@ def create_app(
         models=LoadedModels(settings.default_model),
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
+        changing_models=asyncio.Lock(),
     )
 
     @asynccontextmanager

@@ -8,6 +8,7 @@
     - TooLargeError           more bytes or pixels than the settings allow
     - PoisonousImageError     an image that twice stopped the process that worked on it
     - ModelNotFoundError      no model of that name or version
+    - ModelNeededError        a model that must not go
   - OverloadedError           the queue is full; try again later
   - NotReadyError             loading, draining, or the model is not loaded
   - DeadlineExceededError     no answer within the request's time
@@ -61,6 +62,12 @@ class ModelNotFoundError(InvalidRequestError):
     """No model of that name or version is known."""
 
     code = "model_not_found"
+
+
+class ModelNeededError(InvalidRequestError):
+    """The model is what requests that name none go to."""
+
+    code = "model_needed"
 
 
 class OverloadedError(ServiceError):

@@ -14,6 +14,7 @@ from service.api.errors import KeyNotAllowedError, MissingKeyError
 from service.api.state import State
 
 _Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
+_HOW_TO_SEND = "send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`"
 _Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
@@ -29,9 +30,25 @@ def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
         return
     key = bearer.credentials if bearer else header
     if key is None:
-        raise MissingKeyError("send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`")
+        raise MissingKeyError(_HOW_TO_SEND)
     if not _is_one_of(key, keys):
         raise KeyNotAllowedError("the key that was sent may not do this")
+
+
+def require_admin_key(state: State, bearer: _Bearer, header: _Header) -> None:
+    """Let only bearers of an administrator's key pass.
+
+    Raises:
+        MissingKeyError: no key came.
+        KeyNotAllowedError: it is not an administrator's, or there is no such key.
+    """
+    if not state.settings.admin_keys:
+        raise KeyNotAllowedError("this server has no keys of administrators; start it with ROISERVE_ADMIN_KEYS=KEY")
+    key = bearer.credentials if bearer else header
+    if key is None:
+        raise MissingKeyError(_HOW_TO_SEND)
+    if not _is_one_of(key, state.settings.admin_keys):
+        raise KeyNotAllowedError("this needs the key of an administrator")
 
 
 def _is_one_of(key: str, allowed: Iterable[SecretStr]) -> bool:

@@ -93,6 +93,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
     info = state.models.find(parameters.model)
+    record.resources.enter_context(state.models.use(info))
     record.notes["model"] = info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000

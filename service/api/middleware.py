@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -42,6 +43,7 @@ class RequestRecord:
 
     Attributes:
         holding: the bytes of its body, accounted for until its answer has been sent.
+        resources: what else it holds until then.
         notes: for the log line, such as the model.
         status: of the answer, once it has begun.
     """
@@ -51,6 +53,7 @@ class RequestRecord:
     progress: Progress = field(default_factory=lambda: Progress("body"))
     notes: dict[str, object] = field(default_factory=dict)
     status: int | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @property
     def seconds(self) -> float:
@@ -92,6 +95,7 @@ class RequestMiddleware:
         try:
             await self._answer(scope, exchange)
         finally:
+            record.resources.close()
             self._tell(scope, record)
             request_id_context.reset(token)
 

@@ -1,10 +1,12 @@
-"""Which models can be asked, and what they are."""
+"""Which models can be asked, what they are, and how an administrator changes that."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Depends, Response
+from typing import Annotated
 
-from service.api.auth import require_key
+from fastapi import APIRouter, Depends, Query, Response
+
+from service.api.auth import require_admin_key, require_key
 from service.api.openapi import describe_answer, describe_errors
 from service.api.schemas import ModelDescription, ModelList, json_response, model_document
 from service.api.state import State
@@ -31,3 +33,37 @@ async def show_model(name: str, state: State) -> Response:
     state.lifecycle.require_serving()
     info = state.models.find(name)
     return json_response(model_document(info, is_default=info is state.models.find(None)))
+
+
+@router.post(
+    "/{name}/load",
+    dependencies=[Depends(require_admin_key)],
+    responses=describe_answer(ModelDescription) | describe_errors(404, 409, 422, 429),
+)
+async def load_model(
+    name: str,
+    state: State,
+    version: Annotated[int | None, Query(ge=1, description="Unset, the highest in the store.")] = None,
+) -> Response:
+    """Load a model of the store, by name or name@version, beside those that serve, and let it take the place of what
+    has its name.
+
+    Requests that came before get their answers of the old one, then it is unloaded, and this request is answered. If
+    the new one cannot be loaded, the old one goes on.
+    """
+    state.lifecycle.require_serving()
+    info = await state.load_model(name if version is None else f"{name}@{version}")
+    return json_response(model_document(info, is_default=info is state.models.find(None)))
+
+
+@router.post(
+    "/{name}/unload",
+    dependencies=[Depends(require_admin_key)],
+    status_code=204,
+    responses=describe_errors(404, 409, 422),
+)
+async def unload_model(name: str, state: State) -> Response:
+    """Unload a model, by name or name@version, when the requests that came before have their answers."""
+    state.lifecycle.require_serving()
+    await state.unload_model(name)
+    return Response(status_code=204)

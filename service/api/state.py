@@ -5,7 +5,10 @@ life. Made by `app.py`; routes get it as the dependency `State`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -13,11 +16,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.batching.held_bytes import HeldBytes
-from service.errors import ModelNotFoundError, NotReadyError
+from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import ModelInfo
 from service.workers.detector import Admission, Detector
+
+logger = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
@@ -72,6 +77,8 @@ class LoadedModels:
     def __init__(self, default_model: str | None = None) -> None:
         self._default_model = default_model
         self._infos: list[ModelInfo] = []
+        self._users: Counter[str] = Counter()
+        self._released = asyncio.Event()
 
     def __iter__(self) -> Iterator[ModelInfo]:
         return iter(self._infos)
@@ -79,6 +86,62 @@ class LoadedModels:
     def add(self, info: ModelInfo) -> None:
         """Take requests for this model from now on."""
         self._infos.append(info)
+
+    def replace(self, info: ModelInfo) -> Sequence[ModelInfo]:
+        """Take requests for this model from now on, and none for those in whose place it stands: what has its name.
+
+        Returns:
+            Those.
+
+        Raises:
+            ModelNeededError: requests that name no model would find none.
+        """
+        replaced = [one for one in self._infos if one.name == info.name]
+        at = self._infos.index(replaced[0]) if replaced else len(self._infos)
+        others = [one for one in self._infos if one.name != info.name]
+        self._set([*others[:at], info, *others[at:]])
+        return replaced
+
+    def remove(self, name: str) -> Sequence[ModelInfo]:
+        """Take no more requests for the models of a name, or name@version.
+
+        Returns:
+            Those.
+
+        Raises:
+            ModelNotFoundError: there is none.
+            ModelNeededError: requests that name no model would find none.
+        """
+        self.find(name)
+        removed = [one for one in self._infos if name in (one.name, one.key)]
+        self._set([one for one in self._infos if one not in removed])
+        return removed
+
+    def _set(self, infos: list[ModelInfo]) -> None:
+        before, self._infos = self._infos, infos
+        try:
+            self.find(None)
+        except ModelNotFoundError:
+            self._infos = before
+            name = self._default_model or "the only model"
+            raise ModelNeededError(f"{name} is what requests that name no model go to; it must stay") from None
+
+    @contextmanager
+    def use(self, info: ModelInfo) -> Iterator[None]:
+        """For as long as a request needs a model."""
+        self._users[info.key] += 1
+        try:
+            yield
+        finally:
+            self._users[info.key] -= 1
+            self._released.set()
+
+    async def wait_until_unused(self, info: ModelInfo) -> None:
+        """Until the last request that found it has been answered."""
+        while self._users[info.key] > 0:
+            self._released.clear()
+            await self._released.wait()
+        del self._users[info.key]
 
     def find(self, name: str | None) -> ModelInfo:
         """The model of a name (its highest version) or name@version; None for the default.
@@ -112,15 +175,58 @@ class ApiState:
     models: LoadedModels
     lifecycle: Lifecycle
     held_bytes: HeldBytes
+    changing_models: asyncio.Lock
 
     def add_model(self, info: ModelInfo) -> None:
         """Take requests for this model from now on, and count them."""
         self.models.add(info)
+        self._show(info)
+
+    def _show(self, info: ModelInfo) -> None:
         self.metrics.add_model(
             info,
             queue_depth=lambda: len(self.detector.waiting_pixels(info.key)),
             queue_pixels=lambda: sum(self.detector.waiting_pixels(info.key)),
         )
+
+    async def load_model(self, reference: str) -> ModelInfo:
+        """Load a model beside those that serve, let it take the place of what has its name, and when the last request
+        for that was answered, unload it.
+
+        Args:
+            reference: name, for its highest version in the store, or name@version.
+
+        Raises:
+            ServiceError: it cannot be loaded, or must not take that place; what served before still does.
+        """
+        async with self.changing_models:
+            info = await self.detector.load(reference)
+            if any(one.key == info.key for one in self.models):
+                return info
+            try:
+                replaced = self.models.replace(info)
+            except ServiceError:
+                await self.detector.unload(info.key)
+                raise
+            self._show(info)
+            await self._retire(replaced)
+            return info
+
+    async def unload_model(self, name: str) -> None:
+        """Unload the models of a name, or name@version, when the last request for them was answered.
+
+        Raises:
+            ServiceError: there is none, or it must stay.
+        """
+        async with self.changing_models:
+            await self._retire(self.models.remove(name))
+
+    async def _retire(self, infos: Sequence[ModelInfo]) -> None:
+        for info in infos:
+            await self.models.wait_until_unused(info)
+            await self.detector.unload(info.key)
+            self.metrics.remove_model(info)
+            logger.info("model unloaded", extra={"fields": {"model": info.key}})
 
 
 def _state(request: Request) -> ApiState:

@@ -60,7 +60,7 @@ class Detector(Protocol):
         """
 
     async def unload(self, model_key: str) -> None:
-        """Let the jobs for a model finish, then forget it. The caller sends no more."""
+        """Forget a model for which no job is under way."""
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """Of each image that waits for a device on behalf of one model, its pixels, resized and padded."""

@@ -36,8 +36,6 @@ class LocalDetector:
         self._factory = factory
         self._observe = observe
         self._predictors: dict[str, Predictor] = {}
-        self._jobs: dict[str, int] = {}
-        self._idle = asyncio.Condition()
         self._busy_since: float | None = None
         self.failure: str | None = None
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
@@ -94,14 +92,7 @@ class LocalDetector:
 
     async def run(self, job: Job) -> Answer:
         """Do a job; see `Pipeline.run`."""
-        self._jobs[job.model] = self._jobs.get(job.model, 0) + 1
-        try:
-            return await self.pipeline.run(job)
-        finally:
-            self._jobs[job.model] -= 1
-            if self._jobs[job.model] == 0:
-                async with self._idle:
-                    self._idle.notify_all()
+        return await self.pipeline.run(job)
 
     async def load(self, reference: str) -> ModelInfo:
         """Load a further model beside those that serve, and warm it up between their batches."""
@@ -112,10 +103,7 @@ class LocalDetector:
         return predictor.info
 
     async def unload(self, model_key: str) -> None:
-        """Let its jobs finish, then forget it and give back its memory."""
-        async with self._idle:
-            await self._idle.wait_for(lambda: self._jobs.get(model_key, 0) == 0)
-        self._jobs.pop(model_key, None)
+        """Forget a model and give back its memory."""
         await asyncio.to_thread(self._predictors.pop(model_key).release_memory)
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:

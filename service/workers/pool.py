@@ -177,9 +177,7 @@ class WorkerPool:
             return info
 
     async def unload(self, model_key: str) -> None:
-        """Let the jobs for a model finish, wherever they are, then forget it."""
-        if waiting := [one.outcome for one in self._tickets.values() if one.job.model == model_key]:
-            await asyncio.wait(waiting)
+        """Forget a model, in all workers."""
         async with self._changing:
             self._models.pop(model_key, None)
             await self._unload_everywhere(model_key)

@@ -11,13 +11,14 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from service.api.state import ApiState
 from service.app import create_app
 from service.commands._server import server_config
 from service.pipeline import Predictor
 from service.settings import Settings
-from tests.fakes import FAKE_BOXES_INFO, FakePredictor, picture
+from tests.fakes import FAKE_BOXES_INFO, FakePredictor, load_fakes, picture
 
 
 class _Server(uvicorn.Server):
@@ -92,7 +93,20 @@ class Live:
 def running(predictor: FakePredictor, others: Sequence[Predictor] = (), **settings: Any) -> Iterator[Live]:
     """Run a service in a thread."""
     values = {"port": 0, "drain_timeout_seconds": 1, **settings}
-    app = create_app(Settings(**values), predictors=[predictor, *others])
+    with _serving(create_app(Settings(**values), predictors=[predictor, *others]), predictor) as live:
+        yield live
+
+
+@contextmanager
+def running_workers(**settings: Any) -> Iterator[Live]:
+    """Run a service in a thread, and its fake model in worker processes, where no test can hold it."""
+    values = {"port": 0, "drain_timeout_seconds": 1, "device": "cpu", **settings}
+    with _serving(create_app(Settings(**values), predictor_factory=load_fakes), FakePredictor()) as live:
+        yield live
+
+
+@contextmanager
+def _serving(app: FastAPI, predictor: FakePredictor) -> Iterator[Live]:
     server = _Server(server_config(app))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -34,8 +34,9 @@ STATUSES = {
     "CancelledRequestError": 499,
     "InferenceError": 503,
     "OutOfMemoryError": 507,
-    "ModelStoreError": 500,  # these two are an operator's, no request raises them
-    "DatasetError": 500,
+    "ModelNeededError": 409,
+    "ModelStoreError": 409,
+    "DatasetError": 500,  # no request raises it
 }
 
 

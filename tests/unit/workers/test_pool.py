@@ -68,9 +68,10 @@ async def running(**settings: Any) -> AsyncIterator[Bench]:
         await bench.pool.stop()
 
 
-def score(answer: Answer) -> float:
+def score(answer: Answer) -> int:
     """The mean red of the picture that was answered."""
-    return int(round(255 * orjson.loads(answer.encoded)[0]["score"]))
+    red: int = round(255 * orjson.loads(answer.encoded)[0]["score"])
+    return red
 
 
 async def test_every_job_gets_its_own_answer_and_its_stages_are_timed() -> None:
@@ -164,16 +165,12 @@ async def test_stop_while_starting_leaves_no_process() -> None:
     assert bench.pool.pids == []
 
 
-async def test_model_is_loaded_beside_the_others_and_unloaded_when_its_jobs_are_done() -> None:
+async def test_model_is_loaded_and_unloaded_in_all_workers_and_in_those_that_come_later() -> None:
     async with running(workers=2) as bench:
         assert (await bench.pool.load("fake@2")).key == "fake@2"
         with pytest.raises(ModelStoreError, match="broken/1"):
             await bench.pool.load("broken")
-        old = [bench.submit(red) for red in range(30, 50)]
-        await asyncio.sleep(0)
         await bench.pool.unload("fake@1")
-        assert all(job.done() for job in old)
-        assert [score(job.result()) for job in old] == list(range(30, 50))
         os.kill(bench.pool.pids[0], signal.SIGKILL)
         while len([handle for handle in bench.pool._workers if handle.is_ready]) < 2 or bench.restarts("killed") < 1:
             await asyncio.sleep(0.01)

@@ -1,0 +1,15 @@
+"""The service as `roiserve serve` runs it, with a fake model in worker processes."""
+
+from __future__ import annotations
+
+import sys
+
+from service.app import create_app
+from service.commands._server import serve_app
+from service.logs import configure_logging
+from service.settings import Settings
+from tests.fakes import load_fakes
+
+if __name__ == "__main__":
+    configure_logging(log_format="text", log_level="info")
+    sys.exit(serve_app(create_app(Settings(), predictor_factory=load_fakes)))
