@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from service.ops import nms
 from service.ops.nms import best_of_each_image
 
 CLASSES = 3
@@ -68,3 +69,12 @@ def test_each_image_keeps_its_best_up_to_the_limit() -> None:
 def test_no_boxes_at_all() -> None:
     nothing = some_boxes(0, seed=0)
     assert [len(one) for one in suppress([nothing, nothing])] == [0, 0]
+
+
+def test_the_way_for_cuda_keeps_the_same_boxes() -> None:
+    """Run on the CPU: what it does there is the same."""
+    boxes, _, _ = some_boxes(300, seed=3)
+    starts = torch.tensor([0, 100, 100, 250])  # the last 50 belong to no group
+    expected = nms._suppress_on_cpu(boxes, starts, 0.5)
+    assert 0 < int(expected.sum()) < 250
+    torch.testing.assert_close(nms._suppress_on_cuda(boxes, starts, 0.5), expected, rtol=0, atol=0)
