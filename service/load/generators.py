@@ -25,7 +25,7 @@ async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: 
 
     async def caller() -> None:
         while (intended := now()) < begin + seconds:
-            await _send_one(send, record, begin=begin, intended=intended)
+            await send_one(send, record, begin=begin, intended=intended)
 
     async with asyncio.TaskGroup() as callers:
         for _ in range(concurrency):
@@ -47,11 +47,17 @@ async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, 
         while intended < begin + seconds:
             if (ahead := intended - now()) > 0:
                 await asyncio.sleep(ahead)
-            requests.create_task(_send_one(send, record, begin=begin, intended=intended))
+            requests.create_task(send_one(send, record, begin=begin, intended=intended))
             intended += gaps.expovariate(rate)
 
 
-async def _send_one(send: Send, record: Record, *, begin: float, intended: float) -> None:
+async def send_one(send: Send, record: Record, *, begin: float, intended: float) -> None:
+    """Send the next request and record what came of it.
+
+    Args:
+        begin: when the load began.
+        intended: when the request should be sent, now or earlier.
+    """
     now = asyncio.get_running_loop().time
     sent = now()
     record.in_flight += 1

@@ -1,0 +1,33 @@
+"""The trials with small numbers: what they promise of every answer holds on any machine, however slow it is. What they
+promise of speed is left to the real ones; see docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.load._trial import Verdict
+from tests.load.hang_ups import hang_ups
+from tests.load.out_of_memory import out_of_memory
+from tests.load.overload import overload
+from tests.load.poison import poison
+from tests.load.sigterm import sigterm
+from tests.load.worker_kills import worker_kills
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        pytest.param(lambda: overload(seconds=3.0, factor=5.0, min_size=200), id="overload"),
+        pytest.param(lambda: worker_kills(kills=2, pause_seconds=0.5), id="worker_kills"),
+        pytest.param(lambda: poison(good=40), id="poison"),
+        pytest.param(lambda: out_of_memory(seconds=1.0), id="out_of_memory"),
+        pytest.param(lambda: sigterm(times=1, load_seconds=0.5), id="sigterm"),
+        pytest.param(lambda: hang_ups(callers=60), id="hang_ups"),
+    ],
+)
+def test_trial_breaks_no_promise(trial: Callable[[], Verdict]) -> None:
+    verdict = trial()
+    assert not verdict.broken, verdict.row()
