@@ -157,19 +157,18 @@ class Report:
             "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".rstrip(),
             "load before": f"{os.getloadavg()[0]:.2f} processes on average in the last minute",
         }
-        self._tables: list[tuple[str, list[str], list[list[Cell]]]] = []
+        self._tables: dict[str, tuple[list[str], list[list[Cell]]]] = {}
         for words in self._head.items():
             print(": ".join(words), flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Write the files anew. A table takes the place of the former one of its title."""
-        cells = [list(row) for row in rows]
-        self._tables = [*(one for one in self._tables if one[0] != title), (title, list(columns), cells)]
+        self._tables[title] = list(columns), [list(row) for row in rows]
         self._write()
 
     def show(self) -> None:
         """Print the tables."""
-        for title, columns, rows in self._tables:
+        for title, (columns, rows) in self._tables.items():
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*map(_text, row))
@@ -181,12 +180,12 @@ class Report:
         document = self._head | {
             "tables": [
                 {"title": title, "rows": [dict(zip(columns, map(_plain, row), strict=True)) for row in rows]}
-                for title, columns, rows in self._tables
+                for title, (columns, rows) in self._tables.items()
             ]
         }
         self._path.with_suffix(".json").write_text(json.dumps(document, indent=1, ensure_ascii=False))
         head = "".join(f"- {name}: {words}\n" for name, words in self._head.items())
-        tables = "".join(f"\n{markdown(*table)}" for table in self._tables)
+        tables = "".join(f"\n{markdown(title, *table)}" for title, table in self._tables.items())
         self._path.with_suffix(".md").write_text(f"{head}{tables}")
 
 

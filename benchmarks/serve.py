@@ -38,6 +38,7 @@ MIXED_SIZES = ((640, 480), (480, 640), (800, 600), (512, 512), (1024, 768), (320
 TRAFFIC = {"one size": ONE_SIZE, "mixed sizes": MIXED_SIZES}
 BATCH_SIZES = (1, 2, 4, 8)
 SECONDS_TO_START = 120
+LOADS = "Closed loops"
 LOAD_COLUMNS = [
     "model",
     "traffic",
@@ -50,6 +51,7 @@ LOAD_COLUMNS = [
     "errors",
     "load generator's CPU ms/answer",
 ]
+SATURATED = "Saturated server against the pipeline in process"
 RATIO_COLUMNS = [
     "model",
     "traffic",
@@ -61,6 +63,7 @@ RATIO_COLUMNS = [
     "callers",
     "server / in process",
 ]
+AT_REST = "One request at a time"
 IDLE_COLUMNS = ["model", "workers", "engine", "in process ms", "one caller ms", "bound ms (1.05 x + 5)", "within"]
 
 
@@ -212,7 +215,7 @@ class _Bench:
             latencies = [summary.latency_ms.get(name, float("nan")) for name in ("p50", "p95", "p99")]
             errors = f"{100 * summary.error_rate:.1f} %"
             self._loads.append([*head, callers, summary.throughput_per_second, *latencies, errors, cpu_ms])
-            self.report.table("Closed loops", LOAD_COLUMNS, self._loads)
+            self.report.table(LOADS, LOAD_COLUMNS, self._loads)
         return max(rates, key=lambda callers: rates[callers])
 
     def _against_process(
@@ -232,7 +235,7 @@ class _Bench:
             server.append(load(target, jpegs, callers=callers, seconds=self._seconds).throughput_per_second)
         ratios = spread([a / b for a, b in zip(server, ours, strict=True)])
         self._ratios.append([*head, engine, spread(ours), batch, spread(server), callers, ratios])
-        self.report.table("Saturated server against the pipeline in process", RATIO_COLUMNS, self._ratios)
+        self.report.table(SATURATED, RATIO_COLUMNS, self._ratios)
 
     def _at_rest(self, head: Sequence[Cell], target: Target, jpegs: Sequence[bytes], service: OurService) -> None:
         request = target.request("POST", "/v1/detect", headers={"Content-Type": "image/jpeg"}, body=jpegs[0])
@@ -247,7 +250,7 @@ class _Bench:
         ours, server = milliseconds(seconds["process"]), milliseconds(seconds["server"])
         bound = 1.05 * ours.median + 5
         self._idle.append([*head, ours, server, bound, "yes" if server.median <= bound else "no"])
-        self.report.table("One request at a time", IDLE_COLUMNS, self._idle)
+        self.report.table(AT_REST, IDLE_COLUMNS, self._idle)
 
 
 def engine_of(target: Target) -> str:

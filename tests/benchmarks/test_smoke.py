@@ -41,7 +41,8 @@ def test_request(tmp_path: Path) -> None:
 
 def test_serve(tmp_path: Path) -> None:
     serve.main(quick=True, threads=torch.get_num_threads(), out=tmp_path)
-    loads, ratios, idle = tables(tmp_path, "serve").values()
+    found = tables(tmp_path, "serve")
+    loads, ratios, idle = (found[title] for title in (serve.LOADS, serve.SATURATED, serve.AT_REST))
     assert {row["errors"] for row in loads} == {"0.0 %"}
     assert [row["callers"] for row in loads] == [1, 2, 1, 2]
     assert [row["traffic"] for row in ratios] == ["one size", "mixed sizes"]
