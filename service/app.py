@@ -55,11 +55,7 @@ def create_app(
         settings=settings,
         metrics=measures,
         detector=detector,
-        admission=Admission(
-            detector,
-            max_jobs=(settings.max_queue_size + settings.max_batch_size) * max(1, settings.workers or 1),
-            metrics=measures,
-        ),
+        admission=Admission(detector, metrics=measures),
         models=LoadedModels(settings.default_model),
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),

@@ -105,19 +105,28 @@ class DrainingServer(uvicorn.Server):
         return self._lifecycle.failure is not None or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; uvicorn ends the process if it cannot, and says why but not what to do."""
+        """Listen; uvicorn ends the process if it cannot, and says why but not what to do: we do."""
+        uvicorn_logger = logging.getLogger("uvicorn.error")
+        uvicorn_logger.addFilter(_is_no_os_error)
         try:
             await super().startup(sockets)
         except SystemExit:
             address = f"--host {self._settings.host} --port {self._settings.port}"
             logger.error("cannot listen", extra={"fields": {"address": address, "hint": "--port 0 takes a free one"}})
             raise SystemExit(1) from None
+        finally:
+            uvicorn_logger.removeFilter(_is_no_os_error)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new connections, wait for the requests under way, and give up those that take too long."""
         timer = asyncio.get_running_loop().call_later(self._settings.drain_timeout_seconds, self._lifecycle.give_up)
         await super().shutdown(sockets)
         timer.cancel()
+
+
+def _is_no_os_error(record: logging.LogRecord) -> bool:
+    """Uvicorn logs the bare exception when it cannot listen; we say the same in words."""
+    return not isinstance(record.msg, OSError)
 
 
 class BoundedProtocol(HttpToolsProtocol):

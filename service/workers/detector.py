@@ -69,6 +69,10 @@ class Detector(Protocol):
         """Bytes by device and kind."""
 
     @property
+    def capacity(self) -> int:
+        """Jobs that may be under way: those that wait for a device, and a batch on each."""
+
+    @property
     def is_alive(self) -> bool:
         """Whether a device is at work, so that requests are answered soon."""
 
@@ -78,15 +82,10 @@ class Detector(Protocol):
 
 
 class Admission:
-    """The way to a detector.
+    """The way to a detector."""
 
-    Args:
-        max_jobs: jobs that may be under way.
-    """
-
-    def __init__(self, detector: Detector, *, max_jobs: int, metrics: Metrics) -> None:
+    def __init__(self, detector: Detector, *, metrics: Metrics) -> None:
         self._detector = detector
-        self._max_jobs = max_jobs
         self._metrics = metrics
         self._jobs = 0
         self._seconds_per_job = _UNMEASURED_SECONDS
@@ -102,11 +101,11 @@ class Admission:
 
     @contextmanager
     def _place_taken(self) -> Iterator[None]:
-        """Hold one of the `max_jobs` places, and learn how long a job takes."""
-        if self._jobs >= self._max_jobs:
+        """Hold one of the detector's places, and learn how long a job takes."""
+        if self._jobs >= self._detector.capacity:
             # Little's law: what is under way now will be done after about the time that one job takes.
             raise OverloadedError(
-                f"the queue is full: {self._jobs} images wait or are under way, at most {self._max_jobs}",
+                f"the queue is full: {self._jobs} images wait or are under way, at most {self._detector.capacity}",
                 retry_after_seconds=self._seconds_per_job,
             )
         started_at = time.monotonic()

@@ -40,12 +40,12 @@ class LocalDetector:
         self.failure: str | None = None
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._encoders = ThreadPoolExecutor(settings.decode_threads, "encode")
-        max_jobs = settings.max_queue_size + settings.max_batch_size
+        self.capacity = settings.max_queue_size + settings.max_batch_size
         self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             self._run_batch,
             max_batch_size=settings.max_batch_size,
             max_batch_cost=settings.max_batch_pixels,
-            max_queue_size=max_jobs,  # who was admitted has a place
+            max_queue_size=self.capacity,  # who was admitted has a place
             max_queue_cost=settings.max_queue_pixels,
             max_batch_wait_seconds=settings.max_batch_wait_ms / 1000,
             release_memory=release_memory,

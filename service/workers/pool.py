@@ -200,6 +200,11 @@ class WorkerPool:
         return sizes
 
     @property
+    def capacity(self) -> int:
+        """Jobs that may be under way, in all workers together."""
+        return self._max_jobs * max(1, len(self._supervisors))
+
+    @property
     def is_alive(self) -> bool:
         """Whether any worker takes jobs."""
         return any(handle.is_ready for handle in self._workers)

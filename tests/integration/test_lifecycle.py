@@ -63,6 +63,7 @@ def test_port_in_use_is_said_with_the_flag_to_change() -> None:
         )
     assert run.returncode == 1
     assert f"--port {port}" in run.stderr
+    assert "Errno" not in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -1,0 +1,91 @@
+"""The way to a detector: bounded, and what became of each job is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.errors import InvalidImageError, OverloadedError
+from service.metrics import Metrics
+from service.settings import Settings
+from service.structures import DetectOptions, Job, Progress
+from service.workers.detector import Admission
+from service.workers.local import LocalDetector
+from tests.fakes import FakePredictor, picture
+
+
+class Bench:
+    """The way to a fake model in this process, for two jobs at a time."""
+
+    def __init__(self) -> None:
+        self.predictor = FakePredictor()
+        self.metrics = Metrics(CollectorRegistry())
+        settings = Settings(max_queue_size=1, max_batch_size=1, device="cpu")
+        self.detector = LocalDetector(settings, lambda _: iter([self.predictor]), self.metrics.observe)
+        self.admission = Admission(self.detector, metrics=self.metrics)
+
+    def submit(self, data: bytes | None = None) -> asyncio.Task[object]:
+        job = Job(
+            model="fake@1",
+            data=picture() if data is None else data,
+            options=DetectOptions(),
+            output="none",
+            deadline=time.monotonic() + 60,
+            progress=Progress("body"),
+        )
+        return asyncio.create_task(self.admission.run(job))
+
+    def images(self, outcome: str) -> float | None:
+        labels = {"model": "fake@1", "outcome": outcome}
+        return self.metrics.registry.get_sample_value("roiserve_images_total", labels)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Bench]:
+    bench = Bench()
+    await bench.detector.start()
+    try:
+        yield bench
+    finally:
+        bench.predictor.device_is_free.set()
+        await bench.detector.stop()
+
+
+async def test_one_job_too_many_is_refused_before_it_is_looked_at() -> None:
+    async with running() as bench:
+        bench.predictor.device_is_free.clear()
+        admitted = [bench.submit(), bench.submit()]
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        with pytest.raises(OverloadedError, match="at most 2") as raised:
+            await bench.submit(b"not even looked at")
+        assert raised.value.retry_after_seconds > 0
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(*admitted)
+        await bench.submit()
+        assert (bench.images("ok"), bench.images("overloaded")) == (3, 1)
+
+
+async def test_cancelled_job_is_counted_by_its_stage_and_frees_its_place() -> None:
+    async with running() as bench:
+        bench.predictor.device_is_free.clear()
+        tasks = [bench.submit(), bench.submit()]
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        bench.predictor.device_is_free.set()
+        await bench.submit()
+        assert bench.metrics.registry.get_sample_value("roiserve_cancelled_total", {"stage": "inference"}) == 1
+        assert (bench.images("ok"), bench.images("cancelled")) == (1, 2)
+
+
+async def test_errors_are_counted_by_their_code() -> None:
+    async with running() as bench:
+        with pytest.raises(InvalidImageError):
+            await bench.submit(picture()[:-30])
+        assert bench.images("invalid_image") == 1

@@ -1,0 +1,89 @@
+"""Models in this process: one that is broken does no harm to the others, and a lost device is noticed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from service.errors import InferenceError, ModelStoreError, NotReadyError
+from service.metrics import Observed
+from service.settings import Settings
+from service.structures import DetectOptions, Job, Progress
+from service.workers import devices
+from service.workers.local import LocalDetector
+from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
+
+
+def ignore(name: Observed, labels: object, value: float) -> None:
+    """Nobody wants to know."""
+
+
+def job(red: int = 100, model: str = "fake@1") -> Job:
+    return Job(
+        model=model,
+        data=picture(red=red),
+        options=DetectOptions(),
+        output="none",
+        deadline=time.monotonic() + 60,
+        progress=Progress("body"),
+    )
+
+
+def local(*predictors: FakePredictor, models: tuple[str, ...] = ()) -> LocalDetector:
+    return LocalDetector(Settings(device="cpu", models=models), lambda _: iter(predictors), ignore)
+
+
+def broken() -> FakePredictor:
+    return FakePredictor(FAKE_BOXES_INFO, warm_up_error=ModelStoreError("not its weights"))
+
+
+async def test_model_that_does_not_warm_up_is_left_out_unless_it_was_named() -> None:
+    detector = local(broken(), FakePredictor())
+    assert [info.key for info in await detector.start()] == ["fake@1"]
+    await detector.stop()
+    for alone in (local(broken()), local(broken(), FakePredictor(), models=("fake-boxes", "fake"))):
+        with pytest.raises(ModelStoreError, match="not its weights"):
+            await alone.start()
+        await alone.stop()
+
+
+async def test_models_come_and_go() -> None:
+    detector = LocalDetector(Settings(device="cpu"), load_fakes, ignore)
+    await detector.start()
+    assert (await detector.load("fake@2")).key == "fake@2"
+    await detector.unload("fake@1")
+    assert (await detector.run(job(200, "fake@2"))).detections == 2
+    with pytest.raises(NotReadyError, match="fake@1"):
+        await detector.run(job())
+    await detector.stop()
+
+
+def failure_of(detector: LocalDetector) -> str | None:
+    return detector.failure
+
+
+async def test_failed_batch_is_no_alarm_but_a_device_that_fails_its_probe_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str) -> None:
+        raise RuntimeError(f"{device} has fallen off the bus")
+
+    detector = local(FakePredictor(replace(FAKE_INFO, device="cuda:0")))
+    await detector.start()
+    monkeypatch.setattr(devices, "probe", lambda device: None)
+    with pytest.raises(InferenceError):
+        await detector.run(job(POISON))
+    assert failure_of(detector) is None
+    monkeypatch.setattr(devices, "probe", fail)
+    with pytest.raises(InferenceError):
+        await detector.run(job(POISON))
+    assert failure_of(detector) == "the device does not answer any more: cuda:0 has fallen off the bus"
+    await detector.stop()
+
+
+async def test_memory_of_the_cpu_is_what_this_process_has_resident() -> None:
+    detector = local(FakePredictor())
+    await detector.start()
+    assert detector.memory()[("cpu", "resident")] > 10_000_000
+    assert detector.busy_seconds == 0
+    await detector.stop()
