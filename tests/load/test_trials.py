@@ -10,6 +10,7 @@ import pytest
 
 from tests.load._trial import Verdict
 from tests.load.hang_ups import hang_ups
+from tests.load.hot_swap import hot_swap
 from tests.load.out_of_memory import out_of_memory
 from tests.load.overload import overload
 from tests.load.poison import poison
@@ -26,6 +27,7 @@ from tests.load.worker_kills import worker_kills
         pytest.param(lambda: out_of_memory(seconds=1.0), id="out_of_memory"),
         pytest.param(lambda: sigterm(times=1, load_seconds=0.5), id="sigterm"),
         pytest.param(lambda: hang_ups(callers=60), id="hang_ups"),
+        pytest.param(lambda: hot_swap(seconds=0.5), id="hot_swap"),
     ],
 )
 def test_trial_breaks_no_promise(trial: Callable[[], Verdict]) -> None:
