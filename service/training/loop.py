@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.errors import ServiceError
 from service.inference.loading import describe
@@ -145,7 +145,9 @@ class Trainer:
         self._device = device
         self._proposals = None if model_config.has_rpn else ProposalCache(state_path.parent, model_config.proposals)
         torch.manual_seed(train_config.seed)
-        self._model = build_model(model_config).to(device).to(memory_format=torch.channels_last)
+        self._model = build_model(model_config).to(device)
+        if not _crashes_in_channels_last(self._model):
+            self._model.to(memory_format=torch.channels_last)
         if initial_weights is not None:
             self._model.load_state_dict(initial_weights, strict=False)
         # Training pictures come at the scale they are served at; the transform only normalises and batches them.
@@ -322,6 +324,16 @@ class Trainer:
                 str(len(self._val)),
             ]
         )
+
+
+def _crashes_in_channels_last(model: nn.Module) -> bool:
+    """Whether oneDNN's backward pass would write beyond its memory, as it does (torch 2.14.1) for a strided 1 x 1
+    convolution of fewer than 16 channels in that format.
+    """
+    return any(
+        isinstance(one, nn.Conv2d) and one.kernel_size == (1, 1) and one.stride != (1, 1) and one.in_channels < 16
+        for one in model.modules()
+    )
 
 
 def _build_optimizer(model: GeneralizedRCNN, config: TrainConfig) -> torch.optim.AdamW:
