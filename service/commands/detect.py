@@ -1,5 +1,5 @@
 """`roiserve detect`: the server's own pipeline over files, without a server. Words, progress and files only; the
-work is done by the rooms that `service/app.py` wires.
+work is done by the rooms that the server uses, too.
 """
 
 from __future__ import annotations

@@ -87,10 +87,11 @@ class WorkerHandle(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it."""
         for header, body in self._reader.feed(data):
-            question = self._questions.pop(header["id"], None) if header["kind"] in _REPLIES else None
-            if question is None:
+            if header["kind"] not in _REPLIES:
                 self._receive(self, header, body)
-            elif not question.done():
+                continue
+            question = self._questions.pop(header["id"], None)
+            if question is not None and not question.done():
                 question.set_result(header)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -40,6 +40,7 @@ def test_option_in_two_places_is_refused_even_if_they_agree(upload: Upload) -> N
         ({"labels": "cat"}, "labels"),
         ({"labels": []}, "option 'labels': expected at least 1 items, got 0$"),
         ({"score_tresh": 1}, r"unknown option 'score_tresh'; did you mean 'score_thresh'\?"),
+        ({"score_tresh": 1, "mask": 1}, r"'score_tresh'; did .*; unknown option 'mask'; did you mean 'masks'\?"),
         ({"{x}": 1}, "unknown option '{x}'; there are: model, score_thresh, "),
         ({"masks": True}, "got true$"),
     ],

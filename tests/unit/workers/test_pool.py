@@ -127,6 +127,20 @@ async def test_hanging_worker_is_replaced_and_the_image_to_blame_is_found() -> N
         assert score(await bench.submit(81)) == 81
 
 
+async def test_reply_that_nobody_awaits_any_more_is_dropped() -> None:
+    async with running() as bench:
+        [handle] = bench.pool._workers
+        jobs = [bench.submit(red) for red in range(30, 40)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handle.ask({"kind": "ping"}), 0)
+        for _ in range(3):
+            asking = asyncio.create_task(handle.ask({"kind": "ping"}))
+            await asyncio.sleep(0)
+            asking.cancel()
+        assert [score(answer) for answer in await asyncio.gather(*jobs)] == list(range(30, 40))
+        assert bench.restarts("crashed") == bench.restarts("killed") == 0
+
+
 async def test_abandoned_job_is_forgotten_and_others_go_on() -> None:
     async with running() as bench:
         jobs = [bench.submit(red) for red in range(30, 60)]
