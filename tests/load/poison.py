@@ -23,7 +23,7 @@ def poison(*, good: int = 200) -> Verdict:
 
         async def send_all() -> list[int]:
             places = asyncio.Semaphore(CONCURRENCY)
-            async with Client(server.target) as client:
+            async with Client(server.target, timeout_seconds=300) as client:
 
                 async def send(request: bytes) -> int:
                     async with places:
