@@ -1,7 +1,8 @@
 """RoIServe: images in over HTTP; boxes, labels, scores and masks out. The floor plan, in walking order.
 
 A request moves one room forward at a time: api, workers, pipeline, imaging, batching, inference, then masks on the way
-out. The future that it waits on is the only way back. Training enters at `modeling` and never meets `api` or `batching`.
+out. The future that it waits on is the only way back. Training enters at `modeling` and never meets `api` or
+`batching`.
 
 service/
 ├── __main__.py         `python -m service`

@@ -164,12 +164,12 @@ def test_batch_of_two_operators_is_refused(predictor: Predictor) -> None:
 def test_lack_of_memory_is_told_apart_from_other_failures_and_names_the_sizes(predictor: Predictor) -> None:
     queries = [Query(picture(0)), Query(picture(1, 64, 48))]
     lack = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with patch.object(predictor._model, "detect", side_effect=lack):
-        with pytest.raises(OutOfMemoryError, match=r"not enough memory for a batch of 2 \(200x120, 48x64\).*2.00 GiB"):
-            predictor.predict(queries)
-    with patch.object(predictor._model, "detect", side_effect=RuntimeError("broken")):
-        with pytest.raises(InferenceError, match="broken") as failure:
-            predictor.predict(queries)
+    named = pytest.raises(OutOfMemoryError, match=r"not enough memory for a batch of 2 \(200x120, 48x64\).*2.00 GiB")
+    with patch.object(predictor._model, "detect", side_effect=lack), named:
+        predictor.predict(queries)
+    broken = patch.object(predictor._model, "detect", side_effect=RuntimeError("broken"))
+    with broken, pytest.raises(InferenceError, match="broken") as failure:
+        predictor.predict(queries)
     assert not isinstance(failure.value, OutOfMemoryError)
     predictor.release_memory()
     assert len(predictor.predict(queries)) == 2

@@ -105,7 +105,7 @@ def test_a_trunk_of_timm_gets_a_pyramid_from_stride_4_on(model: str) -> None:
 
 def test_what_timm_does_not_have_is_refused_with_what_it_has() -> None:
     pytest.importorskip("timm", reason="the extra 'timm' is not installed")
-    with pytest.raises(ModelStoreError, match="timm has no model 'rexnet_10'; did you mean one of: .*rexnet_100"):
+    with pytest.raises(ModelStoreError, match=r"timm has no model 'rexnet_10'; did you mean one of: .*rexnet_100"):
         build_backbone(BackboneConfig(name="timm/rexnet_10"))
     with pytest.raises(ModelStoreError, match="maps of"):
         build_backbone(BackboneConfig(name="timm/swin_tiny_patch4_window7_224"))

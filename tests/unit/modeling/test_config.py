@@ -114,7 +114,7 @@ def test_a_configuration_with_every_key_written_out_is_itself_again(architecture
 def test_numbers_that_are_not_written_are_the_papers() -> None:
     vgg16, c4, fpn = (network("faster_rcnn", name) for name in ("vgg16", "resnet50_c4", "resnet50_fpn"))
     assert (vgg16.transform.min_size, vgg16.transform.max_size) == (600, 1000)
-    assert vgg16.anchors.sizes == ((128, 256, 512),)
+    assert list(vgg16.anchors.sizes) == [(128, 256, 512)]
     for one in (vgg16, c4):
         assert (one.rpn.pre_nms_top_n_train, one.rpn.post_nms_top_n_train) == (12_000, 2000)
         assert (one.rpn.pre_nms_top_n_test, one.rpn.post_nms_top_n_test) == (6000, 300)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from service.errors import ServiceError
-from service.modeling import proposals
 from service.modeling.config import ProposalsConfig
 from service.modeling.proposals import selective_search
 from service.structures import UInt8Array
@@ -46,6 +45,6 @@ def test_odd_pictures_are_searched_too(size: tuple[int, int]) -> None:
 
 
 def test_an_opencv_without_its_contributed_modules_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(proposals.cv2, "ximgproc")
+    monkeypatch.delattr("cv2.ximgproc")
     with pytest.raises(ServiceError, match="opencv-contrib-python-headless"):
         selective_search(two_squares(), SMALL)
