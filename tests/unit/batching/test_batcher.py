@@ -27,7 +27,7 @@ from service.errors import (
 POISON = 13  # no model survives 13, 113, 213, ...
 LARGE = 17  # and no memory suffices for 17, 117, 217, ...
 OVER = 0.0  # a deadline on the standing clock that has passed
-SOON_SECONDS = 0.001  # a deadline on the real clock that passes while the device is kept busy
+SOON_SECONDS = 0.5  # a deadline on the real clock that passes while the device is kept busy
 
 
 class Device:
