@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,10 @@ def test_what_is_wrong_with_every_request_is_said_at_once(serve: Callable[..., L
 def test_interrupt_shows_what_there_is(live: Live, pictures: Path) -> None:
     endless = command(live.url, pictures, "--seconds", "600", "--concurrency", "2", "--json", "-")
     before = live.metric('roiserve_requests_total{route="/v1/detect",status="200"}')
+    # What a shell starts in the background ignores interrupts, and its children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        endless, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        endless, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
     ) as running:
         while live.metric('roiserve_requests_total{route="/v1/detect",status="200"}') < before + 10:
             assert running.poll() is None
