@@ -86,14 +86,20 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each side is timed; fewer where a call takes long.")] = 9,
     threads: Annotated[int, typer.Option(help="For torch.")] = 2,
     engines: Annotated[str, typer.Option(help="Ours, separated by commas; eager is always added.")] = "auto",
-    only: Annotated[str, typer.Option(help="Only models whose names contain this.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Only models whose names contain one of these words, with commas between.")
+    ] = "",
     quick: Annotated[bool, typer.Option(help="One round of small networks: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
     """Print tables of times, of shares of the limit, of stages and of memory; the most asked-for cases first."""
     torch.set_num_threads(threads)
     report = Report("model", out)
-    cases = [case for case in (_quick_cases() if quick else _all_cases()) if only in case.model]
+    cases = [
+        case
+        for case in (_quick_cases() if quick else _all_cases())
+        if any(word in case.model for word in only.split(","))
+    ]
     rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
     end = time.monotonic() + seconds
     with TemporaryDirectory() as folder:
