@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import socket
 import threading
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
     """Serve the other end of the socket until it closes."""
     configure_logging(log_format=settings.log_format, log_level=settings.log_level)
+    # A worker starts no process, but numba makes a lock for some; of this kind it leaves no name behind to warn about.
+    multiprocessing.set_start_method("fork", force=True)
     asyncio.run(_Worker(BlockingChannel(end), settings, factory).serve())
 
 
