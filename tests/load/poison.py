@@ -40,7 +40,8 @@ def poison(*, good: int = 200) -> Verdict:
     verdict.expect(guilty == 422, f"422 for the poisonous one, got {guilty}")
     restarts = added(before, after, "roiserve_worker_restarts_total")
     verdict.note(f"{restarts:g} workers lost")
-    verdict.expect(restarts == 2, f"two workers lost, got {restarts:g}")
+    # Two while it was alone, which convicts it, and one before if it had mates on the device.
+    verdict.expect(restarts in (2, 3), f"two or three workers lost, got {restarts:g}")
     answered = added(before, after, 'roiserve_images_total{model="tiny@1",outcome="ok"}')
     verdict.expect(answered == good, f"{good} pictures counted as ok, got {answered:g}")
     return verdict
