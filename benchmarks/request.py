@@ -51,6 +51,7 @@ def main(
     builder: Annotated[
         str, typer.Option(help="Which of torchvision's detectors to measure.")
     ] = "maskrcnn_resnet50_fpn",
+    sizes: Annotated[str, typer.Option(help="Of the pictures, separated by commas.")] = ",".join(SIZES),
     quick: Annotated[bool, typer.Option(help="One round, the bundled models only: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
@@ -60,7 +61,7 @@ def main(
     rounds = 1 if quick else rounds
     rows: list[list[Cell]] = []
     for name, sides in _services(builder, engine, quick=quick):
-        for picture in ("480p",) if quick else SIZES:
+        for picture in ["480p"] if quick else sizes.split(","):
             rows.append(_row(name, picture, *sides, rounds=rounds))
             report.table("JPEG to JSON, one picture at a time", COLUMNS, rows)
             print(f"measured {name} {picture}", flush=True)
