@@ -14,18 +14,15 @@ import PIL.Image
 import pytest
 import torch
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models import detection
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.model_store.torchvision_layout import BUILDERS
 from tests.random_detectors import blobs, enliven
 
-BOXES_ONLY = (
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-)
 NUM_LABELS = 5
 SCORE_THRESH = 0.1
 PICTURE = blobs(48, 400)
@@ -53,7 +50,7 @@ def answer(model: nn.Module, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("builder", BOXES_ONLY)
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_imported_state_dicts_answer_as_torchvisions_own(builder: str, tmp_path: Path) -> None:
     model = theirs(builder)
     torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
@@ -90,3 +87,10 @@ def assert_among(ours: list[dict[str, Any]], expected: dict[str, NDArray[Any]]) 
     ]
     assert same, f"nothing within 1e-3 px of {expected['boxes']}; nearest {min(apart)}"
     assert same[0]["label"] == f"label {expected['labels']}"
+    if "masks" in expected:
+        probability = expected["masks"][0]
+        mask = coco_mask.decode(same[0]["mask"]) > 0
+        # A pixel on the threshold falls to either side by the last digit of a float.
+        is_certain = np.abs(probability - 0.5) > 1e-3
+        assert (mask == (probability >= 0.5))[is_certain].all()
+        assert is_certain.mean() > 0.99
