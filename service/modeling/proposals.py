@@ -11,6 +11,9 @@ from service.errors import ServiceError
 from service.modeling.config import ProposalsConfig
 from service.structures import Float32Array, UInt8Array
 
+_TALLEST = 3
+"""Height by width up to which `search_width` is the width that is searched."""
+
 
 def selective_search(pixels: UInt8Array, config: ProposalsConfig) -> Float32Array:
     """Propose boxes by grouping alike neighbouring regions (Uijlings et al. 2013), with OpenCV's implementation.
@@ -34,8 +37,9 @@ def selective_search(pixels: UInt8Array, config: ProposalsConfig) -> Float32Arra
             "opencv-python-headless, or give proposals in the request"
         )
     height, width = pixels.shape[:2]
-    scale = config.search_width / width
-    size = (config.search_width, max(1, round(height * scale)))
+    # A picture much taller than wide is searched in fewer columns: time grows with pixels.
+    scale = config.search_width / max(width, height / _TALLEST)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), size))
     if config.mode == "quality":
