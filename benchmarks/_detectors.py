@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign
 
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
@@ -29,20 +28,12 @@ from service.model_store.weights import load_into
 from service.modeling.build import build_model
 from service.modeling.poolers import RoIPooler
 from service.structures import Image
+from tests.random_detectors import enliven
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BUNDLED = Path(__file__).parent.parent / "model_store"
 SCORE_THRESH = 0.05  # torchvision's default
 NUM_CLASSES = 91  # COCO's, with the background
-
-# How far the outputs of each predictor lie apart.
-_SPREADS = {
-    "rpn.head.cls_logits": 1.0,
-    "rpn.head.bbox_pred": 0.1,
-    "roi_heads.box_predictor.cls_score": 2.0,
-    "roi_heads.box_predictor.bbox_pred": 0.5,
-    "roi_heads.mask_predictor.mask_fcn_logits": 5.0,
-}
 
 
 def picture_for(model: str) -> str:
@@ -76,7 +67,7 @@ def random_detector(builder: str, image: Image) -> GeneralizedRCNN:
     torch.manual_seed(0)
     build: Callable[..., GeneralizedRCNN] = getattr(detection, builder)
     model = build(weights=None, weights_backbone=None, num_classes=NUM_CLASSES, box_score_thresh=SCORE_THRESH).eval()
-    _enliven(model, lambda: model([torchvision_input(image)]))
+    enliven(model, lambda: model([torchvision_input(image)]))
     return model
 
 
@@ -123,40 +114,3 @@ def _torchvision_pooler(pooler: nn.Module) -> MultiScaleRoIAlign:
     assert isinstance(pooler, RoIPooler)
     assert isinstance(pooler.output_size, int)
     return MultiScaleRoIAlign(list(pooler.strides), pooler.output_size, pooler.roi.sampling_ratio)
-
-
-def _enliven(model: nn.Module, run: Callable[[], object]) -> None:
-    hooks = []
-    fitted: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(_fit_norm))
-        elif name in _SPREADS:
-            hooks.append(module.register_forward_hook(partial(_fit_predictor, spread=_SPREADS[name], fitted=fitted)))
-    with torch.no_grad():
-        run()
-    for hook in hooks:
-        hook.remove()
-
-
-def _fit_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-    assert isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
-    (x,) = inputs
-    mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
-    # What hardly varies over the picture is not blown up.
-    norm.load_state_dict({"running_mean": mean, "running_var": var + mean**2 / 4}, strict=False)
-
-
-def _fit_predictor(
-    layer: nn.Module, inputs: object, output: Tensor, *, spread: float, fitted: set[nn.Module]
-) -> Tensor:
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    assert layer.bias is not None
-    if layer in fitted:  # the RPN's head, on the smaller maps
-        return output
-    fitted.add(layer)
-    by_channel = output.transpose(0, 1).flatten(1)
-    mean, scale = by_channel.mean(dim=1), spread / by_channel.std()
-    layer.bias.sub_(mean).mul_(scale)
-    layer.weight.mul_(scale)
-    return (output - mean.reshape(-1, *[1] * (output.ndim - 2))) * scale

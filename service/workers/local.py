@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service import masks
 from service.batching.batcher import Batcher
+from service.errors import OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
 from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
@@ -139,6 +140,8 @@ class LocalDetector:
             self._busy_since = time.monotonic()
         try:
             return run_batch(batch, observe=self._observe)
+        except OutOfMemoryError:
+            raise  # a device that is full is not a dead one, though it may refuse the probe too
         except Exception:
             self._check_devices()
             raise
