@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import InferenceError, ModelStoreError, NotReadyError
+from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
 from service.structures import DetectOptions, Job, Progress
@@ -86,4 +86,21 @@ async def test_memory_of_the_cpu_is_what_this_process_has_resident() -> None:
     await detector.start()
     assert detector.memory()[("cpu", "resident")] > 10_000_000
     assert detector.busy_seconds == 0
+    await detector.stop()
+
+
+async def test_device_that_is_full_is_not_taken_for_dead_though_it_refuses_the_probe_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(device: str) -> None:
+        raise RuntimeError(f"{device} is out of memory")
+
+    predictor = FakePredictor()
+    predictor.memory_pixels = 1
+    detector = local(predictor)
+    await detector.start()
+    monkeypatch.setattr(devices, "probe", fail)
+    with pytest.raises(OutOfMemoryError):
+        await detector.run(job())
+    assert failure_of(detector) is None
     await detector.stop()
