@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import orjson
 
@@ -155,6 +155,7 @@ class Pipeline:
         encoders: threads that encode: others, so that finished answers do not wait behind new images.
         predictors: the loaded models by their keys; looked up anew for each job.
         observe: takes the times of the stages and the numbers of detections.
+        batch_policy: which images may share a batch, see `Settings`.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Pipeline:
         image_limits: ImageLimits,
         predictors: Mapping[str, Predictor],
         observe: Observe,
+        batch_policy: Literal["exact", "padded"] = "exact",
     ) -> None:
         self._batcher = batcher
         self._decoders = decoders
@@ -173,6 +175,7 @@ class Pipeline:
         self._image_limits = image_limits
         self._predictors = predictors
         self._observe = observe
+        self._batch_policy = batch_policy
         self._submitted: set[Work] = set()
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
@@ -234,8 +237,9 @@ class Pipeline:
         try:
             answer = await self._batcher.submit(
                 work,
-                group=(job.model, padded_size, job.options.roi_op),
+                group=(job.model, job.options.roi_op, padded_size if self._batch_policy == "exact" else None),
                 cost=padded_pixels,
+                shape=padded_size,
                 deadline=job.deadline,
                 priority=Priority.BULK if job.is_bulk else Priority.INTERACTIVE,
             )

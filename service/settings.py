@@ -78,9 +78,10 @@ class Settings(BaseSettings):
         le=10_000,
         description="How long a free device waits for a batch to fill, in milliseconds; 0 never holds a request back.",
     )
-    batch_policy: Literal["exact"] = Field(
+    batch_policy: Literal["exact", "padded"] = Field(
         "exact",
-        description="Which images may share a batch: exact, those of one padded size, so that no answer depends on it.",
+        description="Which images may share a batch: exact, those of one padded size, so that no answer depends on it; "
+        "padded, all, padded to the largest as long as half of the batch is pixels of theirs.",
     )
     max_queue_size: int = Field(
         64, ge=1, le=100_000, description="Most images waiting for the device; one more is refused with 429."

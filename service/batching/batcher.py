@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-from service.batching.queue import Entry, Priority, RequestQueue
+from service.batching.queue import Entry, Priority, RequestQueue, batch_cost
 from service.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -182,6 +182,7 @@ class Batcher(Generic[T, R]):
         *,
         group: Hashable,
         cost: int,
+        shape: tuple[int, ...] = (),
         deadline: float | None = None,
         priority: Priority = Priority.INTERACTIVE,
     ) -> Answer[R]:
@@ -191,6 +192,7 @@ class Batcher(Generic[T, R]):
             item: what `predict` gets.
             group: only items of equal group share a batch.
             cost: at least 1, in pixels.
+            shape: see `Entry`.
             deadline: when the answer is of no more use, in seconds of the clock.
             priority: which line to wait in.
 
@@ -201,7 +203,9 @@ class Batcher(Generic[T, R]):
             InferenceError: `predict` failed on this item alone; OutOfMemoryError if for lack of memory.
         """
         now = self._clock()
-        entry = Entry(item=item, group=group, cost=cost, enqueued_at=now, deadline=deadline, priority=priority)
+        entry = Entry(
+            item=item, group=group, cost=cost, shape=shape, enqueued_at=now, deadline=deadline, priority=priority
+        )
         outcome = self._admit(entry)
         timeout = None if deadline is None else max(0.0, deadline - now)
         try:
@@ -342,7 +346,7 @@ class Batcher(Generic[T, R]):
         with self._condition:
             batch = [entry for entry in batch if entry in self._outcomes]
             max_batch_cost = self._queue.max_batch_cost(started_at)
-        cost = sum(entry.cost for entry in batch)
+        cost = batch_cost(batch)
         if not batch:
             return
         if len(batch) > 1 and cost > max_batch_cost:
@@ -358,7 +362,7 @@ class Batcher(Generic[T, R]):
         else:
             seconds = self._clock() - started_at
             with self._condition:
-                self._queue.measure(cost, seconds)
+                self._queue.measure(sum(entry.cost for entry in batch), seconds)
             waits = [started_at - entry.enqueued_at for entry in batch]
             answers = [Answer(one, wait, seconds, len(batch)) for one, wait in zip(results, waits, strict=True)]
             self._tell(self._answer_all, batch, answers)

@@ -5,6 +5,8 @@ Knows nothing of futures, threads, images or models.
 * Two lines, one a priority; each has its own bounds, so neither can shut the other out.
 * A batch holds one group of one priority: the oldest entry of the line and its mates in order of age. Since the oldest
   always goes, an entry with k older ones in its line is in one of the line's next k + 1 batches: nobody starves.
+* Mates of different shapes are padded to the largest of them, and a batch costs what it has become by that. A mate that
+  would make it padding for the most part waits for another batch.
 * Interactive goes first, but while both wait, bulk gets `bulk_share` of the served cost, to within one batch.
 
 Cost is in pixels, times are in seconds of the caller's clock.
@@ -12,6 +14,7 @@ Cost is in pixels, times are in seconds of the caller's clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +27,9 @@ T = TypeVar("T")
 
 # What a refused caller is told before the first batch was measured.
 UNMEASURED_RETRY_AFTER_SECONDS = 1.0
+
+# Of the cost of a batch at most this share is padding.
+_MOST_PADDING = 0.5
 
 # How much the measured rate remembers at each new batch: about the last ten batches count.
 _RATE_MEMORY = 0.9
@@ -44,6 +50,8 @@ class Entry(Generic[T]):
         item: what `predict` gets.
         group: only entries of equal group share a batch.
         cost: at least 1, in pixels.
+        shape: lengths whose product is the cost, as many as its mates have: all are padded to the largest of each; none
+            if nothing is padded.
         enqueued_at: when it came.
         deadline: from this time on its answer is of no use; None for never.
     """
@@ -51,6 +59,7 @@ class Entry(Generic[T]):
     item: T
     group: Hashable
     cost: int
+    shape: tuple[int, ...] = ()
     enqueued_at: float
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
@@ -58,10 +67,20 @@ class Entry(Generic[T]):
     def __post_init__(self) -> None:
         if self.cost < 1:
             raise ValueError(f"expected a cost of at least 1, got {self.cost}")
+        if self.shape and math.prod(self.shape) != self.cost:
+            raise ValueError(f"expected the cost of the shape {self.shape}, got {self.cost}")
 
     def is_expired(self, now: float) -> bool:
         """Whether the deadline has passed."""
         return self.deadline is not None and self.deadline <= now
+
+
+def batch_cost(batch: Sequence[Entry[T]]) -> int:
+    """The cost of entries that share a batch: each padded to the largest of them."""
+    if not batch or not batch[0].shape:
+        return sum(entry.cost for entry in batch)
+    sides = [max(lengths) for lengths in zip(*(entry.shape for entry in batch), strict=True)]
+    return len(batch) * math.prod(sides)
 
 
 class RequestQueue(Generic[T]):
@@ -194,17 +213,20 @@ class RequestQueue(Generic[T]):
 
     def _fill_batch(self, line: _Line[T], max_batch_cost: int) -> tuple[list[Entry[T]], bool]:
         """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
-        that nobody is overtaken within its group. Scans the line: microseconds beside a prediction.
+        that nobody of its group is overtaken but who would be padded too much. Scans the line: microseconds beside a
+        prediction.
         """
         batch: list[Entry[T]] = []
-        cost = 0
         for entry in line:
             if batch and entry.group != batch[0].group:
                 continue
-            if batch and cost + entry.cost > max_batch_cost:
+            grown = [*batch, entry]
+            cost = batch_cost(grown)
+            if sum(one.cost for one in grown) < (1 - _MOST_PADDING) * cost:
+                continue
+            if batch and cost > max_batch_cost:
                 return batch, True
-            batch.append(entry)
-            cost += entry.cost
+            batch = grown
             if len(batch) == self._max_batch_size or cost >= max_batch_cost:
                 return batch, True
         return batch, False

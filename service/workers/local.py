@@ -58,6 +58,7 @@ class LocalDetector:
             image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
             predictors=self._predictors,
             observe=observe,
+            batch_policy=settings.batch_policy,
         )
 
     # Whoever waits for another process may be in doubt; this one is as alive as who asks.

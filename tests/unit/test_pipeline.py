@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import orjson
 import PIL.Image
@@ -30,7 +31,7 @@ from tests.fakes import FakePredictor, picture
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact") -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
@@ -48,6 +49,7 @@ class Bench:
             image_limits=ImageLimits(max_image_pixels=10_000),
             predictors={self.predictor.info.key: self.predictor},
             observe=self.metrics.observe,
+            batch_policy=batch_policy,
         )
 
     def job(
@@ -158,6 +160,22 @@ async def test_waiting_images_are_counted_with_their_padded_pixels() -> None:
         bench.predictor.device_is_free.set()
         await asyncio.gather(first, second)
         assert bench.pipeline.waiting_pixels("fake@1") == []
+
+
+@pytest.mark.parametrize(("policy", "batches"), [("exact", [1, 1]), ("padded", [2])])
+async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
+    policy: Literal["exact", "padded"], batches: list[int]
+) -> None:
+    async with running(Bench(batch_policy=policy)) as bench:
+        jobs = [bench.job(picture(height=height)) for height in (32, 64)]
+        bench.predictor.device_is_free.clear()
+        held = asyncio.create_task(bench.pipeline.run_errand(bench.predictor.device_is_free.wait))
+        running_jobs = [asyncio.create_task(bench.pipeline.run(job)) for job in jobs]
+        while len(bench.pipeline.waiting_pixels("fake@1")) < len(jobs):
+            await asyncio.sleep(0)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(held, *running_jobs)
+        assert bench.predictor.batches == batches
 
 
 def test_progress_adds_up_a_stage_that_is_entered_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_keys_are_not_printed() -> None:
         ("device", "tpu"),
         ("precision", "float8"),
         ("engine", "magic"),
-        ("batch_policy", "padded"),
+        ("batch_policy", "stacked"),
         ("body_timeout_seconds", 0),
         ("drain_timeout_seconds", -1),
         ("log_level", "loud"),

@@ -14,6 +14,8 @@ from service.batching.queue import UNMEASURED_RETRY_AFTER_SECONDS, Entry, Priori
 from service.errors import NotReadyError, OverloadedError
 
 INTERACTIVE, BULK = Priority.INTERACTIVE, Priority.BULK
+PADDED = "c"
+"""The group of the machine below whose entries have shapes."""
 
 
 def make_queue(
@@ -40,12 +42,15 @@ def admit(
     item: str,
     *,
     cost: int = 1,
+    shape: tuple[int, ...] = (),
     at: float = 0,
     deadline: float | None = None,
     priority: Priority = INTERACTIVE,
 ) -> Entry[str]:
     """Admit an item whose group is its first letter: "a1" and "a2" may share a batch, "a1" and "b1" may not."""
-    entry = Entry(item=item, group=item[0], cost=cost, enqueued_at=at, deadline=deadline, priority=priority)
+    entry = Entry(
+        item=item, group=item[0], cost=cost, shape=shape, enqueued_at=at, deadline=deadline, priority=priority
+    )
     queue.admit(entry)
     return entry
 
@@ -88,6 +93,28 @@ class TestBatches:
         first, second = admit(queue, "a"), admit(queue, "a")
         assert queue.remove(first)
         assert queue.take(now=0) == [second]
+
+
+class TestPadding:
+    """Mates of other shapes are padded to the largest."""
+
+    def test_mates_join_while_half_of_the_batch_is_theirs(self) -> None:
+        queue = make_queue()
+        admit(queue, "a1", cost=16, shape=(4, 4))
+        admit(queue, "a2", cost=16, shape=(2, 8))  # 2 of (4, 8): 64, and 32 are theirs
+        admit(queue, "a3", cost=1, shape=(1, 1))  # 3 of (4, 8): 96, of which 33 would be
+        admit(queue, "a4", cost=32, shape=(4, 8))
+        assert [items(queue.take(now=0)) for _ in range(2)] == [["a1", "a2", "a4"], ["a3"]]
+
+    def test_batch_ends_at_the_cost_that_it_has_with_its_padding(self) -> None:
+        queue = make_queue(max_batch_cost=63)
+        admit(queue, "a1", cost=16, shape=(4, 4))
+        admit(queue, "a2", cost=16, shape=(2, 8))
+        assert [items(queue.take(now=0)) for _ in range(2)] == [["a1"], ["a2"]]
+
+    def test_a_shape_that_is_not_the_cost_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"cost of the shape \(2, 3\), got 5"):
+            admit(make_queue(), "a1", cost=5, shape=(2, 3))
 
 
 class TestHolding:
@@ -339,13 +366,23 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         target=accepted,
         group=st.sampled_from("abc"),
-        cost=st.integers(1, 15),
+        height=st.integers(1, 4),
+        width=st.integers(1, 4),
         priority=st.sampled_from(Priority),
         seconds_left=st.one_of(st.none(), st.integers(1, 5)),
     )
-    def submit(self, group: str, cost: int, priority: Priority, seconds_left: int | None) -> Entry[str]:
+    def submit(self, group: str, height: int, width: int, priority: Priority, seconds_left: int | None) -> Entry[str]:
+        cost = height * width
         deadline = None if seconds_left is None else self.now + seconds_left
-        entry = Entry(item=group, group=group, cost=cost, enqueued_at=self.now, deadline=deadline, priority=priority)
+        entry = Entry(
+            item=group,
+            group=group,
+            cost=cost,
+            shape=(height, width) if group == PADDED else (),
+            enqueued_at=self.now,
+            deadline=deadline,
+            priority=priority,
+        )
         line = self.line(priority)
         total_cost = sum(waiting.cost for waiting in line) + cost
         fits = len(line) < self.max_queue_size and (not line or total_cost <= self.max_queue_cost)
@@ -395,17 +432,26 @@ class QueueMachine(RuleBasedStateMachine):
     def check_batch(self, batch: list[Entry[str]]) -> None:
         line = self.line(batch[0].priority)
         mates = [entry for entry in line if entry.group == line[0].group]
-        assert batch == mates[: len(batch)]  # one line, one group, the oldest first, nobody overtaken
-        total_cost = sum(entry.cost for entry in batch)
+        assert batch == [entry for entry in mates if entry in batch]  # one line, one group, the oldest first
+        total_cost = self.cost_together(batch)
         max_batch_cost = self.queue.max_batch_cost(self.now)
         assert len(batch) <= self.max_batch_size
         assert total_cost <= max_batch_cost <= self.max_batch_cost or len(batch) == 1
-        if len(mates) > len(batch) < self.max_batch_size:  # no room was left that the next mate could have used
-            assert total_cost + mates[len(batch)].cost > max_batch_cost
+        assert total_cost <= 2 * sum(entry.cost for entry in batch)
+        if batch[0].group != PADDED:
+            assert batch == mates[: len(batch)]  # nobody overtaken
+            if len(mates) > len(batch) < self.max_batch_size:  # no room was left that the next mate could have used
+                assert total_cost + mates[len(batch)].cost > max_batch_cost
         for entry in line:
             self.batches_left[entry] -= 1
             assert self.batches_left[entry] > 0 or entry in batch  # nobody starves
         self.waiting = [entry for entry in self.waiting if entry not in batch]
+
+    def cost_together(self, batch: list[Entry[str]]) -> int:
+        if batch[0].group != PADDED:
+            return sum(entry.cost for entry in batch)
+        heights, widths = zip(*(entry.shape for entry in batch), strict=True)
+        return len(batch) * int(max(heights)) * int(max(widths))
 
     def is_held(self) -> bool:
         """Whether some line's oldest entry is so young that it may be waiting for mates."""

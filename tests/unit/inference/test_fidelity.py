@@ -164,6 +164,16 @@ def test_an_image_gets_the_same_answer_alone_and_among_seven_others(builder: str
             np.testing.assert_allclose(among.masks, alone.masks, atol=1e-4)
 
 
+def test_images_of_several_sizes_in_one_batch_are_answered_as_torchvision_answers_them_together() -> None:
+    theirs, ours = pair("fasterrcnn_resnet50_fpn")
+    images = [picture(240, 320), picture(320, 240, seed=1), picture(100, 300, seed=2)]
+    with torch.inference_mode():
+        expected = theirs([torch.from_numpy(image.pixels).permute(2, 0, 1) / 255 for image in images])
+    for one, prediction in zip(expected, ours.predict([Query(image) for image in images]), strict=True):
+        assert prediction.padding_ratio > 0.2
+        assert_same(prediction.detections, *(one[key].numpy() for key in ("boxes", "labels", "scores")))
+
+
 def test_options_select_what_the_full_answer_holds() -> None:
     _, ours = pair("fasterrcnn_resnet50_fpn")
     image = picture(240, 320)
