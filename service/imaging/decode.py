@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
@@ -66,7 +66,9 @@ class ImageLimits:
     max_aspect_ratio: float = 200.0
 
 
-def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
+def decode_image(
+    data: bytes, *, limits: ImageLimits, before_decoding: Callable[[int], None] = lambda pixels: None
+) -> Image:
     """Decode the first picture of an image file and turn it upright.
 
     Transparent pixels are laid over white, 16-bit grey is scaled to 8 bits, colour profiles are ignored.
@@ -74,6 +76,7 @@ def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
     Args:
         data: a whole JPEG, PNG, WebP, GIF, BMP or TIFF file.
         limits: what to refuse before decoding.
+        before_decoding: called with the number of pixels when the header is known to be good. May wait, and may raise.
 
     Raises:
         UnsupportedImageError: not one of these formats, or a rare kind of one.
@@ -84,6 +87,9 @@ def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
     with _as_invalid_image(image_format):
         container = read_container(data, image_format)
         _check_size(container.image_size, limits)
+    height, width = container.image_size
+    before_decoding(height * width)
+    with _as_invalid_image(image_format):
         pixels = _decode(container, image_format)
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service import masks
 from service.batching.batcher import Batcher
+from service.batching.held_pixels import HeldPixels
 from service.errors import OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
@@ -56,6 +57,7 @@ class LocalDetector:
             decoders=self._decoders,
             encoders=self._encoders,
             image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
+            held_pixels=HeldPixels(settings.max_held_pixels),
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,

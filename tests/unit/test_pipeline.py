@@ -20,7 +20,8 @@ from prometheus_client import CollectorRegistry
 
 from service import pipeline
 from service.batching.batcher import Batcher
-from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError
+from service.batching.held_pixels import HeldPixels
+from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Errand, Pipeline, Work, run_batch
@@ -31,10 +32,12 @@ from tests.fakes import FakePredictor, picture
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact") -> None:
+    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact", max_held_pixels: int = 10**9) -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
+        self.encoders = ThreadPoolExecutor(1)
+        self.held_pixels = HeldPixels(max_held_pixels)
         self.batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             partial(run_batch, observe=self.metrics.observe),
             max_batch_size=4,
@@ -45,8 +48,9 @@ class Bench:
         self.pipeline = Pipeline(
             batcher=self.batcher,
             decoders=self.threads,
-            encoders=self.threads,
+            encoders=self.encoders,
             image_limits=ImageLimits(max_image_pixels=10_000),
+            held_pixels=self.held_pixels,
             predictors={self.predictor.info.key: self.predictor},
             observe=self.metrics.observe,
             batch_policy=batch_policy,
@@ -76,6 +80,7 @@ async def running(bench: Bench) -> AsyncIterator[Bench]:
         finally:
             bench.predictor.device_is_free.set()
             bench.threads.shutdown()
+            bench.encoders.shutdown()
 
 
 async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> None:
@@ -176,6 +181,45 @@ async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
         bench.predictor.device_is_free.set()
         await asyncio.gather(held, *running_jobs)
         assert bench.predictor.batches == batches
+
+
+async def test_image_is_not_decoded_before_there_is_room_for_its_pixels() -> None:
+    async with running(Bench(max_held_pixels=64 * 48)) as bench:
+        bench.predictor.device_is_free.clear()
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        job = bench.job()
+        second = asyncio.create_task(bench.pipeline.run(job))
+        while bench.held_pixels._turn.acquire(blocking=False):  # until the decoder waits for its turn
+            bench.held_pixels._turn.release()
+            await asyncio.sleep(0)
+        assert (job.progress.stage, bench.held_pixels.size) == ("decode", 64 * 48)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(first, second)
+    assert bench.held_pixels.size == 0
+
+
+async def test_decoder_that_waits_for_room_is_freed_when_its_caller_goes() -> None:
+    async with running(Bench(max_held_pixels=64 * 48)) as bench:
+        bench.predictor.device_is_free.clear()
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        with pytest.raises(DeadlineExceededError, match="'decode'"):
+            await bench.pipeline.run(bench.job(seconds=0.05))
+        await asyncio.get_running_loop().run_in_executor(bench.threads, int)  # the only thread takes new work
+        bench.predictor.device_is_free.set()
+        await first
+    assert bench.held_pixels.size == 0
+
+
+async def test_lack_of_memory_while_encoding_is_no_error_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack_memory(*args: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "encode_json", lack_memory)
+    async with running(Bench()) as bench:
+        with pytest.raises(OutOfMemoryError, match="encode"):
+            await bench.pipeline.run(bench.job())
 
 
 def test_progress_adds_up_a_stage_that_is_entered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
