@@ -66,7 +66,9 @@ def _serve_and_end(store: Path, load_seconds: float) -> Exit:
 
 
 async def _load_and_tell(server: Server, load: Load, load_seconds: float) -> tuple[Summary, float, int]:
-    """What callers saw, when the server was told to end, and how many requests were under way when it stopped listening."""
+    """What callers saw, when the server was told to end, and how many requests were under way when it stopped
+    listening.
+    """
     telling = load.during(_tell_and_wait_until_not_ready(server, load, load_seconds), concurrency=CONCURRENCY)
     summary, (told_at, counting) = await telling
     return summary, told_at, await counting
