@@ -11,26 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.jit import compiled
+from service.jit import compiled, parallel_loops
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 # 32 rows of cells on the finest map: what a core's cache holds of them is about as wide as it is high.
 _STRIP_HEIGHT_PIXELS = 128
-
-# Every model has a thread of its own, and numba ends the process when two threads are in parallel loops at once.
-_one_at_a_time = Lock()
 
 
 def multi_scale_roi_align_channels_last(
@@ -79,8 +73,7 @@ def _over_levels(
     table = rois.contiguous().numpy()
     order = _neighbours_together(table)
     levels_in_order = levels.numpy()[order]
-    with _one_at_a_time:
-        _use_as_many_threads_as_torch()
+    with parallel_loops():
         for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
             cells = feature.detach().permute(0, 2, 3, 1).contiguous().numpy()
             kernel(cells, table, order[levels_in_order == level], np.float32(scale), pooled)
@@ -93,13 +86,6 @@ def _neighbours_together(rois: Floats) -> Ints:
     """
     images, x1, y1, x2, y2 = rois.T
     return np.lexsort((x1 + x2, (y1 + y2) // (2 * _STRIP_HEIGHT_PIXELS), images))
-
-
-def _use_as_many_threads_as_torch() -> None:
-    config: Any = numba.config  # It gets its attributes at run time.
-    # numba's default, OpenMP, keeps waiting threads spinning on the cores that torch or a decoder needs.
-    config.THREADING_LAYER = "workqueue"
-    numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
 @compiled(parallel=True)
