@@ -79,7 +79,9 @@ def _resize(
             below = min(rows[y] + np.uint64(1), np.uint64(len(pixels) - 1))
             mixed = _mix_rows(pixels[rows[y]].ravel(), pixels[below].ravel(), row_weights[y])
             for channel in range(3):
-                _fill_row(mixed[channel:], columns, column_weights, gains[channel], offsets[channel], output[channel, y])
+                _fill_row(
+                    mixed[channel:], columns, column_weights, gains[channel], offsets[channel], output[channel, y]
+                )
         else:
             output[:, y] = 0
 

@@ -45,7 +45,13 @@ def test_pixels_are_those_of_torchs_own_steps(height: int, width: int, new_heigh
 
 @pytest.mark.parametrize(
     ("size", "resized"),
-    [((1, 1), (800, 800)), ((1, 3000), (1, 1333)), ((3000, 1), (1333, 1)), ((301, 1003), (400, 1333)), ((2, 2), (2, 2))],
+    [
+        ((1, 1), (800, 800)),
+        ((1, 3000), (1, 1333)),
+        ((3000, 1), (1333, 1)),
+        ((301, 1003), (400, 1333)),
+        ((2, 2), (2, 2)),
+    ],
 )
 def test_very_long_and_very_small_images_lose_no_precision(size: tuple[int, int], resized: tuple[int, int]) -> None:
     """On a side of 1000 pixels the last bit of a position is worth 1e-4 of what a whole pixel is."""
