@@ -84,7 +84,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One model, half a second each: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
-    """Print tables of the starts, of the loads, of throughput against the process's, and of the idle server's answers."""
+    """Print tables of starts, of loads, of throughput against the process's, and of the idle server's answers."""
     torch.set_num_threads(threads)
     bench = _Bench(
         Report("serve", out),

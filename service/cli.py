@@ -40,8 +40,8 @@ def let_waiting_threads_sleep() -> None:
     To be called before torch is imported, for OpenMP reads its variables as it is loaded. A variable that is set stays.
     """
     # Threads that wait for PyTorch's next loop would spin for milliseconds on the cores where OpenVINO, our own kernels
-    # and the decoders run meanwhile: OpenVINO's calls take a sixth longer then. Not 0: PyTorch's loops follow each other
-    # closely, and to wake threads for each costs more than so short a wait.
+    # and the decoders run meanwhile: OpenVINO's calls take a sixth longer then. Not 0: PyTorch's loops follow closely
+    # on each other, and to wake threads for each costs more than so short a wait.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 

@@ -24,8 +24,8 @@ _SOI = b"\xff\xd8"
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
-# Besides: Huffman, arithmetic and quantisation tables, restart interval, what JFIF and Adobe say about the colours, scans.
-_NEEDED = _FRAME_HEADERS | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _SOS, _EOI}
+# Besides: Huffman, arithmetic and quantisation tables, restart interval, what JFIF and Adobe say about the colours.
+_NEEDED = _FRAME_HEADERS | {_SOS, _EOI, 0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
 
 _FILL = re.compile(rb"\xff\xff+")
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -62,8 +62,8 @@ def read_jpeg(data: bytes) -> Container:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (marker, where its length begins, where it ends, whether it may hold fill bytes) until the image ends; a scan
-    with its coded data.
+    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes), a scan with its coded data,
+    until the image ends.
     """
     position = len(_SOI)
     for _ in range(MAX_SEGMENTS):
