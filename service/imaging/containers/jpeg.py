@@ -62,8 +62,8 @@ def read_jpeg(data: bytes) -> Container:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes), a scan with its coded data,
-    until the image ends.
+    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes) until the image ends; a
+    scan with its coded data.
     """
     position = len(_SOI)
     for _ in range(MAX_SEGMENTS):
