@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from service.ops._cpu_kernels import multi_scale_roi_pool_channels_last
 from service.ops.resize import resize_normalise_and_pad
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,3 +67,18 @@ def test_images_of_a_batch_lie_each_in_its_own_corner_with_zeros_around() -> Non
 def test_a_view_of_a_larger_image_will_do() -> None:
     image = noise(90, 90)
     check([image[5:80:2, 3:70], image.transpose(0, 1), image.flip(2)], [(64, 50), (30, 31), (90, 90)], (96, 96))
+
+
+def test_resizing_and_pooling_at_once_take_turns() -> None:
+    """As two models' threads do; numba would end the process if they were in its parallel loops together."""
+    image, feature, rois = noise(60, 80), torch.ones(1, 4, 50, 60), torch.tensor([[0.0, 0, 0, 40, 40]] * 50)
+
+    def pool(_: int) -> Tensor:
+        levels = torch.zeros(len(rois), dtype=torch.int64)
+        return multi_scale_roi_pool_channels_last([feature], rois, levels, [1.0], (7, 7))
+
+    with ThreadPoolExecutor(4) as threads:
+        pooled = threads.map(pool, range(40))
+        for _ in threads.map(lambda _: check([image], [(96, 128)], (96, 128)), range(40)):
+            pass
+        assert all(bool((one == 1).all()) for one in pooled)
