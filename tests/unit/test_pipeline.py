@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import orjson
 import PIL.Image
 import pytest
@@ -25,7 +26,17 @@ from service.errors import DeadlineExceededError, InvalidImageError, NotReadyErr
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Errand, Pipeline, Work, run_batch
-from service.structures import DetectOptions, Job, MaskFormat, PictureType, Prediction, Progress
+from service.structures import (
+    Detections,
+    DetectOptions,
+    Float32Array,
+    Image,
+    Job,
+    MaskFormat,
+    PictureType,
+    Prediction,
+    Progress,
+)
 from tests.fakes import FakePredictor, picture
 
 
@@ -72,6 +83,10 @@ class Bench:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+def objects(boxes: Float32Array, masks: Float32Array) -> Detections:
+    return Detections(boxes, np.ones(len(boxes), np.int64), np.linspace(1, 0.1, len(boxes), dtype=np.float32), masks)
+
+
 @asynccontextmanager
 async def running(bench: Bench) -> AsyncIterator[Bench]:
     async with bench.batcher:
@@ -98,6 +113,36 @@ async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
     async with running(Bench()) as bench:
         answer = await bench.pipeline.run(bench.job(output="image/jpeg"))
     assert PIL.Image.open(io.BytesIO(answer.encoded)).format == "JPEG"
+
+
+async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two threads waits until the other one has begun too. Sides of 50 x (400 + 500) pixels make two parts."""
+    rng = np.random.default_rng(0)
+    image = Image(np.zeros((600, 800, 3), np.uint8))
+    boxes = np.tile(np.array([100, 50, 500, 550], np.float32), (50, 1))
+    found = objects(boxes, rng.random((50, 28, 28), np.float32))
+    both, encode = threading.Barrier(2), pipeline.encode_json
+
+    def encode_in_company(*args: Any) -> bytes:
+        both.wait(60)
+        return encode(*args)
+
+    bench = Bench()
+    whole = encode(image, found, bench.predictor.info, "rle")
+    monkeypatch.setattr(pipeline, "encode_json", encode_in_company)
+    with ThreadPoolExecutor(2) as bench.pipeline._encoders:
+        assert await bench.pipeline._encode(bench.job(output="rle"), image, found) == whole
+
+
+@pytest.mark.parametrize(
+    ("sides", "parts"), [([], 1), ([100] * 99, 1), ([1000] * 19, 1), ([1000] * 20, 2), ([3000] * 99, 4)]
+)
+def test_what_is_quickly_encoded_stays_whole(sides: list[int], parts: int) -> None:
+    boxes = np.zeros((len(sides), 4), np.float32)
+    boxes[:, 2], boxes[:, 3] = sides, sides
+    found = objects(boxes, np.zeros((len(sides), 2, 2), np.float32))
+    assert len(pipeline.parts_of(found)) == parts
+    assert len(pipeline.parts_of(replace(found, masks=None))) == 1
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
