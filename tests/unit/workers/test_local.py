@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,22 @@ async def test_memory_of_the_cpu_is_what_this_process_has_resident() -> None:
     await detector.start()
     assert detector.memory()[("cpu", "resident")] > 10_000_000
     assert detector.busy_seconds == 0
+    await detector.stop()
+
+
+async def test_model_may_come_while_another_thread_asks_the_devices() -> None:
+    class Overtaken(FakePredictor):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "info" and is_started:
+                detector._predictors["fake@2"] = FakePredictor()
+            return super().__getattribute__(name)
+
+    is_started = False
+    detector = local(Overtaken())
+    await detector.start()
+    is_started = True
+    detector.probe()
+    assert "fake@2" in detector._predictors
     await detector.stop()
 
 

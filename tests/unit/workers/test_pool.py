@@ -399,10 +399,10 @@ async def abandon(*jobs: asyncio.Task[Answer]) -> None:
 async def test_job_goes_to_the_worker_with_the_fewest_pixels_to_do() -> None:
     bench = Bench()
     first, second = Scripted(bench.pool), Scripted(bench.pool)
-    await submitted(bench, 2)
+    jobs = await submitted(bench, 2)
     assert (first.jobs, second.jobs) == ([0], [1])
     first.begin(0, "queue", pixels=1_000_000)
-    jobs = await submitted(bench, 3)
+    jobs += await submitted(bench, 3)
     assert (first.jobs, second.jobs) == ([0], [1, 2, 3, 4])
     await abandon(*jobs)
 
