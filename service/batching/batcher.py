@@ -167,6 +167,11 @@ class Batcher(Generic[T, R]):
         if self._ended.done():
             self._ended.result()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread has ended for a failure of our own, so that nothing is answered any more."""
+        return self._ended is not None and self._ended.done() and self._ended.exception() is not None
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self

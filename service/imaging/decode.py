@@ -1,6 +1,6 @@
 """Bytes of an image file to upright RGB pixels: the whole path. Called by `pipeline.py` in a thread; holds no state.
 Images come from strangers: limits are checked on the header before anything is decoded, and whatever a decoder raises
-becomes one of three errors, each the fault of this image alone.
+becomes one of three errors, each the fault of this image alone; but for a lack of memory, which is ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from service.errors import InvalidImageError, InvalidRequestError, TooLargeError
+from service.errors import InvalidImageError, InvalidRequestError, OutOfMemoryError, TooLargeError
 from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
 from service.imaging.pixels import to_rgb
@@ -82,6 +82,7 @@ def decode_image(
         UnsupportedImageError: not one of these formats, or a rare kind of one.
         TooLargeError: over one of the limits.
         InvalidImageError: no bytes, or bytes that do not decode.
+        OutOfMemoryError: there is no memory for the pixels.
     """
     image_format = sniff_format(data)
     with _as_invalid_image(image_format):
@@ -149,11 +150,14 @@ def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:
 
 @contextmanager
 def _as_invalid_image(image_format: ImageFormat) -> Iterator[None]:
-    """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, MemoryError, ..."""
+    """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, OverflowError, ..."""
     try:
         yield
     except InvalidRequestError:
         raise
+    except MemoryError as error:
+        # What the header asks for is within the limits, so the memory is short, not the file at fault.
+        raise OutOfMemoryError("not enough memory to decode the image") from error
     except Exception as error:
         # Decoders speak of streams, tiles and buffers, which means nothing to whoever sent the file.
         ends_early = isinstance(error, struct.error | IndexError) or "truncated" in str(error).lower()
