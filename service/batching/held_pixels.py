@@ -6,8 +6,8 @@ few kilobytes meanwhile. Knows numbers and threads only.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from service.errors import CancelledRequestError
 
@@ -17,10 +17,14 @@ class HeldPixels:
 
     Args:
         max_held_pixels: most pixels at a time; only an image that is alone may have more.
+        resting: gives a context in which a thread waits for room.
     """
 
-    def __init__(self, max_held_pixels: int) -> None:
+    def __init__(
+        self, max_held_pixels: int, *, resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._max_held_pixels = max_held_pixels
+        self._resting = resting
         self._changed = threading.Condition()
         # Only one waits for room, so that many small images cannot keep a large one waiting for ever.
         self._turn = threading.Lock()
@@ -40,7 +44,7 @@ class HeldPixels:
 
     def give(self, holding: PixelHolding, pixels: int) -> None:
         """See `PixelHolding.take`."""
-        with self._turn, self._changed:
+        with self._resting(), self._turn, self._changed:
             self._changed.wait_for(
                 lambda: holding.is_over or self.size == 0 or self.size + pixels <= self._max_held_pixels
             )

@@ -8,8 +8,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from service import masks
@@ -64,7 +65,7 @@ class LocalDetector:
             decoders=self._decoders,
             encoders=self._encoders,
             image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
-            held_pixels=HeldPixels(settings.max_held_pixels),
+            held_pixels=HeldPixels(settings.max_held_pixels, resting=self._decoders.resting),
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,
@@ -205,6 +206,16 @@ class _WatchedThreads(ThreadPoolExecutor):
     def busy_since(self) -> float | None:
         """When the oldest call began that runs now, in seconds of `time.monotonic`."""
         return min(list(self._began.values()), default=None)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Called in one of the threads: it waits, which is no sign of a hang."""
+        thread = threading.get_ident()
+        self._began.pop(thread)
+        try:
+            yield
+        finally:
+            self._began[thread] = time.monotonic()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
         """As in the base class."""

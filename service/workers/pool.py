@@ -46,8 +46,9 @@ _MAX_DEATHS_ALONE = 2
 _PING_SECONDS = 1.0
 # What a model may take to load, be compiled and warm up, all of them together.
 _START_SECONDS = 900.0
-# Roughly, for photographs as JPEG, before the pixels are known.
+# Roughly, for photographs as JPEG, before the pixels are known; and what networks resize large ones to.
 _PIXELS_PER_BYTE = 8
+_MOST_GUESSED_PIXELS = 1344 * 1344
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +75,7 @@ class _Ticket:
     @property
     def cost(self) -> int:
         """In pixels, if need be a guess."""
-        return self.padded_pixels or _PIXELS_PER_BYTE * len(self.job.data)
+        return self.padded_pixels or min(_PIXELS_PER_BYTE * len(self.job.data), _MOST_GUESSED_PIXELS)
 
     def answer(self, outcome: Answer | ServiceError) -> None:
         """The end of it, if its caller still waits."""
@@ -103,6 +104,10 @@ class _Worker:
     def cost(self) -> int:
         """Of all it has to do."""
         return sum(ticket.cost for ticket in self.tickets.values())
+
+    def count(self, *, is_bulk: bool) -> int:
+        """Jobs of a priority that it has: each has places of its own."""
+        return sum(ticket.job.is_bulk is is_bulk for ticket in self.tickets.values())
 
     @property
     def may_die_of_a_job(self) -> bool:
@@ -436,7 +441,7 @@ class WorkerPool:
             worker
             for worker in ready
             if ticket.job.model in worker.handle.models
-            if not worker.is_reserved and len(worker.tickets) < self._max_jobs
+            if not worker.is_reserved and worker.count(is_bulk=ticket.job.is_bulk) < self._max_jobs
         ]
         return min(able, key=lambda worker: worker.cost, default=None)
 

@@ -130,6 +130,24 @@ async def test_thread_that_does_not_come_back_is_a_failure_for_as_long(
     await detector.stop()
 
 
+async def test_decoder_that_waits_for_room_is_not_taken_for_hung() -> None:
+    predictor = FakePredictor()
+    detector = LocalDetector(Settings(device="cpu", max_held_pixels=1), lambda _: iter([predictor]), ignore)
+    await detector.start()
+    predictor.device_is_free.clear()
+    first = asyncio.create_task(detector.run(job()))
+    await asyncio.to_thread(predictor.device_is_busy.wait)
+    second = asyncio.create_task(detector.run(job()))
+    held_pixels = detector.pipeline._held_pixels
+    while held_pixels._turn.acquire(blocking=False):  # until the second one waits
+        held_pixels._turn.release()
+        await asyncio.sleep(0)
+    assert detector._decoders.busy_since is None
+    predictor.device_is_free.set()
+    await asyncio.gather(first, second)
+    await detector.stop()
+
+
 async def test_memory_of_the_cpu_is_what_this_process_has_resident() -> None:
     detector = local(FakePredictor())
     await detector.start()
