@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service import pipeline
+from service.batching.queue import RequestQueue
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
@@ -85,15 +86,13 @@ async def test_failed_batch_is_no_alarm_but_a_device_that_fails_its_probe_is(mon
     await detector.stop()
 
 
-async def test_device_whose_thread_has_ended_is_noticed_and_gets_no_more_jobs() -> None:
-    def fail() -> None:
+async def test_device_whose_thread_has_ended_is_noticed_and_gets_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
         raise RuntimeError("our own mistake")
 
-    predictor = FakePredictor()
-    predictor.memory_pixels = 1
-    predictor.release_memory = fail  # type: ignore[method-assign]  # called outside of what is expected to fail
-    detector = local(predictor)
+    detector = local(FakePredictor())
     await detector.start()
+    monkeypatch.setattr(RequestQueue, "measure", fail)  # called outside of what is expected to fail
     with pytest.raises(NotReadyError):
         await detector.run(job())
     assert failure_of(detector) == "the device's thread has ended"
