@@ -140,7 +140,8 @@ def _operators(text: str, known: Sequence[str], model: str) -> list[str]:
     ops = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if unknown := [op for op in ops if op not in known] or ([] if ops else [text]):
         choices = ", ".join(known) or "no other than its own"
-        raise typer.BadParameter(f"{model} cannot take the RoI operator {unknown[0]!r}; it can take: {choices}")
+        why = ", as its sampling_ratio is 0, adaptive" if known and unknown[0] == "roi_warp" else ""
+        raise typer.BadParameter(f"{model} cannot take the RoI operator {unknown[0]!r}{why}; it can take: {choices}")
     return ops
 
 
