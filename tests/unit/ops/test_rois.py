@@ -151,7 +151,7 @@ def test_huge_boxes_are_finite_and_quick(op: Callable[..., Tensor]) -> None:
     ("op", "middle"),
     [
         (ops.roi_pool, 24),  # the largest cell of the whole grid
-        (lambda *call: ops.spp(*call[:2], (call[2],)), 24),
+        (lambda features, boxes, size: ops.spp(features, boxes, (size,)), 24),
         (partial(ops.roi_align, sampling_ratio=1), 7),  # the point (2, 1): 5 * 1 + 2
         (partial(ops.roi_align_max, sampling_ratio=1), 7),
         (ops.roi_warp, 7),
