@@ -80,7 +80,7 @@ def test_imported_state_dicts_answer_as_torchvisions_own(builder: str, tmp_path:
 
 
 def among(ours: list[dict[str, Any]], expected: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """The one of ours that is this detection; two whose scores differ by less than rounding may come in either order."""
+    """The one of ours that is this detection; two whose scores differ by rounding alone may come in either order."""
     apart = [np.abs(np.array(one["box"]) - expected["boxes"]).max() for one in ours]
     same = [
         one
@@ -93,8 +93,8 @@ def among(ours: list[dict[str, Any]], expected: dict[str, NDArray[Any]]) -> dict
 
 
 def mask_iou(ours: dict[str, Any], probability: NDArray[np.float32]) -> float:
-    """0.999 or more, unless a single pixel on the threshold is more than a thousandth of the mask: it falls to either side
-    by the last digit of a float.
+    """0.999 or more, unless a single pixel on the threshold is more than a thousandth of the mask: such a one falls to
+    either side by the last digit of a float.
     """
     theirs = probability >= 0.5
     iou: float = coco_mask.iou([ours], [coco_mask.encode(np.asfortranarray(theirs))], [0])[0, 0]
