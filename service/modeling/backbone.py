@@ -225,7 +225,8 @@ def _timm_trunk(model: str) -> Any:
         raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))
     problem: Exception | None = None
     # Transformers take pictures of one size unless told otherwise, each family in its own word.
-    for any_size in ({"strict_img_size": False}, {"dynamic_img_size": True}, {}):
+    words: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+    for any_size in words:
         try:
             return timm.create_model(model, pretrained=False, features_only=True, **any_size)
         except (RuntimeError, AttributeError, TypeError) as error:
