@@ -197,8 +197,11 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
         )
     if parameters.roi_op is not None and parameters.roi_op not in info.roi_ops:
         known = ", ".join(info.roi_ops) or f"only its own, {info.roi_op}, without this option"
+        # The one operator of this kind that some networks lack.
+        is_adaptive = parameters.roi_op == "roi_warp" and info.roi_ops
+        why = ", as its sampling_ratio is 0, adaptive, and roi_warp needs a number of points" if is_adaptive else ""
         raise InvalidRequestError(
-            f"{info.key} cannot take roi_op={reprlib.repr(parameters.roi_op)}; it can take: {known}"
+            f"{info.key} cannot take roi_op={reprlib.repr(parameters.roi_op)}{why}; it can take: {known}"
         )
     if info.needs_proposals and proposals is None:
         raise InvalidRequestError(

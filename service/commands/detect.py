@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -165,7 +166,9 @@ async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetecto
     from service.workers.local import LocalDetector
     from service.workers.stored import stored_predictors
 
-    detector = LocalDetector(settings, stored_predictors, Metrics(CollectorRegistry()).observe)
+    # Nobody can give proposals here, so a network that needs some searches for them.
+    factory = partial(stored_predictors, searching=True)
+    detector = LocalDetector(settings, factory, Metrics(CollectorRegistry()).observe)
     models = LoadedModels(settings.default_model)
     try:
         for info in await detector.start():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from service.structures import ModelInfo
     from service.training.evaluation import Evaluation
 
 
@@ -22,6 +23,14 @@ def evaluate(
     engine: Annotated[
         Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
     ] = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="Number format of the network; auto: float32."),
+    ] = "auto",
+    engine_cache_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="ROISERVE_ENGINE_CACHE_DIR", help="Where an engine keeps what it compiled, for next time."),
+    ] = None,
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
     ] = None,
@@ -40,7 +49,14 @@ def evaluate(
     from service.training.dataset import load_coco
     from service.training.evaluation import evaluate as evaluate_predictor
 
-    predictor = load_predictor(ModelStore(store).find(model), device=device, engine=engine)
+    predictor = load_predictor(
+        ModelStore(store).find(model),
+        device=device,
+        precision=precision,
+        engine=engine,
+        cache_dir=engine_cache_dir,
+        searching=True,
+    )
     info = predictor.info
     dataset = load_coco(data, labels=info.labels)
     with Progress(console=Console(stderr=True)) as progress:
@@ -49,18 +65,20 @@ def evaluate(
             predictor, dataset, max_detections=max_detections, advance=lambda: progress.advance(task)
         )
     if json:
-        typer.echo(
-            orjson.dumps({"model": info.key, "data": str(data), **asdict(evaluation)}, option=orjson.OPT_INDENT_2)
-        )
+        run = {"model": info.key, "engine": info.engine, "precision": info.precision, "data": str(data)}
+        typer.echo(orjson.dumps({**run, **asdict(evaluation)}, option=orjson.OPT_INDENT_2))
     else:
-        _print_table(info.key, evaluation)
+        _print_table(info, evaluation)
 
 
-def _print_table(model: str, evaluation: Evaluation) -> None:
+def _print_table(info: ModelInfo, evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{model}, {evaluation.num_images} pictures, at most {evaluation.max_detections} detections each"
+    title = (
+        f"{info.key} by {info.engine} in {info.precision}, {evaluation.num_images} pictures, "
+        f"at most {evaluation.max_detections} detections each"
+    )
     columns = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
     table = Table("", *columns, title=title, title_justify="left", box=None, pad_edge=False)
     for kind, figures in evaluation.rows():

@@ -28,6 +28,7 @@ def load_predictor(
     precision: str = "auto",
     engine: str = "auto",
     cache_dir: Path | None = None,
+    searching: bool = False,
 ) -> Predictor:
     """Load a model onto a device.
 
@@ -37,12 +38,13 @@ def load_predictor(
         precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; `auto` is float32.
         engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
         cache_dir: where an engine keeps what it compiled, for the next start; the user's cache folder if None.
+        searching: whether a network that is given its proposals by the caller finds them itself where it gets none.
 
     Raises:
         ModelStoreError: the folder, its configuration or its weights are not as they must be.
         ServiceError: the device or the engine is not there.
     """
-    config = stored.model_toml
+    config: ModelConfig = stored.model_toml.searching() if searching else stored.model_toml
     target = choose_device(device)
     precision = "float32" if precision == "auto" else precision
     model = build_model(config)

@@ -79,7 +79,12 @@ def detectron2_config(state_dict: Mapping[str, Tensor], labels: Sequence[str]) -
         "transform": {"mean": mean, "std": std},
         "anchors": {"style": "detectron2"},
         "rpn": {"post_nms_top_n_test": 1000} if config.backbone.has_res5_head else {"post_nms_top_n_train": 1000},
-        "roi": {"sampling_ratio": 0, "aligned": True, "batch_size_per_image": 512},
+        "roi": {
+            "sampling_ratio": 0,
+            "aligned": True,
+            "box_weights": (10.0, 10.0, 5.0, 5.0),
+            "batch_size_per_image": 512,
+        },
     }
     tables = {name: getattr(config, name).model_copy(update=table) for name, table in changes.items()}
     return config.model_copy(update=tables)

@@ -9,6 +9,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -89,16 +90,24 @@ class TimmWithFPN(nn.Module):
 
     Args:
         trunk: (N, 3, H, W) -> a list of feature maps.
+        channels_last: whether these are (N, H', W', C), not (N, C, H', W').
         in_channels: of each map to use, by its place in that list, finest first.
         out_channels: of every map of the pyramid.
         norm_layer: behind the pyramid's convolutions, which then have no bias.
     """
 
     def __init__(
-        self, trunk: nn.Module, *, in_channels: Mapping[int, int], out_channels: int, norm_layer: NormLayer | None
+        self,
+        trunk: nn.Module,
+        *,
+        channels_last: bool,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        norm_layer: NormLayer | None,
     ) -> None:
         super().__init__()
         self.body = trunk
+        self.channels_last = channels_last
         self.places = tuple(in_channels)
         self.fpn = FeaturePyramidNetwork(
             list(in_channels.values()), out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer
@@ -107,6 +116,8 @@ class TimmWithFPN(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> the maps from `0`, finest first, and an extra one, `pool`."""
         maps = self.body(x)
+        if self.channels_last:
+            maps = [one.permute(0, 3, 1, 2) for one in maps]
         return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))  # type: ignore[no-any-return]  # nn.Module's call
 
 
@@ -185,13 +196,20 @@ def _timm_fpn(model: str, config: BackboneConfig) -> Backbone:
     # A pyramid begins with stride 4 (FPN, section 3); of maps with one stride, the deepest serves.
     place_of = {stride: place for place, stride in enumerate(trunk.feature_info.reduction()) if stride >= 4}
     channels = trunk.feature_info.channels()
+    strides = tuple(place_of)
+    # Equation (1) of the FPN paper sends a box to the level of 2^k; with any other stride it would be another map.
+    if not strides or strides[0].bit_count() != 1 or any(2 * one != other for one, other in pairwise(strides)):
+        raise ModelStoreError(
+            "expected a model of timm whose strides double from map to map, from a power of two on, as 4, 8, 16, 32; "
+            f"{model} has {', '.join(map(str, strides)) or 'none from 4 on'}"
+        )
     module = TimmWithFPN(
         trunk,
+        channels_last=getattr(trunk, "output_fmt", "NCHW") == "NHWC",
         in_channels={place: channels[place] for place in place_of.values()},
         out_channels=config.out_channels,
         norm_layer=norm_layer(config.fpn_norm) if config.fpn_norm else None,
     )
-    strides = tuple(place_of)
     pooled = {str(level): stride for level, stride in enumerate(strides)}
     return Backbone(module, pooled, strides=(*strides, 2 * strides[-1]), out_channels=config.out_channels)
 
@@ -205,13 +223,15 @@ def _timm_trunk(model: str) -> Any:
     if not timm.is_model(model):
         close = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=3))
         raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))
-    try:
-        trunk = timm.create_model(model, pretrained=False, features_only=True)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise ModelStoreError(f"timm's {model} gives no feature maps: {error}") from error
-    if getattr(trunk, "output_fmt", "NCHW") != "NCHW":
-        raise ModelStoreError(f"expected a model of timm with maps of (N, C, H, W), {model} has {trunk.output_fmt}")
-    return trunk
+    problem: Exception | None = None
+    # Transformers take pictures of one size unless told otherwise, each family in its own word.
+    words: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+    for any_size in words:
+        try:
+            return timm.create_model(model, pretrained=False, features_only=True, **any_size)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            problem = error
+    raise ModelStoreError(f"timm's {model} gives no feature maps: {problem}") from problem
 
 
 def _vgg16() -> Backbone:

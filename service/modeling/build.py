@@ -25,9 +25,6 @@ from service.modeling.roi_heads import RoIHeads
 from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
 
-BOX_REGRESSION_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-"""Scales of (dx, dy, dw, dh), from Fast R-CNN's normalised targets."""
-
 
 def build_model(config: ModelConfig) -> GeneralizedRCNN:
     """Build the network that `config` describes, with random weights, in training mode.
@@ -96,7 +93,7 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
         bg_iou_thresh=roi.bg_iou_thresh,
         batch_size_per_image=roi.batch_size_per_image,
         positive_fraction=roi.positive_fraction,
-        bbox_reg_weights=BOX_REGRESSION_WEIGHTS,
+        bbox_reg_weights=roi.box_weights,
         score_thresh=config.detections.score_thresh,
         nms_thresh=config.detections.nms_thresh,
         detections_per_img=config.detections.detections_per_img,

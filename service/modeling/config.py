@@ -36,6 +36,7 @@ Channels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
+Scale = Annotated[float, Field(gt=0, le=1000)]
 
 
 class _Table(BaseModel):
@@ -227,6 +228,7 @@ class RoIConfig(_Table):
             transposed convolution. Where res5 is the head there are no others, and this is one number.
         head_norm: norm behind the convolutions of both heads, which then have no bias; none if not named.
         mask: what the mask branch does differently.
+        box_weights: scales of (dx, dy, dw, dh) in which the box head answers, from Fast R-CNN's normalised targets.
         fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: how proposals are sampled in training.
     """
 
@@ -245,6 +247,7 @@ class RoIConfig(_Table):
     mask_head_channels: tuple[Channels, ...] = (256, 256, 256, 256)
     head_norm: Norm | None = None
     mask: RoIBranchConfig = RoIBranchConfig()
+    box_weights: tuple[Scale, Scale, Scale, Scale] = (10.0, 10.0, 5.0, 5.0)
     fg_iou_thresh: Probability = 0.5
     bg_iou_thresh: Probability = 0.5
     batch_size_per_image: Count = 512

@@ -15,10 +15,11 @@ import torch
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
-from service.structures import Image, ModelInfo, Prediction, Query
+from service.structures import DetectOptions, ModelInfo, Prediction, Query
 from service.training.dataset import CocoDataset
-from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate
+from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate, query_of
 from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
+from service.training.proposals import ProposalCache
 
 FIGURES = {
     "ap": "AP",
@@ -38,7 +39,7 @@ class Run:
 
     Attributes:
         milliseconds_per_image: median time of a picture alone, from pixels to boxes and small masks, with as many
-            detections as count.
+            detections as count; without the search for proposals.
     """
 
     roi_op: str
@@ -67,18 +68,24 @@ class _Operated:
 
 
 def measure(
-    predictor: Predicts, dataset: CocoDataset, *, roi_op: str, advance: Callable[[], None] = lambda: None
+    predictor: Predicts,
+    dataset: CocoDataset,
+    *,
+    roi_op: str,
+    proposals: ProposalCache | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Run:
     """Evaluate a predictor with the box and the mask branch under this operator, one of its `roi_ops`.
 
     Args:
+        proposals: of the data set's pictures, for a network without an RPN.
         advance: called after every picture.
     """
     operated = _Operated(predictor, roi_op)
     # The first call compiles kernels and finds memory; it is no picture's time.
-    operated.predict([Query(Image(dataset.samples[0].read_pixels()))])
+    operated.predict([query_of(dataset.samples[0], DetectOptions(), proposals)])
     operated.seconds.clear()
-    evaluation = evaluate(operated, dataset, advance=advance)
+    evaluation = evaluate(operated, dataset, proposals=proposals, advance=advance)
     return Run(roi_op, evaluation, 1000 * statistics.median(operated.seconds))
 
 
@@ -109,7 +116,7 @@ def retrain(
         state_path=state_path,
         device=device,
     )
-    model = build_model(config)
+    model = build_model(config.searching())
     model.load_state_dict(trainer.run(on_step=on_step).weights)
     return Predictor(model.to(device), info=evaluation_info(config), device=device)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from service.masks.rle import encode_rle
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
 from service.training.dataset import CocoDataset, Sample
+from service.training.proposals import ProposalCache
 
 AREAS = ("all", "small", "medium", "large")
 """COCO's: small is under 32 x 32 pixels of the original image, large over 96 x 96."""
@@ -77,6 +78,7 @@ def evaluate(
     dataset: CocoDataset,
     *,
     max_detections: int | None = None,
+    proposals: ProposalCache | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Run every picture alone through the predictor and compare with the annotations.
@@ -85,6 +87,7 @@ def evaluate(
         predictor: a loaded model whose labels are the data set's.
         dataset: what to compare with.
         max_detections: detections of one image that count (COCO's `maxDets`); the model's own limit if None.
+        proposals: of the data set's pictures, for a network without an RPN; None lets it find its own.
         advance: called after every picture, for a progress bar.
     """
     limit = predictor.info.max_detections if max_detections is None else max_detections
@@ -92,8 +95,8 @@ def evaluate(
     options = DetectOptions(score_thresh=0.0, max_detections=limit, with_masks=with_masks)
     results: list[dict[str, Any]] = []
     for sample in dataset.samples:
-        query = Query(Image(sample.read_pixels()), options)
-        results += coco_results(predictor.predict([query])[0].detections, sample, dataset)
+        found = predictor.predict([query_of(sample, options, proposals)])[0].detections
+        results += coco_results(found, sample, dataset)
         advance()
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
@@ -105,6 +108,14 @@ def evaluate(
             for kind in (("bbox", "segm") if with_masks else ("bbox",))
         )
     return Evaluation(boxes, masks[0] if masks else None, num_images=len(dataset), max_detections=limit)
+
+
+def query_of(sample: Sample, options: DetectOptions, proposals: ProposalCache | None) -> Query:
+    """The question for what is in a picture, with its proposals if there are some."""
+    if proposals is not None:
+        boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in proposals.of(sample).tolist())
+        options = replace(options, proposals=boxes)
+    return Query(Image(sample.read_pixels()), options)
 
 
 def coco_results(detections: Detections, sample: Sample, dataset: CocoDataset) -> list[dict[str, Any]]:

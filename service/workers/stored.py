@@ -20,10 +20,14 @@ PRELOAD = ("service.workers.process", "service.inference.loading")
 """Modules that bring along what takes seconds to import."""
 
 
-def stored_predictors(settings: Settings) -> Iterator[Predictor]:
+def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterator[Predictor]:
     """The models that the settings name, each loaded when it is asked for.
 
     If they name none, the newest of each name that is not broken.
+
+    Args:
+        settings: which, and how.
+        searching: see `load_predictor`.
 
     Raises:
         ModelNotFoundError: one that the settings name, or the default model, is not there; before any is loaded.
@@ -56,6 +60,7 @@ def stored_predictors(settings: Settings) -> Iterator[Predictor]:
                     precision=settings.precision,
                     engine=settings.engine,
                     cache_dir=settings.engine_cache_dir,
+                    searching=searching,
                 )
             except ModelStoreError as error:
                 if settings.models:

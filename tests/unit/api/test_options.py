@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.api.body import Upload
@@ -124,3 +126,15 @@ def test_roi_op_is_one_that_the_model_can_take() -> None:
         understand(DetectParameters(roi_op="spp"), FAKE_INFO)
     with pytest.raises(InvalidRequestError, match="only its own, roi_align"):
         understand(DetectParameters(roi_op="roi_align"), FAKE_BOXES_INFO)
+    adaptive = replace(FAKE_INFO, roi_ops=("roi_pool", "roi_align", "roi_align_max"))
+    with pytest.raises(InvalidRequestError, match=r"as its sampling_ratio is 0, adaptive, .*; it can take: roi_pool"):
+        understand(DetectParameters(roi_op="roi_warp"), adaptive)
+
+
+def test_model_that_proposes_nothing_itself_is_given_proposals_or_refuses() -> None:
+    info = replace(FAKE_BOXES_INFO, architecture="fast_rcnn", needs_proposals=True)
+    with pytest.raises(InvalidRequestError, match=r"fast_rcnn that proposes no boxes itself; .* option 'proposals'"):
+        understand(DetectParameters(), info)
+    assert understand(DetectParameters(), info, ()).options.proposals == ()
+    box = (0.0, 0.0, 10.0, 10.0)
+    assert understand(DetectParameters(), info, (box,)).options.proposals == (box,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from service.cli import app
 from service.model_store.model_toml import ProvenanceTable
 from service.model_store.store import ModelStore
 from service.modeling.build import build_model
+from service.modeling.proposals import selective_search
 from tests.coco_folder import write_coco_folder
+from tests.tiny_models import given_proposals, store_untrained
 from tests.unit.training.test_comparing import CONFIG
 
 
@@ -84,3 +87,18 @@ def test_what_cannot_be_compared_is_said_at_once(store: Path, arguments: list[st
     result = compare(store, *arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_network_whose_callers_give_the_proposals_is_compared_with_one_search_a_picture(
+    store: Path, tmp_path: Path
+) -> None:
+    store_untrained(store, "given", given_proposals("fast_rcnn"))
+    out = tmp_path / "compared.md"
+    with patch("service.training.proposals.selective_search", wraps=selective_search) as search:
+        result = compare(store, "--model", "given", "--roi-op", "roi_pool,roi_align", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1:4] for line in out.read_text().splitlines() if line.startswith("| roi_")] == [
+        ["roi_pool", "|", "boxes"],
+        ["roi_align", "|", "boxes"],
+    ]
+    assert search.call_count == 2  # val.json has two pictures

@@ -15,12 +15,13 @@ import torch
 from torchvision.models.detection.transform import resize_boxes
 
 from service.errors import InferenceError, OutOfMemoryError
-from service.inference.loading import interchangeable_ops
+from service.inference.loading import describe, interchangeable_ops
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.structures import Box, Detections, DetectOptions, Image, Query
 from service.training.loop import evaluation_info
+from tests.tiny_models import given_proposals
 
 CONFIG = ModelConfig.model_validate(
     {
@@ -173,3 +174,16 @@ def test_lack_of_memory_is_told_apart_from_other_failures_and_names_the_sizes(pr
     assert not isinstance(failure.value, OutOfMemoryError)
     predictor.release_memory()
     assert len(predictor.predict(queries)) == 2
+
+
+@pytest.mark.parametrize("architecture", ["fast_rcnn", "rcnn"])
+def test_warming_up_brings_its_own_proposals_where_the_model_has_none(architecture: str) -> None:
+    config = given_proposals(architecture)
+    info = describe(config, name="given", version=1, precision="float32", device="cpu")
+    predictor = Predictor(build_model(config), info=info, device=torch.device("cpu"))
+    assert info.needs_proposals
+    heads = predictor._model.roi_heads
+    with patch.object(heads, "detect_boxes", wraps=heads.detect_boxes) as detect_boxes:
+        predictor.warm_up()
+    (call,) = detect_boxes.call_args_list
+    assert len(call.args[1][0]) == 1

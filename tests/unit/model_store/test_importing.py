@@ -72,7 +72,7 @@ def test_published_weights_answer_as_torchvision_lets_them(
     random.backbone.body.bn1.running_var.uniform_(1e-5, 1e-4)  # type: ignore[operator,union-attr]  # where epsilon counts
     path = tmp_path / "hub" / "checkpoints" / published.file_name
     path.parent.mkdir(parents=True)
-    torch.save(_with_old_names(random.state_dict()), path)
+    torch.save(with_old_names(random.state_dict()), path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     expected = detect(build("fasterrcnn_resnet50_fpn", weights="COCO_V1"))
 
@@ -82,10 +82,12 @@ def test_published_weights_answer_as_torchvision_lets_them(
         assert_same(detect(rebuild(import_checkpoint(path, labels=published.labels, norm_eps=1e-5))), expected)
 
 
-def _with_old_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_old_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """As torchvision named a Faster R-CNN's weights before 0.13, when batch norms were frozen and counted nothing."""
     old = {key.replace("rpn.head.conv.0.0.", "rpn.head.conv."): tensor for key, tensor in state_dict.items()}
     old = {re.sub(r"(fpn\..*_blocks\.\d)\.0\.", r"\1.", key): tensor for key, tensor in old.items()}
+    for layer in range(4):
+        old = {key.replace(f"mask_head.{layer}.0.", f"mask_head.mask_fcn{layer + 1}."): old[key] for key in old}
     return {key: tensor for key, tensor in old.items() if not key.endswith("num_batches_tracked")}
 
 

@@ -89,7 +89,8 @@ def test_values_and_gradients_are_those_of_torchvision(device: str, aligned: boo
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_gradcheck(aligned: bool) -> None:
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_gradcheck(sampling_ratio: int, aligned: bool) -> None:
     rois = random_rois(3, extent=20)
     features = random_features(4, 5).requires_grad_()
-    assert gradcheck(lambda features: roi_align(features, rois, (3, 2), 0.25, 0, aligned), features)
+    assert gradcheck(lambda features: roi_align(features, rois, (3, 2), 0.25, sampling_ratio, aligned), features)

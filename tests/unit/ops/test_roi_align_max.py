@@ -68,8 +68,9 @@ def test_device_does_not_matter(device: str) -> None:
     torch.testing.assert_close(pooled.cpu(), roi_align_max(features, rois, (7, 5), 0.25))
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_gradcheck(sampling_ratio: int) -> None:
+def test_gradcheck(sampling_ratio: int, aligned: bool) -> None:
     rois = random_rois(3, extent=20)
     features = random_features(4, 5).requires_grad_()
-    assert gradcheck(lambda features: roi_align_max(features, rois, (3, 2), 0.25, sampling_ratio), features)
+    assert gradcheck(lambda features: roi_align_max(features, rois, (3, 2), 0.25, sampling_ratio, aligned), features)

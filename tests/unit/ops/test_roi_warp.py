@@ -58,6 +58,9 @@ def test_device_does_not_matter(device: str) -> None:
     torch.testing.assert_close(pooled.cpu(), roi_warp(features, rois, (7, 5), 0.25))
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sampling_ratio", [1, 2])
+def test_gradcheck(sampling_ratio: int, aligned: bool) -> None:
     rois = random_rois(3, extent=20)
-    assert gradcheck(lambda features: roi_warp(features, rois, (3, 2), 0.25), random_features(4, 5).requires_grad_())
+    features = random_features(4, 5).requires_grad_()
+    assert gradcheck(lambda features: roi_warp(features, rois, (3, 2), 0.25, sampling_ratio, aligned), features)

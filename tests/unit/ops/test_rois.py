@@ -147,6 +147,26 @@ def test_huge_boxes_are_finite_and_quick(op: Callable[..., Tensor]) -> None:
     assert pooled.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("op", "middle"),
+    [
+        (ops.roi_pool, 24),  # the largest cell of the whole grid
+        (lambda features, boxes, size: ops.spp(features, boxes, (size,)), 24),
+        (partial(ops.roi_align, sampling_ratio=1), 7),  # the point (2, 1): 5 * 1 + 2
+        (partial(ops.roi_align_max, sampling_ratio=1), 7),
+        (ops.roi_warp, 7),
+        (partial(ops.crop, padding=0), 4),  # the same point, half a pixel up and left of the pixel's middle
+    ],
+)
+def test_a_huge_box_reads_in_its_middle_what_is_there_and_elsewhere_nothing(
+    op: Callable[..., Tensor], middle: float
+) -> None:
+    pooled = op(GRID, box(2 - 4e6, 1 - 4e6, 2 + 4e6, 1 + 4e6), 3).reshape(3, 3)
+    expected = torch.zeros_like(pooled)
+    expected[1, 1] = middle
+    torch.testing.assert_close(pooled, expected)
+
+
 @pytest.mark.parametrize("op", [ops.roi_align, ops.roi_align_max])
 def test_adaptive_sampling_refuses_boxes_that_would_take_for_ever(op: Callable[..., Tensor]) -> None:
     assert op(GRID, box(-8, -8, 12, 12), 2).isfinite().all()

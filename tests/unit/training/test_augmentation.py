@@ -71,3 +71,20 @@ def test_the_same_generator_gives_the_same_picture(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(first.pixels, second.pixels)
     np.testing.assert_array_equal(first.boxes, second.boxes)
+
+
+def test_proposals_move_with_the_objects_and_those_outside_the_crop_are_gone(tmp_path: Path) -> None:
+    samples = load_coco(write_coco_folder(tmp_path) / "train.json").samples
+    strong = replace(PLAIN, crop_size=60, scale_range=(0.8, 1.25), flips=True)
+    rng = np.random.default_rng(0)
+    left, gone = 0, 0
+    for sample in samples:
+        picture = augment(sample, scale=1.0, augmentation=strong, fill=FILL, rng=rng, proposals=sample.boxes)
+        assert picture.proposals is not None
+        # The objects' own boxes as proposals: each object that is left has one where it is.
+        assert set(map(tuple, picture.boxes)) <= set(map(tuple, picture.proposals))
+        assert ((picture.proposals >= 0) & (picture.proposals <= 60)).all()
+        left += len(picture.boxes)
+        gone += len(sample.boxes) - len(picture.proposals)
+    assert left > 0
+    assert gone > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from service.training.comparing import COLUMNS, Run, markdown, measure, retrain,
 from service.training.dataset import CocoDataset, load_coco
 from service.training.evaluation import AveragePrecision, Evaluation
 from service.training.loop import TrainConfig, evaluation_info
+from service.training.proposals import ProposalCache
 from tests.coco_folder import write_coco_folder
+from tests.tiny_models import given_proposals
 
 CONFIG = ModelConfig.model_validate(
     {
@@ -129,3 +132,23 @@ def test_retrained_networks_begin_alike_and_pool_with_their_operator_in_both_bra
     torch.testing.assert_close(pool._model.state_dict()[weight], align._model.state_dict()[weight])
     moved = trained("roi_pool", "moved")
     assert not torch.equal(moved._model.state_dict()[weight], pool._model.state_dict()[weight])
+
+
+def test_a_network_whose_callers_give_the_proposals_is_retrained_and_measured_with_those_of_a_search(
+    folder: Path, val: CocoDataset, tmp_path: Path
+) -> None:
+    config = given_proposals("fast_rcnn")
+    predictor = retrain(
+        config,
+        roi_op="roi_pool",
+        train_config=QUICK,
+        train=load_coco(folder / "train.json"),
+        val=val,
+        state_path=tmp_path / "run" / "state.pt",
+        device=torch.device("cpu"),
+    )
+    searching = measure(predictor, val, roi_op="roi_pool")
+    cache = ProposalCache(tmp_path / "val", config.proposals)
+    with patch("service.modeling.fast_rcnn.selective_search", side_effect=AssertionError("searched in timed code")):
+        measured = measure(predictor, val, roi_op="roi_pool", proposals=cache)
+    assert measured.evaluation.boxes.ap50 == pytest.approx(searching.evaluation.boxes.ap50)

@@ -10,6 +10,7 @@ from service.modeling.config import ModelConfig
 from service.training.dataset import load_coco
 from service.training.loop import LOSSES, Progress, TrainConfig, Trainer
 from tests.coco_folder import write_coco_folder
+from tests.tiny_models import given_proposals
 
 TINY = ModelConfig.model_validate(
     {
@@ -25,11 +26,11 @@ TINY = ModelConfig.model_validate(
 CONFIG = TrainConfig(epochs=2, images_per_step=4, crop_size=96, warmup_steps=2, evaluate_every=2)
 
 
-def trainer(folder: Path, state: str, config: TrainConfig = CONFIG) -> Trainer:
+def trainer(folder: Path, state: str, config: TrainConfig = CONFIG, network: ModelConfig = TINY) -> Trainer:
     if not folder.joinpath("train.json").exists():
         write_coco_folder(folder)
     return Trainer(
-        model_config=TINY,
+        model_config=network,
         train_config=config,
         train=load_coco(folder / "train.json"),
         val=load_coco(folder / "val.json"),
@@ -89,3 +90,22 @@ def test_a_learning_rate_out_of_bounds_ends_with_a_clear_error(tmp_path: Path) -
     config = CONFIG.model_copy(update={"learning_rate": 1e8, "warmup_steps": 0, "epochs": 10})
     with pytest.raises(ServiceError, match="no longer finite"):
         trainer(tmp_path / "data", "state", config).run()
+
+
+@pytest.mark.parametrize("architecture", ["fast_rcnn", "rcnn"])
+def test_a_network_whose_callers_give_the_proposals_learns_from_those_of_a_search(
+    architecture: str, tmp_path: Path
+) -> None:
+    losses: list[float] = []
+
+    def on_step(progress: Progress) -> None:
+        assert set(progress.losses) == {"loss_classifier", "loss_box_reg"}
+        losses.append(sum(progress.losses.values()))
+
+    config = CONFIG.model_copy(update={"warmup_steps": 0, "learning_rate": 3e-3})
+    best = trainer(tmp_path / "data", "state", config, given_proposals(architecture)).run(on_step=on_step)
+    assert len(losses) == 4  # 2 epochs of 8 pictures, 4 a step
+    assert losses[-1] < losses[0]
+    assert (best.epoch, best.evaluation.num_images) == (2, 2)
+    searched = {path.stem for path in (tmp_path / "data" / "state").rglob("proposals-*/*.npy")}
+    assert searched == {str(image_id) for image_id in range(1, 9)}

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from service.modeling.build import build_model
@@ -49,6 +50,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "anchors": ONE_MAP,
         "roi": {"op": "roi_pool", "box_head_channels": 32, "box_head_dropout": 0.5},
     },
+    "c5": {
+        "architecture": "faster_rcnn",
+        "backbone": {"name": "narrow_resnet18_c5", "width": 8, "norm": "batch_norm"},
+        "anchors": ONE_MAP,
+        "roi": {"box_head_channels": 32},
+    },
+    "fast r-cnn": {
+        "architecture": "fast_rcnn",
+        "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
+        "proposals": {"search_width": 32, "max_count": 20},
+        "roi": {"box_head_channels": 32},
+    },
+    "timm": {
+        "architecture": "faster_rcnn",
+        "backbone": {"name": "timm/mambaout_femto", "out_channels": 16},
+        "roi": {"box_head_channels": 32},
+    },
     "pyramid pooling": {
         "architecture": "faster_rcnn",
         "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16},
@@ -65,14 +83,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def config_of(family: str) -> ModelConfig:
     """The configuration of one of `FAMILIES`."""
-    return ModelConfig.model_validate(SMALL | FAMILIES[family])
+    document = SMALL | FAMILIES[family]
+    if document["architecture"] == "fast_rcnn":
+        document = {table: keys for table, keys in document.items() if table != "rpn"}
+    return ModelConfig.model_validate(document)
+
+
+def _build(family: str) -> GeneralizedRCNN:
+    if family.startswith("timm"):
+        pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    return build_model(config_of(family))
 
 
 @cache
 def weights_of(family: str) -> dict[str, torch.Tensor]:
     """Random weights, as trained ones are: activations of order 1, some classes surer than others."""
     torch.manual_seed(0)
-    model = build_model(config_of(family))
+    model = _build(family)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -83,15 +110,16 @@ def weights_of(family: str) -> dict[str, torch.Tensor]:
         model.backbone(torch.randn(2, 3, 128, 128))
         model.eval()
         model.roi_heads.box_predictor.cls_score.weight.mul_(20)
-        logits = model.rpn.head.get_submodule("cls_logits")
-        assert isinstance(logits, torch.nn.Conv2d)
-        logits.weight.mul_(20)
+        if model.rpn.head is not None:
+            logits = model.rpn.head.get_submodule("cls_logits")
+            assert isinstance(logits, torch.nn.Conv2d)
+            logits.weight.mul_(20)
     return model.state_dict()
 
 
 def network(family: str) -> GeneralizedRCNN:
     """A network of its own, in evaluation mode; the same weights every time."""
-    model = build_model(config_of(family))
+    model = _build(family)
     model.load_state_dict(weights_of(family))
     return model.eval()
 
