@@ -128,7 +128,8 @@ class Predictor:
             started = time.perf_counter()
             yield
             # On CUDA this is the time to launch a stage's work, not to finish it: waiting here would slow the device.
-            stage_seconds[stage] = time.perf_counter() - started
+            # A stage may come twice: Fast R-CNN's search and its proposals are both `rpn`.
+            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + time.perf_counter() - started
 
         return timed
 
