@@ -68,6 +68,9 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
 
     try:
         folder = cache_dir or Path.home() / ".cache" / "roiserve"
+    except RuntimeError:
+        return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
+    try:
         model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
         # The first line says it; behind it there may be whole weights.

@@ -145,6 +145,13 @@ def test_auto_does_without_an_engine_that_is_not_there() -> None:
         assert put("auto") == "eager"
 
 
+def test_without_a_home_the_missing_folder_is_named() -> None:
+    pytest.importorskip("openvino")
+    homeless = patch.object(Path, "home", side_effect=RuntimeError("Could not determine home directory."))
+    with homeless, pytest.raises(ServiceError, match="ROISERVE_ENGINE_CACHE_DIR"):
+        put("openvino")
+
+
 def test_openvino_does_not_take_float16() -> None:
     with pytest.raises(ServiceError, match="float32 or bfloat16"):
         put("openvino", precision="float16")
