@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from service.modeling.config import RoIConfig
 from service.ops import assign_levels, multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
 from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
-from service.ops.rois import as_rois
+from service.ops.rois import as_rois, check_adaptive
 
 
 class RoIPooler(nn.Module):
@@ -58,9 +58,8 @@ class RoIPooler(nn.Module):
         return multi_scale(self._op, maps, boxes, self.output_size, scales)
 
     def _suits_the_cpu_kernel(self, maps: Sequence[Tensor]) -> bool:
-        has_kernel = self.roi.op == "roi_pool" or (self.roi.op == "roi_align" and self.roi.sampling_ratio > 0)
         return (
-            has_kernel
+            self.roi.op in ("roi_pool", "roi_align")
             and not torch.is_grad_enabled()
             and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in maps)
         )
@@ -73,6 +72,9 @@ class RoIPooler(nn.Module):
         size = (self.output_size, self.output_size)
         if self.roi.op == "roi_pool":
             return multi_scale_roi_pool_channels_last(maps, rois, levels, scales, size)
+        if self.roi.sampling_ratio == 0:
+            for level, (one, scale) in enumerate(zip(maps, scales, strict=True)):
+                check_adaptive(rois[levels == level] * scale, one)
         return multi_scale_roi_align_channels_last(
             maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned
         )

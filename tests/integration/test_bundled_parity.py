@@ -122,9 +122,9 @@ def test_pictures_get_torchvisions_own_answers(
 @pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_pixel_gets_torchvisions_own_answer(engine: str, name: str, cache_dir: Path) -> None:
-    """Below the model's threshold, or both would find nothing, but not far below: of an even picture hundreds of anchors
-    score alike to the last digit (186 of the nuclei's thousand best), and rounding decides which of two that overlap
-    is suppressed. At 0.001 torchvision finds 120 objects and its own modules, called by us, 121.
+    """Below the model's threshold, or both would find nothing, but not far below: of an even picture hundreds of
+    anchors score alike to the last digit (186 of the nuclei's thousand best), and rounding decides which of two that
+    overlap is suppressed. At 0.001 torchvision finds 120 objects and its own modules, called by us, 121.
     """
     pixel = Image(np.array([[[200, 90, 150]]], np.uint8))
     with patch.object(twin_of(name).roi_heads, "score_thresh", 0.01):
