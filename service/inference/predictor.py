@@ -17,8 +17,8 @@ from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections, 
 from service.modeling.roi_heads import Selection
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
 
-WARM_UP_SIZE = (256, 256)
-"""(height, width) of the picture that `warm_up` runs."""
+WARM_UP_SIZE = (256, 352)
+"""(height, width) of the pictures that `warm_up` runs. No square: code compiled for it would fit squares only."""
 
 
 class Predictor:
@@ -44,6 +44,7 @@ class Predictor:
         self.info = info
         self._device = device
         self._autocast_dtype = autocast_dtype
+        self._may_compile = True
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The padded (height, width) in pixels: images with one key share a batch without
@@ -52,10 +53,16 @@ class Predictor:
         return self._model.transform.padded_size(image_size)
 
     def warm_up(self) -> None:
-        """Run one blank picture through every part, so that the first request does not pay for first-time work."""
+        """Run blank pictures through every part, so that the first request does not pay for first-time work.
+
+        From then on nothing is compiled any more: in a batch it could take minutes, and pass for a device that hangs.
+        """
         blank = Image(np.zeros((*WARM_UP_SIZE, 3), dtype=np.uint8))
         proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
-        self.predict([Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))])
+        query = Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
+        for count in (1, 2) if self.info.engine == "compiled" else (1,):
+            self.predict([query] * count)
+        self._may_compile = False
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Detect objects in a batch of images, each by its own options.
@@ -77,7 +84,7 @@ class Predictor:
         if len(roi_ops) > 1:
             raise ValueError(f"expected one roi_op for the whole batch, got {roi_ops}")
         try:
-            with self._autocast():
+            with torch.compiler.set_stance("default" if self._may_compile else "eager_on_recompile"), self._autocast():
                 found = self._model.detect(
                     [torch.from_numpy(image.pixels).to(self._device) for image in images],
                     [self._selection(query.options) for query in queries],

@@ -61,7 +61,7 @@ def run_by(engine: str, name: str, cache_dir: Path) -> Predictor:
 @contextmanager
 def no_code_generated() -> Iterator[None]:
     """`compiled` as it is, but for the code, for which there is no time here."""
-    by_torch = partial(compiled_parts, backend="eager", mode=None)
+    by_torch = partial(compiled_parts, backend="eager")
     with patch.object(choosing, "check_compiler"), patch.object(choosing, "compiled_parts", by_torch):
         yield
 

@@ -43,7 +43,7 @@ def run_by(engine: str, family: str, cache_dir: Path) -> Predictor:
         pytest.importorskip("openvino")
     if engine == "compiled":  # without code generation, for which there is no time: what is tested is the wiring
         fold(model)
-        model.parts = compiled_parts(model, backend="eager", mode=None)
+        model.parts = compiled_parts(model, backend="eager")
     else:
         device = torch.device("cpu")
         used = put_engine(model, engine=engine, device=device, precision="float32", key=family, cache_dir=cache_dir)
@@ -77,6 +77,7 @@ def assert_same(found: Detections, expected: Detections, *, scale: float = 1) ->
     [
         *((engine, family) for engine in ("eager", "openvino") for family in FAMILIES),
         ("compiled", "fpn with masks"),
+        ("compiled", "mobilenet"),
     ],
 )
 def test_pictures_of_all_sizes_get_the_plain_networks_answers(engine: str, family: str, cache_dir: Path) -> None:
