@@ -94,7 +94,7 @@ def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
 
 
 def choose_precision(precision: str, *, engine: str, device: torch.device) -> str:
-    """What `auto` means: float16 on CUDA, whose matrix units have it; float32 on the CPU and for the reference, `eager`.
+    """What `auto` means: float16 on CUDA, whose matrix units have it; float32 on the CPU and by `eager`.
 
     Args:
         precision: as a setting has it.
