@@ -15,6 +15,7 @@ from service.errors import InferenceError, OutOfMemoryError
 from service.inference.memory import is_out_of_memory, release_memory
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections, StageTimer
 from service.modeling.roi_heads import Selection
+from service.ops.devices import upload
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
 
 WARM_UP_SIZE = (256, 352)
@@ -86,7 +87,7 @@ class Predictor:
         try:
             with torch.compiler.set_stance("default" if self._may_compile else "eager_on_recompile"), self._autocast():
                 found = self._model.detect(
-                    [torch.from_numpy(image.pixels).to(self._device) for image in images],
+                    [upload(torch.from_numpy(image.pixels), self._device) for image in images],
                     [self._selection(query.options) for query in queries],
                     with_masks=[query.options.with_masks for query in queries],
                     proposals=[self._proposals(query.options) for query in queries],
@@ -122,7 +123,7 @@ class Predictor:
         if options.proposals is None:
             return None
         # In float64, which holds every number of JSON, until they are clipped.
-        return torch.tensor(options.proposals, dtype=torch.float64, device=self._device).reshape(-1, 4)
+        return torch.tensor(options.proposals, dtype=torch.float64).reshape(-1, 4)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:
@@ -148,19 +149,22 @@ class Predictor:
 
 
 def _to_host(found: Sequence[ImageDetections]) -> list[Detections]:
-    """All answers of a batch in one copy, and the masks in another: on CUDA each one waits for the device."""
-    counts = [len(one.boxes) for one in found]
+    """All answers of a batch in one copy, for on CUDA each one waits for the device."""
     # float32 holds the labels exactly: there are far fewer than 2^24.
-    tables = [torch.column_stack([one.boxes, one.scores, one.labels.to(one.boxes.dtype)]) for one in found]
-    rows = torch.cat(tables).cpu().split(counts)
-    with_masks = [one.masks for one in found if one.masks is not None]
-    masks = iter(torch.cat(with_masks).cpu().split([len(one) for one in with_masks]) if with_masks else ())
+    columns = [
+        values
+        for one in found
+        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks)
+        if values is not None
+    ]
+    flat = torch.cat([values.flatten() for values in columns]).cpu().split([values.numel() for values in columns])
+    copies = (values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True))
     return [
         Detections(
-            boxes=table[:, :4].contiguous().numpy(),
-            labels=table[:, 5].long().numpy(),
-            scores=table[:, 4].contiguous().numpy(),
-            masks=None if one.masks is None else next(masks).numpy(),
+            boxes=next(copies),
+            labels=next(copies).astype(np.int64),
+            scores=next(copies),
+            masks=None if one.masks is None else next(copies),
         )
-        for one, table in zip(found, rows, strict=True)
+        for one in found
     ]

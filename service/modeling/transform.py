@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
@@ -23,6 +24,9 @@ class Transform(GeneralizedRCNNTransform):
         config: sizes in pixels, and the mean and standard deviation of each channel (pixels scaled to 0..1).
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, config: TransformConfig) -> None:
         super().__init__(
             min_size=config.min_size,
@@ -32,6 +36,9 @@ class Transform(GeneralizedRCNNTransform):
             size_divisible=SIZE_DIVISIBLE,
         )
         self._config = config
+        # On the network's device, where torchvision would copy them anew, and wait, for every image. No weights.
+        self.register_buffer("_mean", torch.tensor(config.mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(config.std).reshape(-1, 1, 1), persistent=False)
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size that `resize` gives to an image, in evaluation mode. At least 1 pixel a side."""
@@ -43,6 +50,10 @@ class Transform(GeneralizedRCNNTransform):
         """The size of the batch that an image gets when it is alone: images of one padded size may share a batch."""
         height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in self.resized_size(image_size))
         return height, width
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """(3, H, W) in 0..1 -> the same around 0, as torchvision's."""
+        return (image - self._mean) / self._std
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none."""

@@ -71,7 +71,7 @@ def twin_of(name: str) -> GeneralizedRCNN:
     return torchvision_twin(STORED[name])
 
 
-def torchvisions(name: str, image: Image) -> tuple[Detections, list[dict[str, object]] | None]:
+def torchvisions(name: str, image: Image) -> tuple[Detections, Sequence[object] | None]:
     """torchvision's own answer, and its masks pasted into the picture."""
     with torch.inference_mode():
         (found,) = twin_of(name)([torchvision_input(image)])
@@ -94,7 +94,7 @@ def assert_same(found: Detections, expected: Detections) -> None:
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-4)
 
 
-def assert_same_masks(found: Detections, image: Image, expected: list[dict[str, object]] | None) -> None:
+def assert_same_masks(found: Detections, image: Image, expected: Sequence[object] | None) -> None:
     assert (found.masks is None) == (expected is None)
     if found.masks is not None and expected is not None:
         for ours, theirs in zip(encode_rle(found.masks, found.boxes, image.size), expected, strict=True):
