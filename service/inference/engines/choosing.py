@@ -64,8 +64,10 @@ def put_engine(
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
     """Put the engine in place; returns why it cannot be, None if it is."""
     # Imported here: an extra, that need not be installed.
-    from service.inference.engines.openvino import OpenVinoNetwork
+    from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
+    if precision == "bfloat16" and not has_bfloat16():
+        return "engine 'openvino' runs in bfloat16 on processors that have it (AMX, AVX-512 BF16), and this one has not"
     try:
         folder = cache_dir or Path.home() / ".cache" / "roiserve"
     except RuntimeError:

@@ -159,17 +159,34 @@ def test_openvino_does_not_take_float16() -> None:
     assert put("auto", precision="float16") == "eager"
 
 
+@pytest.mark.parametrize("capabilities", [["FP32", "BF16"], ["FP32", "INT8"]])
+def test_bfloat16_needs_a_processor_that_has_it(capabilities: list[str], tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    real = openvino.Core.get_property
+
+    def said(core: object, device: str, name: str) -> object:
+        return capabilities if name == "OPTIMIZATION_CAPABILITIES" else real(core, device, name)
+
+    with patch.object(openvino.Core, "get_property", said):
+        if "BF16" in capabilities:
+            assert put("openvino", precision="bfloat16", cache_dir=tmp_path) == "openvino"
+        else:
+            with pytest.raises(ServiceError, match="bfloat16 on processors that have it"):
+                put("openvino", precision="bfloat16")
+            assert put("auto", precision="bfloat16") == "eager"
+
+
 def no_extra() -> AbstractContextManager[object]:
     """As if OpenVINO was not installed."""
     return patch("importlib.util.find_spec", return_value=None)
 
 
-def put(engine: str, *, precision: str = "float32") -> str:
+def put(engine: str, *, precision: str = "float32", cache_dir: Path | None = None) -> str:
     return put_engine(
         network("fpn with masks"),
         engine=engine,
         device=torch.device("cpu"),
         precision=precision,
         key="a network",
-        cache_dir=None,
+        cache_dir=cache_dir,
     )
