@@ -205,6 +205,7 @@ class Report:
         self._head = {
             "machine": f"{_processor()}, torch on {torch.get_num_threads()} threads, {platform.platform()}",
             "versions": f"Python {platform.python_version()}, {', '.join(_versions())}",
+            "environment": f"GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}",
             "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".rstrip(),
             "load before": f"{os.getloadavg()[0]:.2f} processes on average in the last minute",
         }

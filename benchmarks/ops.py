@@ -20,6 +20,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import roi_align, roi_pool
 
 from benchmarks._detectors import as_jpeg, example_picture
@@ -38,7 +39,13 @@ from benchmarks._measure import (
 from service.imaging.decode import ImageLimits, decode_image
 from service.masks.polygons import encode_polygons
 from service.masks.rle import encode_rle
-from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
+from service.modeling.config import TransformConfig
+from service.modeling.transform import Transform
+from service.ops._cpu_kernels import (
+    OutputMemory,
+    multi_scale_roi_align_channels_last,
+    multi_scale_roi_pool_channels_last,
+)
 from service.ops.multi_scale import assign_levels
 from service.structures import Float32Array, UInt8Array
 
@@ -60,7 +67,9 @@ SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 def main(
     rounds: Annotated[int, typer.Option(help="How often each side is timed; fewer where a call takes long.")] = 9,
-    threads: Annotated[int, typer.Option(help="For torch and for our RoI kernels; masks and JPEGs take one.")] = 2,
+    threads: Annotated[
+        int, typer.Option(help="For torch and for our RoI and resizing kernels; masks and JPEGs take one.")
+    ] = 2,
     pictures: Annotated[Path, typer.Option(help="Folder of JPEGs to decode, beside ours.")] = PICTURES,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the RoI operators alone, which run there.")] = "cpu",
     precision: Annotated[
@@ -69,7 +78,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One round, small sizes: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
-    """Print a table for the RoI operators, one for decoding and one for the masks."""
+    """Print a table for the RoI operators, one for decoding, one for resizing and one for the masks."""
     torch.set_num_threads(threads)
     report = Report("ops", out)
     rounds = 1 if quick else rounds
@@ -93,8 +102,14 @@ def main(
         ["picture", "pixels", *(f"{name} ms" for name in DECODERS), "ours, times faster"],
         [decode_row(name, jpegs, rounds) for name, jpegs in jpeg_sets(pictures, quick=quick)],
     )
+    names = ["480p"] if quick else list(IMAGE_SIZES)
+    report.table(
+        "RGB pixels to the network's input (800 / 1333): torchvision's transform against ours",
+        ["picture", "torchvision ms", "ours ms", "times faster", "largest difference"],
+        [transform_row(name, rounds) for name in names],
+    )
     rows: list[list[Cell]] = []
-    for name in ("480p",) if quick else IMAGE_SIZES:
+    for name in names:
         for count in (1, 20, 100):
             rows.append(mask_row(count, name, rounds))
             report.table(
@@ -164,6 +179,23 @@ DECODERS: dict[str, Callable[[bytes], UInt8Array]] = {
 }
 
 
+def transform_row(name: str, rounds: int) -> list[Cell]:
+    height, width = IMAGE_SIZES[name]
+    pixels = torch.from_numpy(np.array(example_picture(width, height)))
+    config = TransformConfig()
+    ours = Transform(config).eval()
+    theirs = GeneralizedRCNNTransform(config.min_size, config.max_size, list(config.mean), list(config.std)).eval()
+    sides: dict[str, Callable[[], Tensor]] = {
+        "reference": lambda: theirs([pixels.permute(2, 0, 1).float().div(255)])[0].tensors,
+        "ours": lambda: ours.prepare([pixels]).tensors,
+    }
+    with torch.inference_mode():
+        seconds = alternate(sides, rounds=5 * rounds)
+        difference = float((sides["reference"]() - sides["ours"]()).abs().max())
+    times = [milliseconds(seconds["reference"]), milliseconds(seconds["ours"])]
+    return [name, *times, ratio(seconds["reference"], seconds["ours"]), f"{difference:.1e}"]
+
+
 def mask_row(count: int, image: str, rounds: int) -> list[Cell]:
     image_size = IMAGE_SIZES[image]
     masks, boxes = mask_head_output(count, image_size)
@@ -220,14 +252,17 @@ def roi_rows(number: int, rounds: int) -> list[list[Cell]]:
     rois = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
     levels = assign_levels([boxes], min_level=2, max_level=5)
     pooled = (channels_last, rois, levels, SCALES, (7, 7))
+    memory = OutputMemory()  # as every RoI pooler has
     operators: dict[str, tuple[Callable[..., Tensor], Callable[[], Tensor]]] = {
         f"roi_align, sampling_ratio={samples}, aligned={aligned}": (
             partial(roi_align, sampling_ratio=samples, aligned=aligned),
-            partial(multi_scale_roi_align_channels_last, *pooled, sampling_ratio=samples, aligned=aligned),
+            partial(
+                multi_scale_roi_align_channels_last, *pooled, sampling_ratio=samples, aligned=aligned, memory=memory
+            ),
         )
         for samples, aligned in ((2, False), (0, True))
     }
-    operators["roi_pool"] = roi_pool, partial(multi_scale_roi_pool_channels_last, *pooled)
+    operators["roi_pool"] = roi_pool, partial(multi_scale_roi_pool_channels_last, *pooled, memory=memory)
     rows: list[list[Cell]] = []
     for name, (operator, ours) in operators.items():
         reference = partial(level_by_level, operator, features, rois, levels)

@@ -1,4 +1,5 @@
-"""The running server under load, against the same pipeline called in process: `python -m benchmarks.serve`.
+"""The running server: how long it takes to start, and how it does under load, against the same pipeline called in
+process: `python -m benchmarks.serve`.
 
 The load comes from `service/load`, in this process, where nothing else runs meanwhile; what it takes of the processor
 is in the table. While the pipeline is called in process, the server is idle.
@@ -14,10 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
+from types import MappingProxyType
 from typing import Annotated
 
 import orjson
@@ -38,6 +40,8 @@ MIXED_SIZES = ((640, 480), (480, 640), (800, 600), (512, 512), (1024, 768), (320
 TRAFFIC = {"one size": ONE_SIZE, "mixed sizes": MIXED_SIZES}
 BATCH_SIZES = (1, 2, 4, 8)
 SECONDS_TO_START = 120
+STARTS = "From the command to ready, all bundled models"
+START_COLUMNS = ["start", "workers", "seconds"]
 LOADS = "Closed loops"
 LOAD_COLUMNS = [
     "model",
@@ -80,7 +84,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One model, half a second each: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
-    """Print a table of the loads, one of throughput against the process's, and one of the idle server's answers."""
+    """Print tables of starts, of loads, of throughput against the process's, and of the idle server's answers."""
     torch.set_num_threads(threads)
     bench = _Bench(
         Report("serve", out),
@@ -88,22 +92,26 @@ def main(
         rounds=1 if quick else rounds,
         callers=[1, 2] if quick else [int(one) for one in callers.split(",")],
     )
+    if not quick:
+        bench.start(workers.split(",")[0])
     for stored in bundled_models()[:1] if quick else bundled_models():
         for number in ["default"] if quick else workers.split(","):
-            with running_server(stored, workers=number) as target:
+            with running_server([stored], workers=number) as target:
                 bench.measure(stored, number, target)
     bench.report.show()
 
 
 @contextmanager
-def running_server(stored: StoredModel, *, workers: str) -> Iterator[Target]:
-    """`roiserve serve` with one model, ready; stopped afterwards."""
+def running_server(
+    models: Sequence[StoredModel], *, workers: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Target]:
+    """`roiserve serve` with these models, ready; stopped afterwards."""
     port = _free_port()
     flags = [] if workers == "default" else ["--workers", workers]
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
-    settings = {"ROISERVE_MODEL_STORE": str(BUNDLED), "ROISERVE_MODELS": stored.key}
+    settings = {"ROISERVE_MODEL_STORE": str(BUNDLED), "ROISERVE_MODELS": ",".join(one.key for one in models)}
     with TemporaryFile() as log:
-        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env={**os.environ, **settings, **environment}, stdout=log, stderr=log)
         try:
             target = Target.of_url(f"http://127.0.0.1:{port}")
             asyncio.run(_until_ready(target, server))
@@ -136,6 +144,18 @@ async def _until_ready(target: Target, server: subprocess.Popen[bytes]) -> None:
             except NoAnswerError:
                 pass
             await asyncio.sleep(0.1)
+
+
+def caches_in(folder: Path) -> dict[str, str]:
+    """The variables that have a server keep all that it compiles in this folder."""
+    return {"ROISERVE_ENGINE_CACHE_DIR": str(folder / "engine"), "NUMBA_CACHE_DIR": str(folder / "numba")}
+
+
+def seconds_to_start(models: Sequence[StoredModel], *, workers: str, environment: Mapping[str, str]) -> float:
+    """From the command until `/readyz` says 200, to a tenth of a second."""
+    begin = time.perf_counter()
+    with running_server(models, workers=workers, environment=environment):
+        return time.perf_counter() - begin
 
 
 def traffic(model: str, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -189,6 +209,16 @@ class _Bench:
         self._loads: list[list[Cell]] = []
         self._ratios: list[list[Cell]] = []
         self._idle: list[list[Cell]] = []
+
+    def start(self, workers: str) -> None:
+        """The first start, which compiles everything, and later ones, which find it compiled."""
+        with TemporaryDirectory() as folder:
+            seconds = [
+                seconds_to_start(bundled_models(), workers=workers, environment=caches_in(Path(folder)))
+                for _ in range(1 + self._rounds)
+            ]
+        rows: list[list[Cell]] = [["first", workers, seconds[0]], ["later ones", workers, spread(seconds[1:])]]
+        self.report.table(STARTS, START_COLUMNS, rows)
 
     def measure(self, stored: StoredModel, workers: str, target: Target) -> None:
         predictor = our_predictor(stored, engine_of(target))

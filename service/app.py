@@ -121,6 +121,7 @@ async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
         is_known = isinstance(error, ServiceError)
         logger.error(f"cannot start: {error}", exc_info=None if is_known else error)
         return
+    state.lifecycle.has_models = True
     if state.lifecycle.phase is Phase.LOADING:
         state.lifecycle.phase = Phase.READY
     logger.info("ready")

@@ -4,6 +4,7 @@ imported before a command runs.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -33,8 +34,20 @@ app.command("compare")(compare)
 app.command("bench")(bench)
 
 
+def let_waiting_threads_sleep() -> None:
+    """Have PyTorch's waiting threads leave their cores to others, in this process and those that it starts.
+
+    To be called before torch is imported, for OpenMP reads its variables as it is loaded. A variable that is set stays.
+    """
+    # Threads that wait for PyTorch's next loop would spin for milliseconds on the cores where OpenVINO, our own kernels
+    # and the decoders run meanwhile: OpenVINO's calls take a sixth longer then. Not 0: PyTorch's loops follow closely
+    # on each other, and to wake threads for each costs more than so short a wait.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line and status 1, not a traceback."""
+    let_waiting_threads_sleep()
     try:
         app(prog_name="roiserve")
     except ServiceError as error:

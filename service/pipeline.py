@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 import orjson
 
 from service.batching.batcher import Batcher
+from service.batching.held_pixels import HeldPixels, PixelHolding
 from service.batching.queue import Priority
-from service.errors import DeadlineExceededError, NotReadyError
+from service.errors import DeadlineExceededError, NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits, decode_image
 from service.imaging.overlay import draw_detections, encode_picture
 from service.masks.png import encode_crops, encode_png
@@ -38,6 +40,10 @@ from service.structures import (
 )
 
 T = TypeVar("T")
+
+# To encode a mask takes time in proportion to the sides of its box: this is some 2 ms, far above what a thread costs.
+_SIDES_PER_PART_PIXELS = 20_000
+_MOST_PARTS = 4
 
 MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
@@ -140,6 +146,16 @@ def encode_json(image: Image, detections: Detections, info: ModelInfo, mask_form
     return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def parts_of(detections: Detections) -> list[Detections]:
+    """Split what takes long to encode, in order, so that several threads can share it."""
+    if detections.masks is None:
+        return [detections]
+    boxes = detections.boxes
+    number = min(max(1, int((boxes[:, 2:] - boxes[:, :2]).sum()) // _SIDES_PER_PART_PIXELS), _MOST_PARTS)
+    fields = (boxes, detections.labels, detections.scores, detections.masks)
+    return [Detections(*part) for part in zip(*(np.array_split(field, number) for field in fields), strict=True)]
+
+
 def encode_drawing(image: Image, detections: Detections, info: ModelInfo, picture_type: PictureType) -> bytes:
     """The image with the detections drawn into it."""
     drawn = draw_detections(image, detections, info.labels)
@@ -153,6 +169,7 @@ class Pipeline:
         batcher: runs `run_batch`.
         decoders: threads that decode.
         encoders: threads that encode: others, so that finished answers do not wait behind new images.
+        held_pixels: bounds what the decoded images hold together, each from its decoding to its answer.
         predictors: the loaded models by their keys; looked up anew for each job.
         observe: takes the times of the stages and the numbers of detections.
         batch_policy: which images may share a batch, see `Settings`.
@@ -165,6 +182,7 @@ class Pipeline:
         decoders: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
         image_limits: ImageLimits,
+        held_pixels: HeldPixels,
         predictors: Mapping[str, Predictor],
         observe: Observe,
         batch_policy: Literal["exact", "padded"] = "exact",
@@ -173,6 +191,7 @@ class Pipeline:
         self._decoders = decoders
         self._encoders = encoders
         self._image_limits = image_limits
+        self._held_pixels = held_pixels
         self._predictors = predictors
         self._observe = observe
         self._batch_policy = batch_policy
@@ -193,9 +212,10 @@ class Pipeline:
             ServiceError: UnsupportedImageError, InvalidImageError or TooLargeError for the image; OverloadedError,
                 NotReadyError, DeadlineExceededError or InferenceError for what became of it.
         """
-        image, prediction = await self.detect(job)
-        job.progress.enter("encode")
-        encoded = await self._in_thread(self._encoders, job, self._encode, job, image, prediction.detections)
+        with self._held_pixels.hold() as holding:
+            image, prediction = await self._detect(job, holding)
+            job.progress.enter("encode")
+            encoded = await self._encode(job, image, prediction.detections)
         job.progress.enter("respond")
         for stage in ("decode", "queue", "encode"):
             self._observe("stage_duration", (stage, job.model), job.progress.stage_seconds[stage])
@@ -205,9 +225,13 @@ class Pipeline:
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
         """As `run`, but for the encoding: the decoded image and what was found in it."""
+        with self._held_pixels.hold() as holding:
+            return await self._detect(job, holding)
+
+    async def _detect(self, job: Job, holding: PixelHolding) -> tuple[Image, Prediction]:
         predictor = self._predictor(job.model)
         job.progress.enter("decode")
-        image = await self._in_thread(self._decoders, job, self._decode, job)
+        image = await self._in_thread(self._decoders, job, self._decode, job, holding)
         job.progress.enter("queue")
         return image, await self._submit(job, predictor, image)
 
@@ -217,16 +241,34 @@ class Pipeline:
             raise NotReadyError(f"the model {model_key} is not loaded any more")
         return predictor
 
-    def _decode(self, job: Job) -> Image:
-        job.progress.begin("decode")
-        return decode_image(job.data, limits=self._image_limits)
+    def _decode(self, job: Job, holding: PixelHolding) -> Image:
+        def before_decoding(pixels: int) -> None:
+            holding.take(pixels)
+            job.progress.begin("decode")
 
-    def _encode(self, job: Job, image: Image, detections: Detections) -> bytes:
+        return decode_image(job.data, limits=self._image_limits, before_decoding=before_decoding)
+
+    async def _encode(self, job: Job, image: Image, detections: Detections) -> bytes:
+        if job.output == "image/png" or job.output == "image/jpeg":
+            return await self._in_thread(self._encoders, job, self._encode_part, job, image, detections)
+        parts = await asyncio.gather(
+            *(
+                self._in_thread(self._encoders, job, self._encode_part, job, image, part)
+                for part in parts_of(detections)
+            )
+        )
+        # Each is a JSON array.
+        return b"[" + b",".join(part[1:-1] for part in parts) + b"]"
+
+    def _encode_part(self, job: Job, image: Image, detections: Detections) -> bytes:
         job.progress.begin("encode")
         info = self._predictor(job.model).info
-        if job.output == "image/png" or job.output == "image/jpeg":
-            return encode_drawing(image, detections, info, job.output)
-        return encode_json(image, detections, info, job.output)
+        try:
+            if job.output == "image/png" or job.output == "image/jpeg":
+                return encode_drawing(image, detections, info, job.output)
+            return encode_json(image, detections, info, job.output)
+        except MemoryError:
+            raise OutOfMemoryError(f"not enough memory to encode the answer as {job.output}") from None
 
     async def _submit(self, job: Job, predictor: Predictor, image: Image) -> Prediction:
         padded_size = predictor.group_key(image.size)

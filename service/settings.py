@@ -119,6 +119,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Most bytes of request bodies held at a time, all requests together; more is refused with 429.",
     )
+    max_held_pixels: int = Field(
+        200_000_000,
+        ge=1,
+        description="Most pixels of decoded images that a worker holds at a time, 3 bytes each; who comes then waits "
+        "to be decoded.",
+    )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )

@@ -18,7 +18,7 @@ _HOW_TO_SEND = "send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`
 _Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
-def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
+async def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
     """Let only bearers of a user's or an administrator's key pass, if any key is configured.
 
     Raises:
@@ -35,7 +35,7 @@ def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
         raise KeyNotAllowedError("the key that was sent may not do this")
 
 
-def require_admin_key(state: State, bearer: _Bearer, header: _Header) -> None:
+async def require_admin_key(state: State, bearer: _Bearer, header: _Header) -> None:
     """Let only bearers of an administrator's key pass.
 
     Raises:

@@ -31,5 +31,5 @@ async def ready(state: State) -> Response:
     if phase is not Phase.READY:
         raise NotReadyError(f"the service is {phase}")
     if not state.detector.is_alive:
-        raise NotReadyError("no worker is alive; one is being started")
+        raise NotReadyError(state.detector.failure or "no worker is alive; one is being started")
     return json_response({"status": phase})

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.errors import problem_response, report
 from service.api.state import ApiState, Lifecycle, Phase
 from service.batching.held_bytes import Holding
-from service.errors import NotReadyError, ServiceError
+from service.errors import NotReadyError, OverloadedError, ServiceError
 from service.logs import request_id_context
 from service.structures import Progress
 
@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 # What a caller may name a request: nothing that could break a log line or a header.
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+# Requests for one image: refused before they are read, while there is no place for one.
+_ONE_IMAGE_PATHS = ("/v1/detect", "/v1/annotate")
+# So much of a body is here or on its way when its head is (the socket's buffers hold it): reading it costs nobody
+# anything, and the connection can be kept.
+_SMALL_BODY_BYTES = 64 * 1024
 # How long an answer that was given before the body was read goes on reading it: a connection that is closed at once
 # would be reset, and a caller that is still sending would never see the answer.
 _LINGER_SECONDS = 2.0
@@ -61,7 +66,7 @@ class RequestRecord:
         return time.monotonic() - self.progress.started_at
 
 
-def _record(request: Request) -> RequestRecord:
+async def _record(request: Request) -> RequestRecord:
     record: RequestRecord = request.state.record
     return record
 
@@ -105,13 +110,18 @@ class RequestMiddleware:
         assert task is not None
         self._state.lifecycle.enter(task)
         try:
+            if scope["method"] == "POST" and scope["path"] in _ONE_IMAGE_PATHS:
+                self._state.admission.require_place()
             await self._app(scope, exchange.receive, exchange.send)
             return
+        except OverloadedError as refused:
+            error: ServiceError = refused
+            exchange.record.notes |= {"code": refused.code, "detail": str(refused)}
         except asyncio.CancelledError:
             if not self._state.lifecycle.gave_up:
                 raise
             task.uncancel()
-            error: ServiceError = NotReadyError("the service stopped before this request was done")
+            error = NotReadyError("the service stopped before this request was done")
         except Exception as unexpected:
             error = ServiceError("an error of the service; its log has it under this request id")
             error.__cause__ = unexpected
@@ -119,11 +129,13 @@ class RequestMiddleware:
             self._state.lifecycle.leave(task)
         report(error, self._state.metrics)
         if exchange.record.status is None:
+            await exchange.read_small_body()
             await problem_response(error)(scope, exchange.receive, exchange.send)
 
     def _tell(self, scope: Scope, record: RequestRecord) -> None:
         """Count the request and write its line."""
-        route = getattr(scope.get("route"), "path", "unmatched")
+        path = scope["path"]
+        route = path if path in _ONE_IMAGE_PATHS else getattr(scope.get("route"), "path", "unmatched")
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
         self._state.metrics.request_duration.labels(route).observe(record.seconds)
@@ -134,7 +146,7 @@ class RequestMiddleware:
             extra={
                 "fields": {
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": path,
                     "status": status,
                     **{
                         f"{stage}_ms": round(1000 * seconds, 1)
@@ -156,13 +168,20 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._lifecycle = lifecycle
-        self._body_is_open = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        length = headers.get("content-length", "0")
+        self._body_is_open = length != "0" or "transfer-encoding" in headers
+        self._body_is_small = length.isdecimal() and int(length) <= _SMALL_BODY_BYTES
         self._lingers = False
 
     async def receive(self) -> Message:
         message = await self._receive()
         self._body_is_open = message["type"] == "http.request" and message.get("more_body", False)
         return message
+
+    async def read_small_body(self) -> None:
+        """Read and forget a body that is small, so that the connection need not be closed after the answer."""
+        if self._body_is_small:
+            await self._read_to_the_end()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -171,7 +190,7 @@ class _Exchange:
             message = {**message, "headers": [*message["headers"], *self._headers()]}
         elif self._lingers and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._linger()
+            await self._read_to_the_end()
             message = {"type": "http.response.body"}
         await self._send(message)
 
@@ -183,8 +202,8 @@ class _Exchange:
         if self._lingers or self._lifecycle.phase is Phase.DRAINING:
             yield b"connection", b"close"
 
-    async def _linger(self) -> None:
-        """Read what is left of the body and forget it."""
+    async def _read_to_the_end(self) -> None:
+        """Read what is left of the body and forget it; give up after a while."""
         try:
             async with asyncio.timeout(_LINGER_SECONDS):
                 while self._body_is_open:

@@ -104,7 +104,7 @@ class AnnotateParameters(DetectParameters):
 P = TypeVar("P", bound=DetectParameters)
 
 
-def refuse_repeated_options(request: Request) -> None:
+async def refuse_repeated_options(request: Request) -> None:
     """A dependency: only `labels` may stand in a query more than once.
 
     Raises:

@@ -39,17 +39,19 @@ class Lifecycle:
     Attributes:
         failure: what ended the loading of models; the server is to stop.
         gave_up: whether the time for finishing requests is up.
+        has_models: whether they have been loaded; a service that is told to stop before that never gets any.
     """
 
     def __init__(self) -> None:
         self.phase = Phase.LOADING
         self.failure: BaseException | None = None
         self.gave_up = False
+        self.has_models = False
         self._tasks: set[asyncio.Task[object]] = set()
 
     def require_serving(self) -> None:
         """Raise NotReadyError while the models are loading."""
-        if self.phase is Phase.LOADING:
+        if not self.has_models:
             raise NotReadyError("the models are still loading")
 
     def enter(self, task: asyncio.Task[object]) -> None:
@@ -229,7 +231,8 @@ class ApiState:
             logger.info("model unloaded", extra={"fields": {"model": info.key}})
 
 
-def _state(request: Request) -> ApiState:
+# A coroutine, as all our dependencies are: FastAPI calls plain functions in a thread, which costs more than they do.
+async def _state(request: Request) -> ApiState:
     state: ApiState = request.app.state.api
     return state
 

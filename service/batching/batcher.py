@@ -167,6 +167,11 @@ class Batcher(Generic[T, R]):
         if self._ended.done():
             self._ended.result()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread has ended for a failure of our own, so that nothing is answered any more."""
+        return self._ended is not None and self._ended.done() and self._ended.exception() is not None
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -395,7 +400,9 @@ class Batcher(Generic[T, R]):
     def _make_room(self, batch: Sequence[Entry[T]], cost: int) -> None:
         """After a batch for which there was no memory: release what can be, and learn from it."""
         if self._release_memory is not None:
-            self._release_memory([entry.item for entry in batch])
+            # A device that cannot even do that fails the next try too, and then those who wait are told.
+            with suppress(Exception):
+                self._release_memory([entry.item for entry in batch])
         if len(batch) > 1:
             with self._condition:
                 self._queue.lower_batch_cost(cost, self._clock())

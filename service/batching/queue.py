@@ -79,8 +79,8 @@ def batch_cost(batch: Sequence[Entry[T]]) -> int:
     """The cost of entries that share a batch: each padded to the largest of them."""
     if not batch or not batch[0].shape:
         return sum(entry.cost for entry in batch)
-    sides = [max(lengths) for lengths in zip(*(entry.shape for entry in batch), strict=True)]
-    return len(batch) * math.prod(sides)
+    padded: int = math.prod(max(lengths) for lengths in zip(*(entry.shape for entry in batch), strict=True))
+    return len(batch) * padded
 
 
 class RequestQueue(Generic[T]):

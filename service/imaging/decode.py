@@ -1,13 +1,13 @@
 """Bytes of an image file to upright RGB pixels: the whole path. Called by `pipeline.py` in a thread; holds no state.
 Images come from strangers: limits are checked on the header before anything is decoded, and whatever a decoder raises
-becomes one of three errors, each the fault of this image alone.
+becomes one of three errors, each the fault of this image alone; but for a lack of memory, which is ours.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from service.errors import InvalidImageError, InvalidRequestError, TooLargeError
+from service.errors import InvalidImageError, InvalidRequestError, OutOfMemoryError, TooLargeError
 from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
 from service.imaging.pixels import to_rgb
@@ -66,7 +66,9 @@ class ImageLimits:
     max_aspect_ratio: float = 200.0
 
 
-def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
+def decode_image(
+    data: bytes, *, limits: ImageLimits, before_decoding: Callable[[int], None] = lambda pixels: None
+) -> Image:
     """Decode the first picture of an image file and turn it upright.
 
     Transparent pixels are laid over white, 16-bit grey is scaled to 8 bits, colour profiles are ignored.
@@ -74,16 +76,21 @@ def decode_image(data: bytes, *, limits: ImageLimits) -> Image:
     Args:
         data: a whole JPEG, PNG, WebP, GIF, BMP or TIFF file.
         limits: what to refuse before decoding.
+        before_decoding: called with the number of pixels when the header is known to be good. May wait, and may raise.
 
     Raises:
         UnsupportedImageError: not one of these formats, or a rare kind of one.
         TooLargeError: over one of the limits.
         InvalidImageError: no bytes, or bytes that do not decode.
+        OutOfMemoryError: there is no memory for the pixels.
     """
     image_format = sniff_format(data)
     with _as_invalid_image(image_format):
         container = read_container(data, image_format)
         _check_size(container.image_size, limits)
+    height, width = container.image_size
+    before_decoding(height * width)
+    with _as_invalid_image(image_format):
         pixels = _decode(container, image_format)
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 
@@ -143,11 +150,14 @@ def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:
 
 @contextmanager
 def _as_invalid_image(image_format: ImageFormat) -> Iterator[None]:
-    """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, MemoryError, ..."""
+    """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, OverflowError, ..."""
     try:
         yield
     except InvalidRequestError:
         raise
+    except MemoryError as error:
+        # What the header asks for is within the limits, so the memory is short, not the file at fault.
+        raise OutOfMemoryError("not enough memory to decode the image") from error
     except Exception as error:
         # Decoders speak of streams, tiles and buffers, which means nothing to whoever sent the file.
         ends_early = isinstance(error, struct.error | IndexError) or "truncated" in str(error).lower()

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from service.modeling.config import RoIConfig
 from service.ops import assign_levels, multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
-from service.ops._cpu_kernels import multi_scale_roi_align_channels_last, multi_scale_roi_pool_channels_last
+from service.ops._cpu_kernels import (
+    OutputMemory,
+    multi_scale_roi_align_channels_last,
+    multi_scale_roi_pool_channels_last,
+)
 from service.ops.devices import has_triton, runs_ahead
 from service.ops.rois import as_rois, check_adaptive, rois_of
 
@@ -38,6 +42,7 @@ class RoIPooler(nn.Module):
         self.output_size = output_size
         self.strides = dict(strides)
         self._op = _operator(roi)
+        self._memory = OutputMemory()
 
     def forward(
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
@@ -73,12 +78,12 @@ class RoIPooler(nn.Module):
         levels = _levels(boxes, scales)
         size = (self.output_size, self.output_size)
         if self.roi.op == "roi_pool":
-            return multi_scale_roi_pool_channels_last(maps, rois, levels, scales, size)
+            return multi_scale_roi_pool_channels_last(maps, rois, levels, scales, size, memory=self._memory)
         if self.roi.sampling_ratio == 0:
             for level, (one, scale) in enumerate(zip(maps, scales, strict=True)):
                 check_adaptive(rois[levels == level] * scale, one)
         return multi_scale_roi_align_channels_last(
-            maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned
+            maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned, memory=self._memory
         )
 
     def _suits_the_cuda_kernel(self, maps: Sequence[Tensor]) -> bool:

@@ -12,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from service.modeling.config import TransformConfig
+from service.ops.resize import resize_normalise_and_pad
 
 SIZE_DIVISIBLE = 32
 """Batches are padded to multiples of this, the coarsest stride of the backbones."""
@@ -73,6 +74,13 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, 3, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
+        if images[0].device.type == "cpu":
+            sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
+            padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
+            common = max(height for height, _ in padded), max(width for _, width in padded)
+            return ImageList(
+                resize_normalise_and_pad(images, sizes, common, mean=self._config.mean, std=self._config.std), sizes
+            )
         batch: ImageList
         batch, _ = self([image.permute(2, 0, 1).float().div_(255) for image in images])
         return batch

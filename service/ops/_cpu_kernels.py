@@ -9,19 +9,18 @@ element of a feature map, `1 / scale` image pixels wide.
 from __future__ import annotations
 
 import math
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.jit import compiled
+from service.jit import compiled, parallel_loops
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -29,8 +28,30 @@ Ints = NDArray[np.int64]
 # 32 rows of cells on the finest map: what a core's cache holds of them is about as wide as it is high.
 _STRIP_HEIGHT_PIXELS = 128
 
-# Every model has a thread of its own, and numba ends the process when two threads are in parallel loops at once.
-_one_at_a_time = Lock()
+# Of each of two outputs: the boxes of one image on a wide pyramid.
+_MOST_BYTES_KEPT = 64 * 2**20
+
+
+class OutputMemory:
+    """Memory for a kernel's outputs, used again once nobody holds what lies in it: with a thousand boxes a sixth of the
+    kernel's time goes by while the system hands out fresh memory, page by page. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        # Two, since OpenVINO's requests hold their last input until they get the next one.
+        self._kept: deque[Floats] = deque(maxlen=2)
+
+    def take(self, shape: tuple[int, ...]) -> Floats:
+        """An array of any content, float32."""
+        length = math.prod(shape)
+        for index in range(len(self._kept)):
+            # One reference is the queue's, one the argument's; a third would be of an output that is in use.
+            if len(self._kept[index]) >= length and sys.getrefcount(self._kept[index]) == 2:
+                return self._kept[index][:length].reshape(shape)
+        fresh = np.empty(length, np.float32)
+        if fresh.nbytes <= _MOST_BYTES_KEPT:
+            self._kept.append(fresh)
+        return fresh.reshape(shape)
 
 
 def multi_scale_roi_align_channels_last(
@@ -41,6 +62,8 @@ def multi_scale_roi_align_channels_last(
     output_size: tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
+    *,
+    memory: OutputMemory | None = None,
 ) -> Tensor:
     """Average each bin of each box over bilinear samples, as `torchvision.ops.roi_align` does on the box's level.
 
@@ -52,19 +75,26 @@ def multi_scale_roi_align_channels_last(
         output_size: (h, w).
         sampling_ratio: samples along each side of a bin; 0 for as many as the bin has cells.
         aligned: whether pixel centers, not corners, have whole coordinates.
+        memory: where the result may lie; fresh memory if None.
 
     Returns:
         (K, C, h, w) float32 in `torch.channels_last`.
     """
     kernel = partial(_roi_align, sampling_ratio=sampling_ratio, aligned=aligned)
-    return _over_levels(kernel, features, rois, levels, scales, output_size)
+    return _over_levels(kernel, features, rois, levels, scales, output_size, memory)
 
 
 def multi_scale_roi_pool_channels_last(
-    features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], output_size: tuple[int, int]
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    *,
+    memory: OutputMemory | None = None,
 ) -> Tensor:
     """Take the maximum of each bin's cells, as `torchvision.ops.roi_pool` does; arguments and result as above."""
-    return _over_levels(_roi_pool, features, rois, levels, scales, output_size)
+    return _over_levels(_roi_pool, features, rois, levels, scales, output_size, memory)
 
 
 def _over_levels(
@@ -74,13 +104,13 @@ def _over_levels(
     levels: Tensor,
     scales: Sequence[float],
     output_size: tuple[int, int],
+    memory: OutputMemory | None,
 ) -> Tensor:
-    pooled = np.empty((len(rois), *output_size, features[0].shape[1]), np.float32)
+    pooled = (memory or OutputMemory()).take((len(rois), *output_size, features[0].shape[1]))
     table = rois.contiguous().numpy()
     order = _neighbours_together(table)
     levels_in_order = levels.numpy()[order]
-    with _one_at_a_time:
-        _use_as_many_threads_as_torch()
+    with parallel_loops():
         for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
             cells = feature.detach().permute(0, 2, 3, 1).contiguous().numpy()
             kernel(cells, table, order[levels_in_order == level], np.float32(scale), pooled)
@@ -93,13 +123,6 @@ def _neighbours_together(rois: Floats) -> Ints:
     """
     images, x1, y1, x2, y2 = rois.T
     return np.lexsort((x1 + x2, (y1 + y2) // (2 * _STRIP_HEIGHT_PIXELS), images))
-
-
-def _use_as_many_threads_as_torch() -> None:
-    config: Any = numba.config  # It gets its attributes at run time.
-    # numba's default, OpenMP, keeps waiting threads spinning on the cores that torch or a decoder needs.
-    config.THREADING_LAYER = "workqueue"
-    numba.set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
 @compiled(parallel=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -70,7 +71,7 @@ class Detector(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Jobs that may be under way: those that wait for a device, and a batch on each."""
+        """Jobs of each priority that may be under way: those that wait for a device, and a batch on each."""
 
     @property
     def is_alive(self) -> bool:
@@ -82,12 +83,12 @@ class Detector(Protocol):
 
 
 class Admission:
-    """The way to a detector."""
+    """The way to a detector. Jobs of each priority have places of their own, so that neither shuts the other out."""
 
     def __init__(self, detector: Detector, *, metrics: Metrics) -> None:
         self._detector = detector
         self._metrics = metrics
-        self._jobs = 0
+        self._jobs: Counter[bool] = Counter()  # under way, by whether they are bulk
         self._seconds_per_job = _UNMEASURED_SECONDS
 
     async def run(self, job: Job) -> Answer:
@@ -96,26 +97,31 @@ class Admission:
         Raises:
             OverloadedError: too many are under way.
         """
-        with self._outcome_counted(job), self._place_taken():
+        with self._outcome_counted(job), self._place_taken(is_bulk=job.is_bulk):
             return await self._detector.run(job)
 
-    @contextmanager
-    def _place_taken(self) -> Iterator[None]:
-        """Hold one of the detector's places, and learn how long a job takes."""
-        if self._jobs >= self._detector.capacity:
+    def require_place(self, *, is_bulk: bool = False) -> None:
+        """Raise OverloadedError if a job would be refused now; takes nothing."""
+        if self._jobs[is_bulk] >= self._detector.capacity:
             # Little's law: what is under way now will be done after about the time that one job takes.
             raise OverloadedError(
-                f"the queue is full: {self._jobs} images wait or are under way, at most {self._detector.capacity}",
+                f"the queue is full: {self._jobs[is_bulk]} images wait or are under way, at most "
+                f"{self._detector.capacity}",
                 retry_after_seconds=self._seconds_per_job,
             )
+
+    @contextmanager
+    def _place_taken(self, *, is_bulk: bool) -> Iterator[None]:
+        """Hold one of the detector's places, and learn how long a job takes."""
+        self.require_place(is_bulk=is_bulk)
         started_at = time.monotonic()
-        self._jobs += 1
+        self._jobs[is_bulk] += 1
         try:
             yield
             seconds = time.monotonic() - started_at
             self._seconds_per_job += (1 - _TIME_MEMORY) * (seconds - self._seconds_per_job)
         finally:
-            self._jobs -= 1
+            self._jobs[is_bulk] -= 1
 
     @contextmanager
     def _outcome_counted(self, job: Job) -> Iterator[None]:

@@ -127,7 +127,9 @@ class WorkerHandle(asyncio.Protocol):
         return reply
 
     def kill(self, reason: str) -> None:
-        """End it at once."""
+        """End it at once, unless it has ended."""
+        if self.ended.is_set():
+            return
         self.was_killed_for = reason
         if self._process is not None:
             self._process.kill()

@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from service import masks
 from service.batching.batcher import Batcher
-from service.errors import OutOfMemoryError
+from service.batching.held_pixels import HeldPixels
+from service.errors import NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
 from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
@@ -22,6 +26,11 @@ from service.workers import devices
 from service.workers.detector import PredictorFactory
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_NO_THREAD = "the device's thread has ended"
 
 
 class LocalDetector:
@@ -38,9 +47,9 @@ class LocalDetector:
         self._observe = observe
         self._predictors: dict[str, Predictor] = {}
         self._busy_since: float | None = None
-        self.failure: str | None = None
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._encoders = ThreadPoolExecutor(settings.decode_threads, "encode")
+        self._device_failure: str | None = None
+        self._decoders = _WatchedThreads(settings.decode_threads, "decode")
+        self._encoders = _WatchedThreads(settings.decode_threads, "encode")
         self.capacity = settings.max_queue_size + settings.max_batch_size
         self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             self._run_batch,
@@ -56,13 +65,11 @@ class LocalDetector:
             decoders=self._decoders,
             encoders=self._encoders,
             image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
+            held_pixels=HeldPixels(settings.max_held_pixels, resting=self._decoders.resting),
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,
         )
-
-    # Whoever waits for another process may be in doubt; this one is as alive as who asks.
-    is_alive = True
 
     async def start(self) -> Sequence[ModelInfo]:
         """Load and warm up one model after the other. One that does not warm up is left out, unless the settings name
@@ -88,12 +95,16 @@ class LocalDetector:
 
     async def stop(self) -> None:
         """Whatever the device is still at, nobody wants it."""
-        await self._batcher.stop(drain_timeout_seconds=0)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        try:
+            await self._batcher.stop(drain_timeout_seconds=0)
+        finally:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self._encoders.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, job: Job) -> Answer:
         """Do a job; see `Pipeline.run`."""
+        if self.breakdown is not None:
+            raise NotReadyError(self.breakdown)
         return await self.pipeline.run(job)
 
     async def load(self, reference: str) -> ModelInfo:
@@ -114,21 +125,44 @@ class LocalDetector:
 
     def memory(self) -> Mapping[tuple[str, str], float]:
         """Bytes by device and kind."""
-        return {
-            (device, kind): size
-            for device in {predictor.info.device for predictor in self._predictors.values()}
-            for kind, size in devices.memory(device).items()
-        }
+        return {(device, kind): size for device in self._devices() for kind, size in devices.memory(device).items()}
 
     def probe(self) -> None:
-        """Let every device do a little; raises RuntimeError if one cannot. Takes as long as it takes."""
-        self._on_device(devices.probe)
+        """Let every device do a little. Takes as long as it takes.
+
+        Raises:
+            RuntimeError: one cannot, or its thread has ended.
+        """
+        if self._batcher.has_failed:
+            raise RuntimeError(_NO_THREAD)
+        for device in self._devices():
+            devices.probe(device)
 
     @property
     def busy_seconds(self) -> float:
-        """For how long the device's thread has been at one batch; 0 while it is free."""
-        busy_since = self._busy_since
-        return 0.0 if busy_since is None else time.monotonic() - busy_since
+        """For how long the oldest batch, decoding or encoding that runs has been running; 0 if none does."""
+        began = [one for one in (self._busy_since, self._decoders.busy_since, self._encoders.busy_since) if one]
+        return time.monotonic() - min(began) if began else 0.0
+
+    @property
+    def breakdown(self) -> str | None:
+        """Why nothing will be answered in this process any more."""
+        return self._device_failure or (_NO_THREAD if self._batcher.has_failed else None)
+
+    @property
+    def failure(self) -> str | None:
+        """A breakdown, or a thread that has been at one thing for longer than a worker might be, who would be replaced
+        for it.
+        """
+        limit = self._settings.probe_timeout_seconds
+        if self.breakdown is None and self.busy_seconds > limit:
+            return f"a batch, a decoding or an encoding has been under way for more than {limit:g} s"
+        return self.breakdown
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are answered soon."""
+        return self.failure is None
 
     async def _add(self, predictor: Predictor) -> None:
         await self.pipeline.run_errand(predictor.warm_up)
@@ -154,8 +188,43 @@ class LocalDetector:
         try:
             self.probe()
         except RuntimeError as error:
-            self.failure = f"the device does not answer any more: {error}"
+            self._device_failure = f"the device does not answer any more: {error}"
 
-    def _on_device(self, act: Callable[[str], object]) -> None:
-        for device in {predictor.info.device for predictor in self._predictors.values()}:
-            act(device)
+    def _devices(self) -> set[str]:
+        # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
+        return {predictor.info.device for predictor in list(self._predictors.values())}
+
+
+class _WatchedThreads(ThreadPoolExecutor):
+    """Threads of which it is known since when they have been at what they do."""
+
+    def __init__(self, count: int, name: str) -> None:
+        super().__init__(count, name)
+        self._began: dict[int, float] = {}
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest call began that runs now, in seconds of `time.monotonic`."""
+        return min(list(self._began.values()), default=None)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Called in one of the threads: it waits, which is no sign of a hang."""
+        thread = threading.get_ident()
+        self._began.pop(thread)
+        try:
+            yield
+        finally:
+            self._began[thread] = time.monotonic()
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
+        """As in the base class."""
+        return super().submit(self._call, function, *args, **options)
+
+    def _call(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> T:
+        thread = threading.get_ident()
+        self._began[thread] = time.monotonic()
+        try:
+            return function(*args, **options)
+        finally:
+            del self._began[thread]

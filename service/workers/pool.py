@@ -3,7 +3,8 @@ worker with the least to do, and sends it again when a worker dies of something.
 
 Who was on the device, or with a decoder or an encoder, when its worker died may have been the cause. Such a job is
 tried again alone in a worker; if it is alone at a second death, it is to blame, and fails. All others are none the
-wiser.
+wiser. A worker that dies while no job can have been the cause, before it was of any use, counts as one that failed to
+start; so many in a row end the hope for its device.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ logger = logging.getLogger(__name__)
 
 # So many starts that fail in a row are enough to despair of a device.
 _MAX_FAILED_STARTS = 5
+# A worker that has been ready for so long and is well, or has answered a job, did not fail to start.
+_TRIAL_SECONDS = 10.0
 _FIRST_BACKOFF_SECONDS = 0.5
 # Deaths at which a job was alone in its worker, after which it is the one to blame.
 _MAX_DEATHS_ALONE = 2
 _PING_SECONDS = 1.0
 # What a model may take to load, be compiled and warm up, all of them together.
 _START_SECONDS = 900.0
-# Roughly, for photographs as JPEG, before the pixels are known.
+# Roughly, for photographs as JPEG, before the pixels are known; and what networks resize large ones to.
 _PIXELS_PER_BYTE = 8
+_MOST_GUESSED_PIXELS = 1344 * 1344
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +75,7 @@ class _Ticket:
     @property
     def cost(self) -> int:
         """In pixels, if need be a guess."""
-        return self.padded_pixels or _PIXELS_PER_BYTE * len(self.job.data)
+        return self.padded_pixels or min(_PIXELS_PER_BYTE * len(self.job.data), _MOST_GUESSED_PIXELS)
 
     def answer(self, outcome: Answer | ServiceError) -> None:
         """The end of it, if its caller still waits."""
@@ -85,12 +89,37 @@ class _Worker:
 
     Attributes:
         tickets: by id, in the order in which they were sent.
-        is_reserved: whether it has a suspect, which must be alone.
+        is_reserved: whether it gets no job but a suspect, which must be alone, until it has nothing to do any more.
+        is_haunted: whether it may still be at a job that nobody waits for any more, so that no other is alone in it.
+        is_proven: whether it was of use.
     """
 
     handle: WorkerHandle
     tickets: dict[int, _Ticket] = field(default_factory=dict)
     is_reserved: bool = False
+    is_haunted: bool = False
+    is_proven: bool = False
+
+    @property
+    def cost(self) -> int:
+        """Of all it has to do."""
+        return sum(ticket.cost for ticket in self.tickets.values())
+
+    def count(self, *, is_bulk: bool) -> int:
+        """Jobs of a priority that it has: each has places of its own."""
+        return sum(ticket.job.is_bulk is is_bulk for ticket in self.tickets.values())
+
+    @property
+    def may_die_of_a_job(self) -> bool:
+        """Whether a job would be suspected if it died now."""
+        if self.handle.was_killed_for == "start_failed":
+            return False  # it was ended for what models it has, not for what it did
+        return self.is_haunted or any(ticket.is_at_risk for ticket in self.tickets.values())
+
+    def remove(self, ticket: _Ticket) -> None:
+        """It has nothing more to do with this job."""
+        del self.tickets[ticket.id]
+        self.is_reserved &= bool(self.tickets)
 
 
 class WorkerPool:
@@ -165,22 +194,21 @@ class WorkerPool:
             workers = [handle for handle in self._workers if handle.is_ready]
             if not workers:
                 raise NotReadyError("no worker is alive to load a model")
-            info = await self._load_into(workers[0], reference)
             try:
+                info = await self._load_into(workers[0], reference)
                 for handle in workers[1:]:
-                    await self._load_into(handle, info.key)
-            except ServiceError:
-                if info.key not in self._models:
-                    await self._unload_everywhere(info.key)
-                raise
-            self._models[info.key] = info
+                    if handle.is_ready:
+                        await self._load_into(handle, info.key)
+                self._models[info.key] = info
+            finally:
+                await self._level_all()
             return info
 
     async def unload(self, model_key: str) -> None:
         """Forget a model, in all workers."""
         async with self._changing:
             self._models.pop(model_key, None)
-            await self._unload_everywhere(model_key)
+            await self._level_all()
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """Of each image that waits for a device on behalf of one model, its pixels, resized and padded."""
@@ -202,7 +230,7 @@ class WorkerPool:
     @property
     def capacity(self) -> int:
         """Jobs that may be under way, in all workers together."""
-        return self._max_jobs * max(1, len(self._supervisors))
+        return self._max_jobs * max(1, len(self._supervisors) - self._hopeless)
 
     @property
     def is_alive(self) -> bool:
@@ -232,52 +260,60 @@ class WorkerPool:
             failed_starts = 0 if await self._see_through(device) else failed_starts + 1
             if self._is_called_off:
                 return
+        self._despair_of(device)
+
+    def _despair_of(self, device: str) -> None:
+        """Go on with the other devices, if there are any."""
         self._hopeless += 1
-        if self._hopeless == len(self._supervisors):
-            self.failure = f"the workers cannot be revived: {failed_starts} starts in a row failed"
-            logger.error("giving up", extra={"fields": {"device": device, "reason": self.failure}})
-            error = NotReadyError(self.failure)
-            if self._started is not None and not self._started.done():
-                self._started.set_exception(error)
-            self._fail_all(error)
+        reason = f"{_MAX_FAILED_STARTS} starts in a row failed"
+        logger.error("giving up a device", extra={"fields": {"device": device, "reason": reason}})
+        if self._hopeless < len(self._supervisors):
+            self._see_whether_all_started()
+            return
+        self.failure = f"the workers cannot be revived: {reason}"
+        error = NotReadyError(self.failure)
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+        self._fail_all(error)
 
     async def _see_through(self, device: str) -> bool:
-        """Start a worker and serve it to its end; whether it was ever ready."""
+        """Start a worker and serve it to its end; whether it was of use, or may have died of a job."""
         handle = WorkerHandle(self._receive)
         worker = self._workers[handle] = _Worker(handle)
         update = {"device": device, **({"models": tuple(self._models)} if self._models else {})}
         watching: asyncio.Task[None] | None = None
         try:
             await handle.start(self._settings.model_copy(update=update), self._factory)
-            watching = asyncio.create_task(self._watch(handle))
+            watching = asyncio.create_task(self._watch(worker))
             await handle.ended.wait()
         except Exception as error:
             logger.error("worker cannot be started", exc_info=error)
         finally:
             if watching is not None:
                 watching.cancel()
+            was_good = worker.is_proven or worker.may_die_of_a_job
             del self._workers[handle]
             self._recover(worker)
             status = await handle.finish()
-        was_ready = handle.got_ready.is_set()
         if self._is_called_off:
             return False
         reason = handle.was_killed_for or ("crashed" if status is None or status >= 0 else "killed")
-        reason = reason if was_ready else "start_failed"
+        reason = reason if handle.got_ready.is_set() else "start_failed"
         self._metrics.worker_restarts.labels(reason).inc()
         fields = {"device": device, "reason": reason, "exit_status": status}
         logger.error("worker ended", extra={"fields": fields})
-        return was_ready
+        return was_good
 
-    async def _watch(self, handle: WorkerHandle) -> None:
+    async def _watch(self, worker: _Worker) -> None:
         """Ask a worker now and then how it is, and end it if it does not answer or makes no progress."""
-        limit = self._settings.probe_timeout_seconds
+        handle, limit = worker.handle, self._settings.probe_timeout_seconds
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await handle.got_ready.wait()
         except TimeoutError:
             handle.kill("start_failed")
             return
+        ready_at = time.monotonic()
         while not handle.ended.is_set():
             try:
                 async with asyncio.timeout(limit):
@@ -290,6 +326,8 @@ class WorkerPool:
             if pong["busy_seconds"] > limit:
                 handle.kill("hung")
                 return
+            worker.is_haunted &= pong["busy_seconds"] > 0
+            worker.is_proven |= time.monotonic() - ready_at > _TRIAL_SECONDS
             await asyncio.sleep(min(_PING_SECONDS, limit / 4))
 
     # What workers say
@@ -316,9 +354,10 @@ class WorkerPool:
             self._settle(worker, ticket, header, body)
 
     def _employ_others(self, gpus: int) -> None:
+        """The first worker has said how many GPUs it sees; one that the settings name is for all workers."""
         if len(self._supervisors) == 1:
-            for index in range(1, self._settings.workers or max(1, gpus)):
-                is_shared = ":" in self._settings.device or gpus == 0
+            is_shared = ":" in self._settings.device or gpus == 0
+            for index in range(1, self._settings.workers or (1 if is_shared else gpus)):
                 self._employ(self._settings.device if is_shared else f"cuda:{index % gpus}")
 
     def _welcome(self, worker: _Worker, infos: Sequence[ModelInfo]) -> None:
@@ -329,12 +368,14 @@ class WorkerPool:
         assert self._started is not None
         if not self._started.done():
             self._models = self._models or dict(worker.handle.models)
-            ready = sum(handle.is_ready for handle in self._workers)
-            if ready == len(self._supervisors):
-                self._started.set_result(list(self._models.values()))
-        for key in self._models.keys() - worker.handle.models.keys():
-            self._in_background(self._load_into(worker.handle, key))
+            self._see_whether_all_started()
+        self._in_background(self._level_later(worker.handle))
         self._dispatch()
+
+    def _see_whether_all_started(self) -> None:
+        ready = sum(handle.is_ready for handle in self._workers)
+        if self._started is not None and not self._started.done() and ready == len(self._supervisors) - self._hopeless:
+            self._started.set_result(list(self._models.values()))
 
     def _dismiss(self, worker: _Worker, error: ServiceError) -> None:
         """A worker cannot load its models. At the first start that is the end; later, another try may do better."""
@@ -354,14 +395,16 @@ class WorkerPool:
             outcome: Answer | ServiceError = Answer(**fields, encoded=body)
         else:
             outcome = error_from(header["error"])
-        del worker.tickets[ticket.id]
-        worker.is_reserved = False
+        worker.is_proven = True
+        worker.remove(ticket)
         if isinstance(outcome, OverloadedError) and ticket.is_resent:
-            # It was accepted once: it waits for its turn.
+            # It was accepted once: it waits for its turn, which comes when the worker has done something else.
             ticket.worker = None
             self._pending.appendleft(ticket)
-            return
-        ticket.answer(outcome)
+            if worker.tickets:
+                return
+        else:
+            ticket.answer(outcome)
         self._dispatch()
 
     def _observe(self, header: Header) -> None:
@@ -374,11 +417,15 @@ class WorkerPool:
         """Send what can be sent: suspects to workers with nothing else to do, the others to the least busy."""
         ready = [worker for worker in self._workers.values() if worker.handle.is_ready]
         for worker in ready:
-            if self._suspects and not worker.tickets:
+            if not worker.tickets and (suspect := self._suspect_for(worker)) is not None:
+                self._suspects.remove(suspect)
+                self._send(worker, suspect)
                 worker.is_reserved = True
-                self._send(worker, self._suspects.popleft())
-        if self._suspects and len(ready) == len(self._workers) and not any(one.is_reserved for one in ready):
-            return  # until a worker has nothing else to do
+        if not any(worker.is_reserved for worker in ready):
+            # For suspects that still wait, one worker shall come to have nothing else to do: the soonest done.
+            able = [worker for worker in ready if self._suspect_for(worker) is not None]
+            for worker in sorted(able, key=lambda worker: worker.cost)[:1]:
+                worker.is_reserved = True
         waiting, self._pending = self._pending, deque()
         for ticket in waiting:
             if (chosen := self._choose(ticket, ready)) is None:
@@ -386,14 +433,17 @@ class WorkerPool:
             else:
                 self._send(chosen, ticket)
 
+    def _suspect_for(self, worker: _Worker) -> _Ticket | None:
+        return next((one for one in self._suspects if one.job.model in worker.handle.models), None)
+
     def _choose(self, ticket: _Ticket, ready: Sequence[_Worker]) -> _Worker | None:
         able = [
             worker
             for worker in ready
             if ticket.job.model in worker.handle.models
-            if not worker.is_reserved and len(worker.tickets) < self._max_jobs
+            if not worker.is_reserved and worker.count(is_bulk=ticket.job.is_bulk) < self._max_jobs
         ]
-        return min(able, key=lambda worker: sum(one.cost for one in worker.tickets.values()), default=None)
+        return min(able, key=lambda worker: worker.cost, default=None)
 
     def _send(self, worker: _Worker, ticket: _Ticket) -> None:
         ticket.worker = worker.handle
@@ -418,18 +468,21 @@ class WorkerPool:
             if ticket in line:
                 line.remove(ticket)
         worker = None if ticket.worker is None else self._workers.get(ticket.worker)
-        if worker is not None and worker.tickets.pop(ticket.id, None) is not None:
+        if worker is not None and ticket.id in worker.tickets:
             worker.handle.send({"kind": "cancel", "id": ticket.id})
-            worker.is_reserved = False
+            worker.remove(ticket)
+            worker.is_haunted |= ticket.is_at_risk
             self._dispatch()
 
     def _recover(self, worker: _Worker) -> None:
         """A worker has died: send its jobs to others, the suspects one at a time."""
         lost = list(worker.tickets.values())
+        is_alone = len(lost) == 1 and not worker.is_haunted
+        may_be_to_blame = worker.may_die_of_a_job
         for ticket in reversed(lost):
             ticket.worker, ticket.padded_pixels, ticket.is_resent = None, None, True
-            was_at_risk, ticket.is_at_risk = ticket.is_at_risk, False
-            ticket.deaths_alone += was_at_risk and len(lost) == 1
+            was_at_risk, ticket.is_at_risk = ticket.is_at_risk and may_be_to_blame, False
+            ticket.deaths_alone += was_at_risk and is_alone
             ticket.job.progress.enter("decode")
             if ticket.deaths_alone == _MAX_DEATHS_ALONE:
                 ticket.answer(PoisonousImageError("this image stopped the worker twice, both times alone"))
@@ -448,16 +501,41 @@ class WorkerPool:
     # Models
 
     async def _load_into(self, handle: WorkerHandle, reference: str) -> ModelInfo:
-        reply = await handle.ask({"kind": "load", "model": reference})
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                reply = await handle.ask({"kind": "load", "model": reference})
+        except TimeoutError:
+            # It would go on for ever, and keep what it has loaded so far.
+            handle.kill("start_failed")
+            raise NotReadyError(f"the model {reference} was not loaded within {_START_SECONDS:g} s") from None
         info = model_info_from(reply["model"])
         handle.models[info.key] = info
         self._dispatch()
         return info
 
-    async def _unload_everywhere(self, model_key: str) -> None:
+    async def _level_all(self) -> None:
         for handle in list(self._workers):
-            if handle.models.pop(model_key, None) is not None and handle.is_ready:
-                await handle.ask({"kind": "unload", "model": model_key})
+            await self._level(handle)
+
+    async def _level_later(self, handle: WorkerHandle) -> None:
+        async with self._changing:
+            await self._level(handle)
+
+    async def _level(self, handle: WorkerHandle) -> None:
+        """Give a worker, if it is ready, the models that are served, and take the others from it. One that cannot have
+        them is replaced. Whoever calls this holds `_changing`.
+        """
+        if not handle.is_ready:
+            return
+        try:
+            for key in self._models.keys() - handle.models.keys():
+                await self._load_into(handle, key)
+            for key in handle.models.keys() - self._models.keys():
+                del handle.models[key]
+                await handle.ask({"kind": "unload", "model": key})
+        except ServiceError as error:
+            logger.error("worker cannot have the models that are served", extra={"fields": {"reason": str(error)}})
+            handle.kill("start_failed")
 
     def _in_background(self, command: Any) -> None:
         task = asyncio.create_task(command)

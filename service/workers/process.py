@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Awaitable, Sequence
@@ -119,10 +120,10 @@ class _Worker:
         try:
             answer = await self._detector.run(job)
         except Exception as error:
-            if self._detector.failure is not None:
-                logger.error("worker gives up", extra={"fields": {"reason": self._detector.failure}})
+            if self._detector.breakdown is not None:
+                logger.error("worker gives up", extra={"fields": {"reason": self._detector.breakdown}})
                 os._exit(1)  # another one may do better with this job
-            self._channel.send({"kind": "error", "id": header["id"], "error": error_to(error)})
+            self._reply("error", {"kind": "error", "id": header["id"], "error": error_to(error)})
         else:
             self._answer(header["id"], answer, progress)
 
@@ -135,7 +136,7 @@ class _Worker:
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
-        self._channel.send(header | {"observations": self._take_observations()}, answer.encoded)
+        self._reply("error", header | {"observations": self._take_observations()}, answer.encoded)
 
     async def _answer_command(self, header: Header) -> None:
         commands = {"ping": self._ping, "load": self._load, "unload": self._unload}
@@ -146,7 +147,14 @@ class _Worker:
             if not isinstance(error, ServiceError):
                 logger.error("a command failed", exc_info=error)
             reply = {"kind": "refused", "error": error_to(error)}
-        self._channel.send(reply | {"id": header["id"]})
+        self._reply("refused", reply | {"id": header["id"]})
+
+    def _reply(self, kind_of_error: str, header: Header, body: bytes = b"") -> None:
+        """Send a reply. What no frame can hold becomes an error, for somebody waits."""
+        try:
+            self._channel.send(header, body)
+        except (TypeError, struct.error) as error:
+            self._channel.send({"kind": kind_of_error, "id": header["id"], "error": error_to(error)})
 
     async def _ping(self, header: Header) -> Header:
         await asyncio.to_thread(self._detector.probe)

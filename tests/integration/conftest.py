@@ -18,6 +18,7 @@ from service.app import create_app
 from service.commands._server import server_config
 from service.pipeline import Predictor
 from service.settings import Settings
+from service.workers.detector import PredictorFactory
 from tests.fakes import FAKE_BOXES_INFO, FakePredictor, load_fakes, picture
 
 
@@ -98,10 +99,10 @@ def running(predictor: FakePredictor, others: Sequence[Predictor] = (), **settin
 
 
 @contextmanager
-def running_workers(**settings: Any) -> Iterator[Live]:
+def running_workers(factory: PredictorFactory = load_fakes, **settings: Any) -> Iterator[Live]:
     """Run a service in a thread, and its fake model in worker processes, where no test can hold it."""
     values = {"port": 0, "drain_timeout_seconds": 1, "device": "cpu", **settings}
-    with _serving(create_app(Settings(**values), predictor_factory=load_fakes), FakePredictor()) as live:
+    with _serving(create_app(Settings(**values), predictor_factory=factory), FakePredictor()) as live:
         yield live
 
 

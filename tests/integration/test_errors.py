@@ -268,6 +268,23 @@ def test_full_queue_refuses_at_once_and_says_when_to_come_back(serve: Callable[.
     assert live.metric('roiserve_rejected_total{reason="overloaded"}') == 1
 
 
+def test_full_queue_refuses_a_large_body_unread_and_keeps_the_connection_of_a_small_one(
+    serve: Callable[..., Live],
+) -> None:
+    live = serve(max_queue_size=1, max_batch_size=1)
+    first = live.hold_device()
+    waiting = live.in_background(live.detect, GOOD)
+    live.wait_for_metric('roiserve_queue_depth{model="fake@1"}', 1)
+    with connected(live) as connection:
+        connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 429"
+    refused = live.detect(GOOD)
+    assert (refused.status_code, refused.headers.get("connection")) == (429, None)
+    live.release_device()
+    assert [future.result().status_code for future in (first, waiting)] == [200, 200]
+    assert live.metric('roiserve_requests_total{route="/v1/detect",status="429"}') == 2
+
+
 def test_failing_model_is_503_for_the_image_to_blame_and_200_for_its_batch_mates(serve: Callable[..., Live]) -> None:
     live = serve()
     first = live.hold_device()

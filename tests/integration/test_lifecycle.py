@@ -20,7 +20,8 @@ import pytest
 
 from service.api.state import Phase
 from service.errors import ModelStoreError
-from tests.fakes import FakePredictor, picture
+from service.workers import devices
+from tests.fakes import POISON, FakePredictor, picture
 from tests.integration.conftest import Live
 from tests.integration.test_errors import assert_problem
 
@@ -65,6 +66,33 @@ def test_port_in_use_is_said_with_the_flag_to_change() -> None:
     assert f"--port {port}" in run.stderr
     assert "Errno" not in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_device_that_hangs_is_not_healthy_until_it_goes_on(serve: Callable[..., Live]) -> None:
+    live = serve(probe_timeout_seconds=0.1)
+    held = live.hold_device()
+    while (response := live.client.get("/healthz")).status_code == 200:
+        pass
+    assert_problem(response, 503, "not_ready", "for more than 0.1 s")
+    assert live.client.get("/readyz").status_code == 503
+    live.release_device()
+    assert held.result().status_code == 200
+    while live.client.get("/healthz").status_code == 503 or live.client.get("/readyz").status_code == 503:
+        pass
+
+
+def test_device_that_is_lost_is_not_healthy_and_gets_no_requests(
+    serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: str) -> None:
+        raise RuntimeError("fallen off the bus")
+
+    live = serve()
+    monkeypatch.setattr(devices, "probe", fail)
+    assert_problem(live.detect(picture(red=POISON)), 503, "inference_failed")
+    for path in ("/healthz", "/readyz"):
+        assert_problem(live.client.get(path), 503, "not_ready", "fallen off the bus")
+    assert_problem(live.detect(picture()), 503, "not_ready", "fallen off the bus")
 
 
 def test_draining_service_wants_no_more_requests_but_still_answers(serve: Callable[..., Live]) -> None:

@@ -17,8 +17,10 @@ import httpx
 import psutil
 import pytest
 
+from service.workers import pool
 from service.workers.pool import WorkerPool
 from tests.fakes import KILLER, picture
+from tests.faulty_workers import die_when_asked
 from tests.integration.conftest import Live, running_workers
 from tests.integration.test_errors import assert_problem
 from tests.integration.test_lifecycle import ROOT
@@ -56,6 +58,16 @@ def test_not_ready_while_no_worker_is_alive_but_healthy_since_one_is_coming(live
     assert live.client.get("/healthz").status_code == 200
     assert live.detect(picture()).status_code == 200
     assert live.client.get("/readyz").status_code == 200
+
+
+def test_not_healthy_when_the_workers_cannot_be_revived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_FIRST_BACKOFF_SECONDS", 0.001)
+    with running_workers(die_when_asked) as live:
+        while (response := live.client.get("/healthz")).status_code == 200:
+            pass
+        assert_problem(response, 503, "not_ready", "cannot be revived")
+        assert live.client.get("/readyz").status_code == 503
+        assert_problem(live.detect(picture()), 503, "not_ready", "cannot be revived")
 
 
 def test_only_the_image_that_kills_its_worker_is_refused(live: Live) -> None:

@@ -65,7 +65,11 @@ def hang_ups(*, callers: int = 200, min_size: int = 400) -> Verdict:
         f"only the {answered} computed that were answered, and those under way; got {computed:g}",
     )
     ok = added(before, after, 'roiserve_images_total{model="tiny@1",outcome="ok"}')
-    verdict.expect(ok == answered, f"{answered} counted as ok, got {ok:g}")
+    # Who hangs up when the answer is on its way gets it all the same, and never reads it.
+    verdict.expect(
+        answered <= ok <= answered + gone - counted,
+        f"{answered} counted as ok, and at most {gone - counted:g} whose hanging up came too late; got {ok:g}",
+    )
     return verdict
 
 

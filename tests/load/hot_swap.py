@@ -50,6 +50,7 @@ def hot_swap(*, seconds: float = 6.0) -> Verdict:
         summary, swapped_at = asyncio.run(load.during(_swap(server, seconds), concurrency=CONCURRENCY))
         expected |= {(request, 2): detections for request, detections in asyncio.run(_ask_all(server, requests))}
         models = [one["name"] + "@" + str(one["version"]) for one in _get_models(server)]
+        ready = [series for series in server.metrics() if series.startswith("roiserve_model_ready")]
 
     verdict.note(outcomes(summary))
     verdict.expect(set(summary.outcomes) == {"200"}, f"200 for every request, got {outcomes(summary)}")
@@ -65,6 +66,7 @@ def hot_swap(*, seconds: float = 6.0) -> Verdict:
     ]
     verdict.expect(not late, f"version 2 for all that were sent when it was there, got {len(late)} others")
     verdict.expect(models == [f"{NAME}@2"], f"version 2 alone in the list of models, got {models}")
+    verdict.expect(ready == [f'roiserve_model_ready{{model="{NAME}@2"}}'], f"version 2 alone ready, got {ready}")
     return verdict
 
 

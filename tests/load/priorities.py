@@ -9,7 +9,7 @@ from collections import Counter
 from service.load.client import Reply
 from service.load.summary import Summary
 from tests.load._server import Server, serving
-from tests.load._trial import Load, Verdict, detect_requests, mixed_pictures, outcomes, run_trial, tiny_store
+from tests.load._trial import Load, Verdict, added, detect_requests, mixed_pictures, outcomes, run_trial, tiny_store
 
 MAX_BATCH_SIZE = 2
 CALLERS = 8
@@ -35,8 +35,10 @@ def priorities(*, seconds: float = 30.0, min_size: int = 300) -> Verdict:
     ):
         requests = detect_requests(server, pictures)
         asyncio.run(Load(server, requests).closed(concurrency=CALLERS, seconds=seconds / 10))  # warms up
+        before = server.metrics()
         alone = asyncio.run(Load(server, requests).closed(concurrency=CALLERS, seconds=seconds))
         together, bulk, images = asyncio.run(_together(server, requests, pictures, seconds))
+        after = server.metrics()
 
     p99s = [one.latency_ms["p99"] for one in (alone, together)]
     verdict.note(f"interactive: {outcomes(together)}, p99 {p99s[0]:.0f} ms alone, {p99s[1]:.0f} ms together")
@@ -47,6 +49,9 @@ def priorities(*, seconds: float = 30.0, min_size: int = 300) -> Verdict:
     share = images["ok"] / (images["ok"] + together.requests)
     verdict.note(f"bulk: {outcomes(bulk)}, {images['ok']} pictures, {share:.0%} of all")
     verdict.expect(set(bulk.outcomes) == {"200"} and not images["error"], f"answers for all bulk, got {images}")
+    answered = added(before, after, 'roiserve_images_total{model="tiny@1",outcome="ok"}')
+    expected = alone.requests + together.requests + images["ok"]
+    verdict.expect(answered == expected, f"{expected} pictures counted as ok, got {answered:g}")
     verdict.expect_speed(share >= LEAST_BULK_SHARE, f"bulk gets {LEAST_BULK_SHARE:.0%} of the device, got {share:.0%}")
     return verdict
 

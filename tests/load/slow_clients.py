@@ -34,6 +34,7 @@ def slow_clients(*, idle: int = 500, slow: int = 50, rounds: int = 2) -> Verdict
             beside.append(summary)
             cut_after += seconds_each
         ready = server.status("/readyz")
+        timeouts = server.metrics().get('roiserve_requests_total{route="/v1/detect",status="408"}', 0.0)
 
     outcome = ", ".join(outcomes(one) for one in beside)
     verdict.note(f"good traffic: {outcome}")
@@ -41,6 +42,7 @@ def slow_clients(*, idle: int = 500, slow: int = 50, rounds: int = 2) -> Verdict
     rates = [sum(one.throughput_per_second for one in some) / rounds for some in (alone, beside)]
     verdict.note(f"{rates[0]:.1f}/s alone, {rates[1]:.1f}/s beside them")
     verdict.expect_speed(rates[1] >= 0.85 * rates[0], "at least 85 % of the throughput alone")
+    verdict.expect(timeouts == rounds * slow, f"{rounds * slow} slow bodies counted as 408, got {timeouts:g}")
     limit = HEAD_TIMEOUT_SECONDS + GRACE_SECONDS
     verdict.note(f"the slow were cut off after {min(cut_after):.1f} – {max(cut_after):.1f} s")
     verdict.expect_speed(max(cut_after) <= limit, f"the slow cut off within {limit:g} s, got {max(cut_after):.1f} s")

@@ -14,7 +14,9 @@ from tests.load.hot_swap import hot_swap
 from tests.load.out_of_memory import out_of_memory
 from tests.load.overload import overload
 from tests.load.poison import poison
+from tests.load.priorities import priorities
 from tests.load.sigterm import sigterm
+from tests.load.slow_clients import slow_clients
 from tests.load.worker_kills import worker_kills
 
 
@@ -28,6 +30,8 @@ from tests.load.worker_kills import worker_kills
         pytest.param(lambda: sigterm(times=1, load_seconds=0.5), id="sigterm"),
         pytest.param(lambda: hang_ups(callers=60), id="hang_ups"),
         pytest.param(lambda: hot_swap(seconds=0.5), id="hot_swap"),
+        pytest.param(lambda: slow_clients(idle=50, slow=5, rounds=1), id="slow_clients"),
+        pytest.param(lambda: priorities(seconds=2.0), id="priorities"),
     ],
 )
 def test_trial_breaks_no_promise(trial: Callable[[], Verdict]) -> None:

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import orjson
 import PIL.Image
 import pytest
@@ -20,21 +21,34 @@ from prometheus_client import CollectorRegistry
 
 from service import pipeline
 from service.batching.batcher import Batcher
-from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError
+from service.batching.held_pixels import HeldPixels
+from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Errand, Pipeline, Work, run_batch
-from service.structures import DetectOptions, Job, MaskFormat, PictureType, Prediction, Progress
+from service.structures import (
+    Detections,
+    DetectOptions,
+    Float32Array,
+    Image,
+    Job,
+    MaskFormat,
+    PictureType,
+    Prediction,
+    Progress,
+)
 from tests.fakes import FakePredictor, picture
 
 
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact") -> None:
+    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact", max_held_pixels: int = 10**9) -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
+        self.encoders = ThreadPoolExecutor(1)
+        self.held_pixels = HeldPixels(max_held_pixels)
         self.batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             partial(run_batch, observe=self.metrics.observe),
             max_batch_size=4,
@@ -45,8 +59,9 @@ class Bench:
         self.pipeline = Pipeline(
             batcher=self.batcher,
             decoders=self.threads,
-            encoders=self.threads,
+            encoders=self.encoders,
             image_limits=ImageLimits(max_image_pixels=10_000),
+            held_pixels=self.held_pixels,
             predictors={self.predictor.info.key: self.predictor},
             observe=self.metrics.observe,
             batch_policy=batch_policy,
@@ -68,6 +83,10 @@ class Bench:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+def objects(boxes: Float32Array, masks: Float32Array) -> Detections:
+    return Detections(boxes, np.ones(len(boxes), np.int64), np.linspace(1, 0.1, len(boxes), dtype=np.float32), masks)
+
+
 @asynccontextmanager
 async def running(bench: Bench) -> AsyncIterator[Bench]:
     async with bench.batcher:
@@ -76,6 +95,7 @@ async def running(bench: Bench) -> AsyncIterator[Bench]:
         finally:
             bench.predictor.device_is_free.set()
             bench.threads.shutdown()
+            bench.encoders.shutdown()
 
 
 async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> None:
@@ -93,6 +113,36 @@ async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
     async with running(Bench()) as bench:
         answer = await bench.pipeline.run(bench.job(output="image/jpeg"))
     assert PIL.Image.open(io.BytesIO(answer.encoded)).format == "JPEG"
+
+
+async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two threads waits until the other one has begun too. Sides of 50 x (400 + 500) pixels make two parts."""
+    rng = np.random.default_rng(0)
+    image = Image(np.zeros((600, 800, 3), np.uint8))
+    boxes = np.tile(np.array([100, 50, 500, 550], np.float32), (50, 1))
+    found = objects(boxes, rng.random((50, 28, 28), np.float32))
+    both, encode = threading.Barrier(2), pipeline.encode_json
+
+    def encode_in_company(*args: Any) -> bytes:
+        both.wait(60)
+        return encode(*args)
+
+    bench = Bench()
+    whole = encode(image, found, bench.predictor.info, "rle")
+    monkeypatch.setattr(pipeline, "encode_json", encode_in_company)
+    with ThreadPoolExecutor(2) as bench.pipeline._encoders:
+        assert await bench.pipeline._encode(bench.job(output="rle"), image, found) == whole
+
+
+@pytest.mark.parametrize(
+    ("sides", "parts"), [([], 1), ([100] * 99, 1), ([1000] * 19, 1), ([1000] * 20, 2), ([3000] * 99, 4)]
+)
+def test_what_is_quickly_encoded_stays_whole(sides: list[int], parts: int) -> None:
+    boxes = np.zeros((len(sides), 4), np.float32)
+    boxes[:, 2], boxes[:, 3] = sides, sides
+    found = objects(boxes, np.zeros((len(sides), 2, 2), np.float32))
+    assert len(pipeline.parts_of(found)) == parts
+    assert len(pipeline.parts_of(replace(found, masks=None))) == 1
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
@@ -176,6 +226,45 @@ async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
         bench.predictor.device_is_free.set()
         await asyncio.gather(held, *running_jobs)
         assert bench.predictor.batches == batches
+
+
+async def test_image_is_not_decoded_before_there_is_room_for_its_pixels() -> None:
+    async with running(Bench(max_held_pixels=64 * 48)) as bench:
+        bench.predictor.device_is_free.clear()
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        job = bench.job()
+        second = asyncio.create_task(bench.pipeline.run(job))
+        while bench.held_pixels._turn.acquire(blocking=False):  # until the decoder waits for its turn
+            bench.held_pixels._turn.release()
+            await asyncio.sleep(0)
+        assert (job.progress.stage, bench.held_pixels.size) == ("decode", 64 * 48)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(first, second)
+    assert bench.held_pixels.size == 0
+
+
+async def test_decoder_that_waits_for_room_is_freed_when_its_caller_goes() -> None:
+    async with running(Bench(max_held_pixels=64 * 48)) as bench:
+        bench.predictor.device_is_free.clear()
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        with pytest.raises(DeadlineExceededError, match="'decode'"):
+            await bench.pipeline.run(bench.job(seconds=0.05))
+        await asyncio.get_running_loop().run_in_executor(bench.threads, int)  # the only thread takes new work
+        bench.predictor.device_is_free.set()
+        await first
+    assert bench.held_pixels.size == 0
+
+
+async def test_lack_of_memory_while_encoding_is_no_error_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack_memory(*args: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "encode_json", lack_memory)
+    async with running(Bench()) as bench:
+        with pytest.raises(OutOfMemoryError, match="encode"):
+            await bench.pipeline.run(bench.job())
 
 
 def test_progress_adds_up_a_stage_that_is_entered_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,11 @@ _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
 # Besides: Huffman, arithmetic and quantisation tables, restart interval, what JFIF and Adobe say about the colours.
-_NEEDED = _FRAME_HEADERS | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _EOI}
+_NEEDED = _FRAME_HEADERS | {_SOS, _EOI, 0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
 
 _FILL = re.compile(rb"\xff\xff+")
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
+_NOT_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # a marker after it, or fill bytes in it
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # stuffed zeros and restart markers belong to the scan
 
 
@@ -37,8 +38,10 @@ def read_jpeg(data: bytes) -> Container:
     image_size: tuple[int, int] | None = None
     orientation = 1
     num_scans = 0
-    kept = [_SOI]
-    for marker, start, end in _segments(data):
+    # Views, so that what may be megabytes is copied once, where all of them are joined.
+    view = memoryview(data)
+    kept: list[bytes | memoryview] = [_SOI]
+    for marker, start, end, has_fill in _segments(data):
         if marker in _FRAME_HEADERS:
             if image_size is not None:
                 raise InvalidImageError("the JPEG data hold two frame headers")
@@ -47,10 +50,10 @@ def read_jpeg(data: bytes) -> Container:
             num_scans += 1
         elif marker == _APP1 and data.startswith(b"Exif\0\0", start + 2):
             orientation = read_orientation(data[start + 8 : end])
-        if marker == _SOS:
-            kept += (b"\xff", _FILL.sub(b"\xff", data[start - 1 : end]))
+        if has_fill:
+            kept += (b"\xff", _FILL.sub(b"\xff", view[start - 1 : end]))
         elif marker in _NEEDED:
-            kept += (b"\xff", data[start - 1 : end])
+            kept += (b"\xff", view[start - 1 : end])
     if image_size is None or num_scans == 0:
         raise InvalidImageError("the JPEG data end before the first scan")
     if num_scans > MAX_SCANS:
@@ -58,8 +61,10 @@ def read_jpeg(data: bytes) -> Container:
     return Container(image_size, b"".join(kept), orientation)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker, where its length begins, where it ends), a scan with its coded data, until the image ends."""
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes) until the image ends; a
+    scan with its coded data.
+    """
     position = len(_SOI)
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(data, position)
@@ -67,7 +72,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return  # without an end marker pixels may be missing; the decoder will see
         marker, position = data[found.end() - 1], found.end()
         if marker == _EOI:
-            yield marker, position, position
+            yield marker, position, position, False
             return
         if marker in _WITHOUT_LENGTH:
             continue
@@ -75,8 +80,21 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         start, position = position, position + length
         if length < 2 or position > len(data):
             raise InvalidImageError("the JPEG data end within a segment")
+        has_fill = False
         if marker == _SOS:
-            after = _MARKER_AFTER_SCAN.search(data, position)
-            position = after.start() if after is not None else len(data)
-        yield marker, start, position
+            position, has_fill = _end_of_scan(data, start, position)
+        yield marker, start, position, has_fill
     raise InvalidImageError(f"the JPEG data hold over {MAX_SEGMENTS} segments")
+
+
+def _end_of_scan(data: bytes, start: int, coded: int) -> tuple[int, bool]:
+    """Where a scan ends whose coded data begin at `coded`, and whether there may be fill bytes from `start` on.
+
+    Nearly always the first thing that is not of the scan is the next marker: then one look at these bytes, which are
+    most of the file, tells both.
+    """
+    first = _NOT_OF_SCAN.search(data, start)
+    if first is not None and first.start() >= coded and data[first.end() - 1] != 0xFF:
+        return first.start(), False
+    after = _MARKER_AFTER_SCAN.search(data, coded)
+    return after.start() if after is not None else len(data), True

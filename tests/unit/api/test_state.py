@@ -42,10 +42,11 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         loaded().find(None)
 
 
-def test_requests_are_taken_when_ready_and_while_draining_but_not_while_loading() -> None:
+@pytest.mark.parametrize("phase", Phase)
+def test_requests_are_taken_in_any_phase_once_there_are_models_and_in_none_before(phase: Phase) -> None:
     lifecycle = Lifecycle()
+    lifecycle.phase = phase
     with pytest.raises(NotReadyError, match="loading"):
         lifecycle.require_serving()
-    for phase in (Phase.READY, Phase.DRAINING):
-        lifecycle.phase = phase
-        lifecycle.require_serving()
+    lifecycle.has_models = True
+    lifecycle.require_serving()

@@ -19,7 +19,8 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
+from service.errors import InvalidImageError, OutOfMemoryError, TooLargeError, UnsupportedImageError
+from service.imaging import decode
 from service.imaging.decode import ImageLimits, decode_image
 from service.imaging.pixels import to_rgb
 from service.structures import UInt8Array
@@ -277,3 +278,12 @@ def test_mutated_files_decode_or_are_refused(seed: bytes, changes: list[tuple[fl
         start = int(where * len(data))
         data[start : start + len(replacement)] = replacement
     decode_or_refuse(bytes(data[: int(kept * len(data))]))
+
+
+def test_lack_of_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pixels: object, orientation: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_turned_upright", fail)
+    with pytest.raises(OutOfMemoryError, match="not enough memory"):
+        decode_image(encoded(gradient(), "PNG"), limits=LIMITS)

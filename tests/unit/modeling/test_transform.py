@@ -10,6 +10,7 @@ from service.modeling.config import TransformConfig
 from service.modeling.transform import Transform
 
 CONFIG = TransformConfig(min_size=80, max_size=133)
+SEVERAL = [(40, 60), (301, 103), (80, 80), (1, 1)]
 
 
 @given(st.integers(1, 400), st.integers(1, 400))
@@ -41,5 +42,16 @@ def test_pixels_are_those_of_torchvisions_transform(size: tuple[int, int]) -> No
     theirs = GeneralizedRCNNTransform(CONFIG.min_size, CONFIG.max_size, list(CONFIG.mean), list(CONFIG.std)).eval()
     expected, _ = theirs([pixels.permute(2, 0, 1) / 255])
     batch = Transform(CONFIG).eval().prepare([pixels])
+    assert batch.image_sizes == expected.image_sizes
+    torch.testing.assert_close(batch.tensors, expected.tensors, rtol=0, atol=1e-3)
+
+
+def test_a_batch_of_several_sizes_is_torchvisions() -> None:
+    """One image wide, one high, one in need of neither: the batch is as large as the largest side of each kind."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in SEVERAL]
+    theirs = GeneralizedRCNNTransform(CONFIG.min_size, CONFIG.max_size, list(CONFIG.mean), list(CONFIG.std)).eval()
+    expected, _ = theirs([pixels.permute(2, 0, 1) / 255 for pixels in images])
+    batch = Transform(CONFIG).eval().prepare(images)
     assert batch.image_sizes == expected.image_sizes
     torch.testing.assert_close(batch.tensors, expected.tensors, rtol=0, atol=1e-3)

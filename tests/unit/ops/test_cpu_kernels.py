@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import roi_align, roi_pool
 
 from service.ops._cpu_kernels import (
+    OutputMemory,
     _neighbours_together,
     multi_scale_roi_align_channels_last,
     multi_scale_roi_pool_channels_last,
@@ -112,3 +113,27 @@ def test_several_models_may_pool_at_once() -> None:
             for _ in range(40)
         ]
     assert all(torch.equal(job.result(), alone) for job in jobs)
+
+
+def test_memory_is_used_again_as_soon_as_nobody_holds_what_lies_in_it() -> None:
+    """A view of a part, as torch's `split` gives, holds all of it."""
+    generator = torch.Generator().manual_seed(5)
+    features, (rois, levels) = pyramid(generator), any_rois(generator)
+    memory = OutputMemory()
+    first = multi_scale_roi_pool_channels_last(features, rois, levels, SCALES, (7, 7), memory=memory)
+    part, expected, address = first[3:5, :1], first[3:5, :1].clone(), first.data_ptr()
+    del first
+    second = multi_scale_roi_pool_channels_last(features, rois.flip(0), levels.flip(0), SCALES, (7, 7), memory=memory)
+    assert second.data_ptr() != address
+    assert torch.equal(part, expected)
+    address = second.data_ptr()
+    del second
+    fewer = multi_scale_roi_pool_channels_last(features, rois[:9], levels[:9], SCALES, (7, 7), memory=memory)
+    assert fewer.data_ptr() == address
+    assert torch.equal(fewer, multi_scale_roi_pool_channels_last(features, rois[:9], levels[:9], SCALES, (7, 7)))
+
+
+def test_memory_for_more_than_is_kept_is_given_back() -> None:
+    memory = OutputMemory()
+    memory.take((17, 2**20))
+    assert not memory._kept

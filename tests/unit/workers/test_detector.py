@@ -29,7 +29,7 @@ class Bench:
         self.detector = LocalDetector(settings, lambda _: iter([self.predictor]), self.metrics.observe)
         self.admission = Admission(self.detector, metrics=self.metrics)
 
-    def submit(self, data: bytes | None = None) -> asyncio.Task[object]:
+    def submit(self, data: bytes | None = None, *, is_bulk: bool = False) -> asyncio.Task[object]:
         job = Job(
             model="fake@1",
             data=picture() if data is None else data,
@@ -37,6 +37,7 @@ class Bench:
             output="none",
             deadline=time.monotonic() + 60,
             progress=Progress("body"),
+            is_bulk=is_bulk,
         )
         return asyncio.create_task(self.admission.run(job))
 
@@ -68,6 +69,20 @@ async def test_one_job_too_many_is_refused_before_it_is_looked_at() -> None:
         await asyncio.gather(*admitted)
         await bench.submit()
         assert (bench.images("ok"), bench.images("overloaded")) == (3, 1)
+
+
+@pytest.mark.parametrize("is_bulk", [False, True])
+async def test_jobs_of_one_priority_leave_the_others_their_places(is_bulk: bool) -> None:
+    async with running() as bench:
+        bench.predictor.device_is_free.clear()
+        many = [bench.submit(is_bulk=is_bulk) for _ in range(2)]
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        with pytest.raises(OverloadedError):
+            await bench.submit(is_bulk=is_bulk)
+        others = [bench.submit(is_bulk=not is_bulk) for _ in range(2)]
+        await asyncio.sleep(0)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(*many, *others)
 
 
 async def test_cancelled_job_is_counted_by_its_stage_and_frees_its_place() -> None:

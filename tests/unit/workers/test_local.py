@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from service import pipeline
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
@@ -81,11 +85,90 @@ async def test_failed_batch_is_no_alarm_but_a_device_that_fails_its_probe_is(mon
     await detector.stop()
 
 
+async def test_device_whose_thread_has_ended_is_noticed_and_gets_no_more_jobs() -> None:
+    def fail() -> None:
+        raise RuntimeError("our own mistake")
+
+    predictor = FakePredictor()
+    predictor.memory_pixels = 1
+    predictor.release_memory = fail  # type: ignore[method-assign]  # called outside of what is expected to fail
+    detector = local(predictor)
+    await detector.start()
+    with pytest.raises(NotReadyError):
+        await detector.run(job())
+    assert failure_of(detector) == "the device's thread has ended"
+    assert not detector.is_alive
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        detector.probe()
+    with pytest.raises(NotReadyError, match="thread has ended"):
+        await detector.run(job())
+    with pytest.raises(RuntimeError, match="our own mistake"):
+        await detector.stop()
+
+
+@pytest.mark.parametrize("function", ["decode_image", "encode_json"])
+async def test_thread_that_does_not_come_back_is_a_failure_for_as_long(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    original = vars(pipeline)[function]
+
+    def go_on(*args: object, **options: object) -> object:
+        may_go_on.wait()
+        return original(*args, **options)
+
+    monkeypatch.setattr(pipeline, function, go_on)
+    detector = LocalDetector(Settings(device="cpu", probe_timeout_seconds=0.001), load_fakes, ignore)
+    await detector.start()
+    running = asyncio.create_task(detector.run(job()))
+    while failure_of(detector) is None:
+        await asyncio.sleep(0)
+    may_go_on.set()
+    assert (await running).detections == 1
+    while not detector.is_alive:
+        await asyncio.sleep(0)
+    await detector.stop()
+
+
+async def test_decoder_that_waits_for_room_is_not_taken_for_hung() -> None:
+    predictor = FakePredictor()
+    detector = LocalDetector(Settings(device="cpu", max_held_pixels=1), lambda _: iter([predictor]), ignore)
+    await detector.start()
+    predictor.device_is_free.clear()
+    first = asyncio.create_task(detector.run(job()))
+    await asyncio.to_thread(predictor.device_is_busy.wait)
+    second = asyncio.create_task(detector.run(job()))
+    held_pixels = detector.pipeline._held_pixels
+    while held_pixels._turn.acquire(blocking=False):  # until the second one waits
+        held_pixels._turn.release()
+        await asyncio.sleep(0)
+    assert detector._decoders.busy_since is None
+    predictor.device_is_free.set()
+    await asyncio.gather(first, second)
+    await detector.stop()
+
+
 async def test_memory_of_the_cpu_is_what_this_process_has_resident() -> None:
     detector = local(FakePredictor())
     await detector.start()
     assert detector.memory()[("cpu", "resident")] > 10_000_000
     assert detector.busy_seconds == 0
+    await detector.stop()
+
+
+async def test_model_may_come_while_another_thread_asks_the_devices() -> None:
+    class Overtaken(FakePredictor):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "info" and is_started:
+                detector._predictors["fake@2"] = FakePredictor()
+            return super().__getattribute__(name)
+
+    is_started = False
+    detector = local(Overtaken())
+    await detector.start()
+    is_started = True
+    detector.probe()
+    assert "fake@2" in detector._predictors
     await detector.stop()
 
 

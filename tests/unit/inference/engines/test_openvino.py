@@ -34,6 +34,21 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path) -> None:
             features_of(tmp_path, key="other weights")
 
 
+def test_a_new_size_compiles_nothing(tmp_path: Path) -> None:
+    model = network(FAMILY)
+    fold(model)
+    parts = openvino.OpenVinoNetwork(model, key="key", precision="float32", cache_dir=tmp_path).parts()
+    with (
+        patch.object(openvino._Compiler, "compile", side_effect=AssertionError("compiled again")),
+        torch.inference_mode(),
+    ):
+        for shape in ((1, 3, 64, 96), (3, 3, 96, 32), (2, 3, 160, 128)):
+            batch = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            expected = model.own_parts().trunk(batch)
+            torch.testing.assert_close(parts.trunk(batch).objectness, expected.objectness, rtol=0, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
     first = features_of(tmp_path)
     for file in tmp_path.iterdir():

@@ -1,0 +1,76 @@
+"""The bound on the pixels of all decoded images together: one `HeldPixels` for a worker, one `PixelHolding` for each
+job. The decoding thread takes room before it decodes, and waits where there is none; what it would have decoded is a
+few kilobytes meanwhile. Knows numbers and threads only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from service.errors import CancelledRequestError
+
+
+class HeldPixels:
+    """The account of all jobs.
+
+    Args:
+        max_held_pixels: most pixels at a time; only an image that is alone may have more.
+        resting: gives a context in which a thread waits for room.
+    """
+
+    def __init__(
+        self, max_held_pixels: int, *, resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._max_held_pixels = max_held_pixels
+        self._resting = resting
+        self._changed = threading.Condition()
+        # Only one waits for room, so that many small images cannot keep a large one waiting for ever.
+        self._turn = threading.Lock()
+        self.size = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[PixelHolding]:
+        """The account of one job, empty at first; what it holds is given back at the end, and nobody waits for it."""
+        holding = PixelHolding(self)
+        try:
+            yield holding
+        finally:
+            with self._changed:
+                holding.is_over = True
+                self.size -= holding.size
+                self._changed.notify_all()
+
+    def give(self, holding: PixelHolding, pixels: int) -> None:
+        """See `PixelHolding.take`."""
+        with self._resting(), self._turn, self._changed:
+            self._changed.wait_for(
+                lambda: holding.is_over or self.size == 0 or self.size + pixels <= self._max_held_pixels
+            )
+            if holding.is_over:
+                raise CancelledRequestError("nobody waits for this image any more")
+            holding.size += pixels
+            self.size += pixels
+
+
+class PixelHolding:
+    """The account of one job; made by `HeldPixels.hold`.
+
+    Attributes:
+        size: pixels that it holds.
+        is_over: whether the job has ended.
+    """
+
+    def __init__(self, held_pixels: HeldPixels) -> None:
+        self._held_pixels = held_pixels
+        self.size = 0
+        self.is_over = False
+
+    def take(self, pixels: int) -> None:
+        """Wait, in this thread, until there is room for so many more pixels, and hold them.
+
+        Raises:
+            CancelledRequestError: the job ended meanwhile.
+        """
+        self._held_pixels.give(self, pixels)

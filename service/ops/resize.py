@@ -1,0 +1,106 @@
+"""From the bytes of pictures to a network's input in one pass on the CPU: resize, normalise and pad, where torchvision
+makes a pass over the whole picture for each step. Called by the transform of `modeling`; knows pixels only.
+
+Shapes: N images, H x W an image's pixels, h x w what it is resized to, H' x W' the batch, at least as large as each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.jit import compiled, parallel_loops
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Cells = NDArray[np.uint64]
+
+
+def resize_normalise_and_pad(
+    images: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    padded_size: tuple[int, int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Do as `torch.nn.functional.interpolate(…, mode="bilinear", align_corners=False)` of the normalised images.
+
+    Args:
+        images: (H, W, 3) uint8 on the CPU, at least one pixel each.
+        sizes: each one's (h, w).
+        padded_size: (H', W').
+        mean: of each channel, of pixels scaled to 0..1.
+        std: the standard deviation likewise.
+
+    Returns:
+        (N, 3, H', W') float32, each image at the top left, zeros around it.
+    """
+    batch = torch.empty(len(images), 3, *padded_size)
+    gains = (1 / (255 * np.asarray(std))).astype(np.float32)
+    offsets = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    with parallel_loops():
+        for image, (height, width), output in zip(images, sizes, batch.numpy(), strict=True):
+            rows, row_weights = _source_cells(image.shape[0], height)
+            columns, column_weights = _source_cells(image.shape[1], width)
+            pixels = image.contiguous().numpy()
+            _resize(pixels, rows, row_weights, columns, column_weights, gains, offsets, output)
+    return batch
+
+
+def _source_cells(length: int, resized: int) -> tuple[Cells, Floats]:
+    """Along one axis: the pixel before each of the resized ones, and the weight of the pixel after it."""
+    # On long sides the last bit of a position moves the weights, so it is rounded as torch does: once, to float32.
+    step = np.float64(np.float32(length) / np.float32(resized))
+    positions = np.maximum(step * (np.arange(resized) + 0.5) - 0.5, 0).astype(np.float32)
+    cells = np.minimum(positions.astype(np.int64), length - 1)
+    # Unsigned: a signed index might count from the end, which would keep the processor from reading many at once.
+    return cells.astype(np.uint64), (positions - cells.astype(np.float32)).clip(0, 1)
+
+
+@compiled(parallel=True)
+def _resize(
+    pixels: Bytes,
+    rows: Cells,
+    row_weights: Floats,
+    columns: Cells,
+    column_weights: Floats,
+    gains: Floats,
+    offsets: Floats,
+    output: Floats,
+) -> None:
+    for y in prange(output.shape[1]):
+        if y < len(rows):
+            below = min(rows[y] + np.uint64(1), np.uint64(len(pixels) - 1))
+            mixed = _mix_rows(pixels[rows[y]].ravel(), pixels[below].ravel(), row_weights[y])
+            for channel in range(3):
+                _fill_row(
+                    mixed[channel:], columns, column_weights, gains[channel], offsets[channel], output[channel, y]
+                )
+        else:
+            output[:, y] = 0
+
+
+@compiled()
+def _mix_rows(above: Bytes, below: Bytes, weight: np.float32) -> Floats:
+    """Two rows of pixels mixed; the last pixel twice, so that each has one after it."""
+    mixed = np.empty(len(above) + 3, np.float32)
+    for i in range(len(above)):
+        mixed[i] = np.float32(above[i]) * (np.float32(1) - weight) + np.float32(below[i]) * weight
+    mixed[-3:] = mixed[-6:-3]
+    return mixed
+
+
+@compiled()
+def _fill_row(
+    mixed: Floats, columns: Cells, weights: Floats, gain: np.float32, offset: np.float32, output: Floats
+) -> None:
+    for x in range(len(columns)):
+        before, after = mixed[np.uint64(3) * columns[x]], mixed[np.uint64(3) * columns[x] + np.uint64(3)]
+        output[x] = (before * (np.float32(1) - weights[x]) + after * weights[x]) * gain + offset
+    output[len(columns) :] = 0

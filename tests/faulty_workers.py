@@ -1,0 +1,131 @@
+"""Factories for worker processes in which something is wrong, on purpose: each does its harm in the worker that calls
+it, and then loads the fake models.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from service import pipeline
+from service.errors import InvalidRequestError, ModelStoreError
+from service.imaging.decode import decode_image
+from service.settings import Settings
+from service.structures import Image
+from service.workers import devices
+from tests.fakes import FakePredictor, load_fakes
+
+# A picture whose top left pixel has this red value makes a stage fail, if a factory says so.
+FATAL = 21
+# A model of this name is loaded when there is a file `go` in the folder of the model store, and one of that name never.
+GATED, ENDLESS = "gated", "endless"
+
+
+def die() -> None:
+    """As by a fault in native code."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    """For ever."""
+    threading.Event().wait()
+
+
+class OnGpus:
+    """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models."""
+
+    def __init__(self, gpus: int, *, dead: str | None = None) -> None:
+        self.gpus = gpus
+        self.dead = dead
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        vars(devices).update(count_gpus=lambda: self.gpus, probe=lambda device: None, memory=lambda device: {})
+
+    def __call__(self, settings: Settings) -> Iterator[FakePredictor]:
+        if settings.device == self.dead:
+            die()
+        return load_fakes(settings)
+
+
+def die_when_asked(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that dies at its first probe, right after it was ready."""
+    vars(devices).update(probe=lambda device: die())
+    return load_fakes(settings)
+
+
+def hang_when_asked(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that never answers a probe."""
+    vars(devices).update(probe=lambda device: hang())
+    return load_fakes(settings)
+
+
+def die_in_decode(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker whose decoder dies of fatal pictures."""
+    _harm_decoder(die)
+    return load_fakes(settings)
+
+
+def hang_in_decode(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker whose decoder never comes to an end with fatal pictures."""
+    _harm_decoder(hang)
+    return load_fakes(settings)
+
+
+def die_in_encode(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker whose encoder dies of what was found in fatal pictures."""
+    encode = pipeline.encode_json
+
+    def encode_or_die(image: Image, *args: Any) -> bytes:
+        if image.pixels[0, 0, 0] == FATAL:
+            die()
+        return encode(image, *args)
+
+    vars(pipeline).update(encode_json=encode_or_die)
+    return load_fakes(settings)
+
+
+def _harm_decoder(harm: Callable[[], None]) -> None:
+
+    def decode_with_harm(data: bytes, **limits: Any) -> Image:
+        image = decode_image(data, **limits)
+        if image.pixels[0, 0, 0] == FATAL:
+            harm()
+        return image
+
+    vars(pipeline).update(decode_image=decode_with_harm)
+
+
+class Unspeakable(FakePredictor):
+    """Cannot say what it found, nor what went wrong."""
+
+    def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        error = InvalidRequestError("the cause cannot be put into words")
+        vars(error)["cause"] = object()
+        raise error
+
+
+def load_unspeakable(settings: Settings) -> Iterator[FakePredictor]:
+    """One model whose errors no frame can hold."""
+    yield Unspeakable()
+
+
+def load_from_folder(settings: Settings) -> Iterator[FakePredictor]:
+    """Fake models, as long as there is the folder of the model store."""
+    if not settings.model_store.exists():
+        raise ModelStoreError("there is no model store")
+    return load_fakes(settings)
+
+
+def load_gated(settings: Settings) -> Iterator[FakePredictor]:
+    """Fake models that may be long in coming."""
+    names = {reference.partition("@")[0] for reference in settings.models}
+    if ENDLESS in names:
+        hang()
+    while GATED in names and not (settings.model_store / "go").exists():
+        time.sleep(0.01)
+    return load_fakes(settings)
