@@ -56,14 +56,16 @@ class Predictor:
     def warm_up(self) -> None:
         """Run blank pictures through every part, so that the first request does not pay for first-time work.
 
-        From then on nothing is compiled any more: in a batch it could take minutes, and pass for a device that hangs.
+        The engine `compiled` compiles nothing after that: in a batch it could take minutes, and pass for a device that
+        hangs.
         """
         blank = Image(np.zeros((*WARM_UP_SIZE, 3), dtype=np.uint8))
         proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
         query = Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
-        for count in (1, 2) if self.info.engine == "compiled" else (1,):
-            self.predict([query] * count)
-        self._may_compile = False
+        self.predict([query])
+        if self.info.engine == "compiled":
+            self.predict([query] * 2)
+            self._may_compile = False
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Detect objects in a batch of images, each by its own options.
@@ -85,7 +87,7 @@ class Predictor:
         if len(roi_ops) > 1:
             raise ValueError(f"expected one roi_op for the whole batch, got {roi_ops}")
         try:
-            with torch.compiler.set_stance("default" if self._may_compile else "eager_on_recompile"), self._autocast():
+            with self._compiling_nothing(), self._autocast():
                 found = self._model.detect(
                     [upload(torch.from_numpy(image.pixels), self._device) for image in images],
                     [self._selection(query.options) for query in queries],
@@ -124,6 +126,9 @@ class Predictor:
             return None
         # In float64, which holds every number of JSON, until they are clipped.
         return torch.tensor(options.proposals, dtype=torch.float64).reshape(-1, 4)
+
+    def _compiling_nothing(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._may_compile else torch.compiler.set_stance("eager_on_recompile")
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:

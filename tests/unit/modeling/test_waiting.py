@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.inference.predictor import _to_host
-from service.modeling import poolers, rpn
+from service.modeling import poolers, rpn, transform
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.poolers import RoIPooler
@@ -94,7 +94,7 @@ def as_on_cuda() -> Iterator[None]:
         return multi_scale_roi_align_channels_last(maps, rois_of(boxes), levels, scales, size, 2, False)
 
     with ExitStack() as patches:
-        for module in (rpn, nms, poolers):
+        for module in (transform, rpn, nms, poolers):
             patches.enter_context(patch.object(module, "runs_ahead", return_value=True))
         patches.enter_context(patch.object(nms, "_suppress_on_cuda", nms._suppress_on_cpu))
         patches.enter_context(patch.object(RoIPooler, "_suits_the_cpu_kernel", return_value=False))
