@@ -9,8 +9,10 @@ ENV PATH=/opt/roiserve/bin:$PATH
 WORKDIR /build
 
 # The dependencies first and without the code, so that a change of the code keeps their layer of several gigabytes.
+# OpenVINO is an extra; without it a container on a CPU would be served by the slower `eager`.
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" \
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
@@ -29,10 +31,11 @@ COPY --from=build /opt/roiserve /opt/roiserve
 COPY docker/healthcheck.py /opt/roiserve/healthcheck.py
 COPY model_store /srv/model_store
 
-# Numba compiles its kernels at the first start and keeps them here; a volume keeps them over a rollout.
+# Numba and OpenVINO keep here what they compile at the first start; a volume keeps it over a rollout.
 ENV PATH=/opt/roiserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NUMBA_CACHE_DIR=/var/cache/roiserve/numba \
+    ROISERVE_ENGINE_CACHE_DIR=/var/cache/roiserve/engines \
     ROISERVE_HOST=0.0.0.0 \
     ROISERVE_PORT=8000 \
     ROISERVE_MODEL_STORE=/srv/model_store

@@ -57,9 +57,9 @@ def as_jpeg(picture: PIL.Image.Image, *, progressive: bool = False) -> bytes:
     return file.getvalue()
 
 
-def torchvision_input(image: Image) -> Tensor:
+def torchvision_input(image: Image, device: str = "cpu") -> Tensor:
     """(3, H, W) float32 in 0..1, as torchvision's detectors want it."""
-    return torch.from_numpy(image.pixels).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(image.pixels).to(device).permute(2, 0, 1).float() / 255
 
 
 def random_detector(builder: str, image: Image) -> GeneralizedRCNN:
@@ -104,8 +104,10 @@ def torchvision_twin(stored: StoredModel) -> GeneralizedRCNN:
     return model.eval()
 
 
-def our_predictor(stored: StoredModel, engine: str = "auto") -> Predictor:
-    predictor = load_predictor(stored, device="cpu", engine=engine)
+def our_predictor(
+    stored: StoredModel, engine: str = "auto", *, device: str = "cpu", precision: str = "auto"
+) -> Predictor:
+    predictor = load_predictor(stored, device=device, engine=engine, precision=precision)
     predictor.warm_up()
     return predictor
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGES = (
@@ -108,9 +110,26 @@ def alternate(
     return seconds
 
 
-def peak_memory_bytes(call: Callable[[], object]) -> int:
-    """How far the process's resident memory rose above its present size while `call` ran (Linux with glibc)."""
+def until_done(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call and what it launched: on CUDA it returns before its work is done."""
+
+    def finish() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return call if device == "cpu" else finish
+
+
+def peak_memory_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """How far the process's resident memory rose above its present size while `call` ran (Linux with glibc); on CUDA
+    how far what torch has taken of the device's memory did.
+    """
     gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        taken = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - taken
     ctypes.CDLL(None).malloc_trim(0)  # Else memory that earlier calls freed would be used again, uncounted.
     Path("/proc/self/clear_refs").write_text("5")  # The high-water mark begins anew.
     before = _status_bytes("VmRSS")
@@ -133,12 +152,44 @@ def count_flop(call: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def sgemm(side: int = SGEMM_SIDE) -> tuple[Callable[[], object], int]:
-    """A float32 matrix product, the fastest thing that the machine does with numbers, and its operations."""
+def matrix_products(
+    side: int = SGEMM_SIDE, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """A matrix product, the fastest thing that a machine does with numbers, and its operations.
+
+    By torch, and on the CPU by OpenVINO too if it is there: which of them is faster depends on the processor.
+    """
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator) for _ in range(2))
-    product = torch.empty(side, side)
-    return lambda: torch.mm(a, b, out=product), 2 * side**3
+    a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    products: dict[str, Callable[[], object]] = {"torch": lambda: torch.mm(a, b, out=product)}
+    if device == "cpu" and importlib.util.find_spec("openvino") is not None:
+        products["openvino"] = _product_by_openvino(a, b)
+    return {name: until_done(one, device) for name, one in products.items()}, 2 * side**3
+
+
+def _product_by_openvino(a: Tensor, b: Tensor) -> Callable[[], object]:
+    """As the layer of a network: `b` are weights."""
+    # Imported here: an extra, that need not be installed.
+    import openvino
+    from openvino import opset13
+
+    rows = opset13.parameter(a.shape, openvino.Type.f32)
+    network = openvino.Model([opset13.matmul(rows, opset13.constant(b.numpy()), False, False)], [rows])
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    request = openvino.Core().compile_model(network, "CPU", config).create_infer_request()
+    shared = [openvino.Tensor(a.numpy(), shared_memory=True)]
+    return lambda: request.infer(shared, share_inputs=True, share_outputs=True)
+
+
+def best_rates(products: Sequence[Sequence[float]], flop: int) -> list[float]:
+    """Operations a second of the fastest product, round by round.
+
+    Args:
+        products: the seconds of each one's calls.
+        flop: operations of a call.
+    """
+    return [flop / min(one_round) for one_round in zip(*products, strict=True)]
 
 
 class Report:
@@ -217,7 +268,8 @@ def _versions() -> list[str]:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    processor = f"{len(names)} x {names[0]}" if names else platform.processor()
+    return f"{processor}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else processor
 
 
 def _status_bytes(name: str) -> int:

@@ -33,13 +33,15 @@ from benchmarks._measure import (
     Cell,
     Report,
     alternate,
+    best_rates,
     count_flop,
+    matrix_products,
     megabytes,
     milliseconds,
     peak_memory_bytes,
     ratio,
-    sgemm,
     spread,
+    until_done,
 )
 from service.inference.predictor import Predictor
 from service.model_store.store import StoredModel
@@ -60,13 +62,13 @@ COLUMNS = {
         "ours ms",
         "times faster",
     ],
-    "limit": ["model", "picture", "batch", "engine", "GFLOP", "sgemm GFLOP/s", "torchvision %", "ours %"],
+    "limit": ["model", "picture", "batch", "engine", "GFLOP", "product GFLOP/s", "torchvision %", "ours %"],
     "stages": ["model", "picture", "batch", "engine", *STAGES],
     "memory": ["model", "picture", "batch", "engine", "torchvision MB", "ours MB"],
 }
 TITLES = {
     "calls": "One call: pixels to boxes, labels, scores and masks (torchvision's pasted, ours small)",
-    "limit": "Share of the time that the call's operations would take at the rate of the machine's own sgemm",
+    "limit": "Share of the time that the call's operations would take at the machine's rate of matrix products",
     "stages": "Ours by stage, ms (the RPN's convolutions count as backbone)",
     "memory": "Memory that the first call of this kind added",
 }
@@ -89,6 +91,8 @@ def main(
     only: Annotated[
         str, typer.Option(help="Only models whose names contain one of these words, with commas between.")
     ] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda, for both sides.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="Ours; torchvision's is float32.")] = "auto",
     quick: Annotated[bool, typer.Option(help="One round of small networks: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
@@ -103,7 +107,7 @@ def main(
     rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
     end = time.monotonic() + seconds
     with TemporaryDirectory() as folder:
-        networks = _Networks(Path(folder), list(dict.fromkeys([*engines.split(","), "eager"])))
+        networks = _Networks(Path(folder), list(dict.fromkeys([*engines.split(","), "eager"])), device, precision)
         for number, case in enumerate(cases):
             if time.monotonic() > end:
                 left = "; ".join(f"{one.model} {one.size} batch {one.batch}" for one in cases[number:])
@@ -137,19 +141,25 @@ class _Networks:
     Args:
         folder: for a model store.
         engines: of our predictors.
+        device: of both.
+        precision: of our predictors.
     """
 
-    def __init__(self, folder: Path, engines: Sequence[str]) -> None:
+    def __init__(self, folder: Path, engines: Sequence[str], device: str, precision: str) -> None:
         self._folder = folder
         self._engines = engines
+        self.device = device
+        self._precision = precision
         self._loaded: dict[str, tuple[GeneralizedRCNN, dict[str, Predictor]]] = {}
 
     def load(self, model: str) -> tuple[GeneralizedRCNN, dict[str, Predictor]]:
         """torchvision's, and our predictors by the engine that they chose."""
         if model not in self._loaded:
             theirs, stored = self._bundled(model) if model in self._bundled_names() else self._random(model)
-            ours = [our_predictor(stored, engine) for engine in self._engines]
-            self._loaded[model] = theirs, {predictor.info.engine: predictor for predictor in ours}
+            ours = [
+                our_predictor(stored, engine, device=self.device, precision=self._precision) for engine in self._engines
+            ]
+            self._loaded[model] = theirs.to(self.device), {predictor.info.engine: predictor for predictor in ours}
         return self._loaded[model]
 
     def _bundled_names(self) -> list[str]:
@@ -170,19 +180,28 @@ def _measure(case: Case, networks: _Networks, *, rounds: int, is_quick: bool) ->
     image = as_image(example_picture(*SIZES[case.size], name=picture_for(case.model)))
     found: list[int] = []  # by torchvision in the first picture, call by call
     stages: dict[str, list[Prediction]] = {engine: [] for engine in predictors}
-    product, product_flop = sgemm(256 if is_quick else SGEMM_SIDE)
+    device, precision = networks.device, next(iter(predictors.values())).info.precision
+    products, product_flop = matrix_products(
+        256 if is_quick else SGEMM_SIDE, device=device, dtype=getattr(torch, precision)
+    )
     sides: dict[str, Callable[[], object]] = {
-        "torchvision": partial(_torchvision_call, theirs, image, case.batch, found)
+        "torchvision": until_done(partial(_torchvision_call, theirs, image, case.batch, found, device), device)
     }
     for engine, predictor in predictors.items():
-        sides[engine] = partial(_our_call, predictor, image, case.batch, stages[engine])
+        sides[engine] = until_done(partial(_our_call, predictor, image, case.batch, stages[engine]), device)
     # 1. The operations and the memory, in calls that no clock runs for.
     flop = case.batch * count_flop(partial(_our_call, predictors["eager"], image, 1, []))
-    memory = {name: megabytes(peak_memory_bytes(call)) for name, call in sides.items()}
+    memory = {name: megabytes(peak_memory_bytes(call, device)) for name, call in sides.items()}
     # 2. The times, in turn.
-    sides["sgemm"] = product
-    times = alternate(sides, rounds=rounds, most_seconds=40, least_rounds=3 if case.batch == 1 else 1, warm_up=False)
-    rate = spread([product_flop / one / 1e9 for one in times["sgemm"]])
+    timed_products = {f"product by {name}": product for name, product in products.items()}
+    times = alternate(
+        sides | timed_products,
+        rounds=rounds,
+        most_seconds=40,
+        least_rounds=3 if case.batch == 1 else 1,
+        warm_up=False,
+    )
+    rates = best_rates([times[name] for name in timed_products], product_flop)
     rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
     for engine in predictors:
         head: list[Cell] = [case.model, case.size, case.batch, engine]
@@ -197,18 +216,19 @@ def _measure(case: Case, networks: _Networks, *, rounds: int, is_quick: bool) ->
             ]
         )
         limits = [
-            spread([100 * flop / 1e9 / rate.median / one for one in times[side]]) for side in ("torchvision", engine)
+            spread([100 * flop / rate / one for rate, one in zip(rates, times[side], strict=True)])
+            for side in ("torchvision", engine)
         ]
-        rows["limit"].append([*head, f"{flop / 1e9:.1f}", rate, *limits])
+        rows["limit"].append([*head, f"{flop / 1e9:.1f}", spread([rate / 1e9 for rate in rates]), *limits])
         timed = stages[engine][-len(times[engine]) :]
         rows["stages"].append([*head, *(milliseconds([one.stage_seconds[stage] for one in timed]) for stage in STAGES)])
         rows["memory"].append([*head, memory["torchvision"], memory[engine]])
     return rows
 
 
-def _torchvision_call(model: GeneralizedRCNN, image: Image, batch: int, found: list[int]) -> None:
+def _torchvision_call(model: GeneralizedRCNN, image: Image, batch: int, found: list[int], device: str) -> None:
     with torch.inference_mode():
-        detections = model([torchvision_input(image)] * batch)
+        detections = model([torchvision_input(image, device)] * batch)
     found.append(len(detections[0]["boxes"]))
 
 

@@ -34,6 +34,7 @@ from benchmarks._measure import (
     milliseconds,
     peak_memory_bytes,
     ratio,
+    until_done,
 )
 from service.imaging.decode import ImageLimits, decode_image
 from service.masks.polygons import encode_polygons
@@ -70,6 +71,10 @@ def main(
         int, typer.Option(help="For torch and for our RoI and resizing kernels; masks and JPEGs take one.")
     ] = 2,
     pictures: Annotated[Path, typer.Option(help="Folder of JPEGs to decode, beside ours.")] = PICTURES,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the RoI operators alone, which run there.")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="Of the features of our kernel on CUDA; torchvision's is float32.")
+    ] = "float16",
     quick: Annotated[bool, typer.Option(help="One round, small sizes: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
@@ -78,6 +83,15 @@ def main(
     report = Report("ops", out)
     rounds = 1 if quick else rounds
     boxes = 20 if quick else 1000
+    if device != "cpu":
+        report.table(
+            f"RoI Align on CUDA: {boxes} boxes x 256 channels x 7 x 7, 4 levels of 800 x 1088; torchvision's level by "
+            f"level in float32, ours all levels at once in {precision}",
+            ["operator", "torchvision ms", "ours ms", "times faster", "largest difference"],
+            cuda_roi_rows(boxes, rounds, device, precision),
+        )
+        report.show()
+        return
     report.table(
         f"RoI operators: {boxes} boxes x 256 channels x 7 x 7, 4 levels of 800 x 1088; torchvision's level by level",
         ["operator", "torchvision ms", "ours ms", "times faster", "largest difference"],
@@ -258,6 +272,35 @@ def roi_rows(number: int, rounds: int) -> list[list[Cell]]:
         rows.append(
             [name, milliseconds(seconds["reference"]), milliseconds(seconds["ours"]), times, f"{difference:.1e}"]
         )
+    return rows
+
+
+def cuda_roi_rows(number: int, rounds: int, device: str, precision: str) -> list[list[Cell]]:
+    # Imported here: Triton comes with PyTorch for CUDA on Linux only.
+    from service.ops._cuda_kernels import multi_scale_roi_align
+
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(1, 256, int(800 * scale), int(1088 * scale), generator=generator) for scale in SCALES]
+    boxes = proposals(number, generator)
+    rois = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1).to(device)
+    levels = assign_levels([boxes], min_level=2, max_level=5).to(device)
+    theirs = [feature.to(device) for feature in features]
+    ours = [
+        feature.to(device, getattr(torch, precision)).contiguous(memory_format=torch.channels_last)
+        for feature in features
+    ]
+    rows: list[list[Cell]] = []
+    for samples, aligned in ((2, False), (0, True)):
+        operator = partial(roi_align, sampling_ratio=samples, aligned=aligned)
+        sides: dict[str, Callable[[], Tensor]] = {
+            "theirs": partial(level_by_level, operator, theirs, rois, levels),
+            "ours": partial(multi_scale_roi_align, ours, rois, levels, SCALES, 7, samples, aligned),
+        }
+        seconds = alternate({name: until_done(call, device) for name, call in sides.items()}, rounds=rounds)
+        difference = float((sides["theirs"]() - sides["ours"]()).abs().max())
+        times = ratio(seconds["theirs"], seconds["ours"])
+        name = f"roi_align, sampling_ratio={samples}, aligned={aligned}"
+        rows.append([name, milliseconds(seconds["theirs"]), milliseconds(seconds["ours"]), times, f"{difference:.1e}"])
     return rows
 
 

@@ -37,7 +37,9 @@ class Settings(BaseSettings):
         "auto", description="Where models run: auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."
     )
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="Number format of the network: auto, float32, float16 or bfloat16."
+        "auto",
+        description="Number format of the network: auto, float32, float16 or bfloat16; auto is float16 on CUDA, except "
+        "with the engine eager, and float32 on the CPU.",
     )
     engine: Literal["auto", "eager", "compiled", "openvino"] = Field(
         "auto",

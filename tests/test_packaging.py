@@ -112,6 +112,15 @@ def test_dockerfile_copies_only_what_the_builder_is_sent() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
+def test_the_image_holds_the_fastest_engine_of_the_cpu() -> None:
+    """What the Dockerfile's own program lists is what it installs: all dependencies, and OpenVINO."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    match = re.search(r'^RUN python -c "(.+)"\s+> requirements.txt', lines, flags=re.MULTILINE)
+    assert match is not None
+    listed = subprocess.run([sys.executable, "-c", match[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines() == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["openvino"]]
+
+
 def test_prometheus_accepts_its_configuration() -> None:
     command = [tool("promtool"), "check", "config", str(ROOT / "docker/prometheus.yml")]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -35,7 +35,8 @@ def load_predictor(
     Args:
         stored: the model's folder.
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
-        precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; `auto` is float32.
+        precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; see `choose_precision`
+            for `auto`.
         engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
         cache_dir: where an engine keeps what it compiled, for the next start; the user's cache folder if None.
         searching: whether a network that is given its proposals by the caller finds them itself where it gets none.
@@ -46,7 +47,7 @@ def load_predictor(
     """
     config: ModelConfig = stored.model_toml.searching() if searching else stored.model_toml
     target = choose_device(device)
-    precision = "float32" if precision == "auto" else precision
+    precision = choose_precision(precision, engine=engine, device=target)
     model = build_model(config)
     load_into(model, stored.load_weights(), source=str(stored.path))
     model = model.to(target).eval()
@@ -92,6 +93,19 @@ def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
         return ()
     is_adaptive = 0 in (config.roi.sampling_ratio, config.roi.mask_branch().sampling_ratio)
     return tuple(op for op in patch_ops if not (op == "roi_warp" and is_adaptive))
+
+
+def choose_precision(precision: str, *, engine: str, device: torch.device) -> str:
+    """What `auto` means: float16 on CUDA, whose matrix units have it; float32 on the CPU and by `eager`.
+
+    Args:
+        precision: as a setting has it.
+        engine: as a setting has it.
+        device: where the network is.
+    """
+    if precision != "auto":
+        return precision
+    return "float16" if device.type == "cuda" and engine != "eager" else "float32"
 
 
 def choose_device(device: str) -> torch.device:

@@ -15,10 +15,11 @@ from service.errors import InferenceError, OutOfMemoryError
 from service.inference.memory import is_out_of_memory, release_memory
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections, StageTimer
 from service.modeling.roi_heads import Selection
+from service.ops.devices import upload
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
 
-WARM_UP_SIZE = (256, 256)
-"""(height, width) of the picture that `warm_up` runs."""
+WARM_UP_SIZE = (256, 352)
+"""(height, width) of the pictures that `warm_up` runs. No square: code compiled for it would fit squares only."""
 
 
 class Predictor:
@@ -44,6 +45,7 @@ class Predictor:
         self.info = info
         self._device = device
         self._autocast_dtype = autocast_dtype
+        self._may_compile = True
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The padded (height, width) in pixels: images with one key share a batch without
@@ -52,10 +54,18 @@ class Predictor:
         return self._model.transform.padded_size(image_size)
 
     def warm_up(self) -> None:
-        """Run one blank picture through every part, so that the first request does not pay for first-time work."""
+        """Run blank pictures through every part, so that the first request does not pay for first-time work.
+
+        The engine `compiled` compiles nothing after that: in a batch it could take minutes, and pass for a device that
+        hangs.
+        """
         blank = Image(np.zeros((*WARM_UP_SIZE, 3), dtype=np.uint8))
         proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
-        self.predict([Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))])
+        query = Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
+        self.predict([query])
+        if self.info.engine == "compiled":
+            self.predict([query] * 2)
+            self._may_compile = False
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Detect objects in a batch of images, each by its own options.
@@ -77,9 +87,9 @@ class Predictor:
         if len(roi_ops) > 1:
             raise ValueError(f"expected one roi_op for the whole batch, got {roi_ops}")
         try:
-            with self._autocast():
+            with self._compiling_nothing(), self._autocast():
                 found = self._model.detect(
-                    [torch.from_numpy(image.pixels).to(self._device) for image in images],
+                    [upload(torch.from_numpy(image.pixels), self._device) for image in images],
                     [self._selection(query.options) for query in queries],
                     with_masks=[query.options.with_masks for query in queries],
                     proposals=[self._proposals(query.options) for query in queries],
@@ -115,7 +125,10 @@ class Predictor:
         if options.proposals is None:
             return None
         # In float64, which holds every number of JSON, until they are clipped.
-        return torch.tensor(options.proposals, dtype=torch.float64, device=self._device).reshape(-1, 4)
+        return torch.tensor(options.proposals, dtype=torch.float64).reshape(-1, 4)
+
+    def _compiling_nothing(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._may_compile else torch.compiler.set_stance("eager_on_recompile")
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:
@@ -128,7 +141,8 @@ class Predictor:
             started = time.perf_counter()
             yield
             # On CUDA this is the time to launch a stage's work, not to finish it: waiting here would slow the device.
-            stage_seconds[stage] = time.perf_counter() - started
+            # A stage may come twice: Fast R-CNN's search and its proposals are both `rpn`.
+            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + time.perf_counter() - started
 
         return timed
 
@@ -140,19 +154,22 @@ class Predictor:
 
 
 def _to_host(found: Sequence[ImageDetections]) -> list[Detections]:
-    """All answers of a batch in one copy, and the masks in another: on CUDA each one waits for the device."""
-    counts = [len(one.boxes) for one in found]
+    """All answers of a batch in one copy, for on CUDA each one waits for the device."""
     # float32 holds the labels exactly: there are far fewer than 2^24.
-    tables = [torch.column_stack([one.boxes, one.scores, one.labels.to(one.boxes.dtype)]) for one in found]
-    rows = torch.cat(tables).cpu().split(counts)
-    with_masks = [one.masks for one in found if one.masks is not None]
-    masks = iter(torch.cat(with_masks).cpu().split([len(one) for one in with_masks]) if with_masks else ())
+    columns = [
+        values
+        for one in found
+        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks)
+        if values is not None
+    ]
+    flat = torch.cat([values.flatten() for values in columns]).cpu().split([values.numel() for values in columns])
+    copies = (values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True))
     return [
         Detections(
-            boxes=table[:, :4].contiguous().numpy(),
-            labels=table[:, 5].long().numpy(),
-            scores=table[:, 4].contiguous().numpy(),
-            masks=None if one.masks is None else next(masks).numpy(),
+            boxes=next(copies),
+            labels=next(copies).astype(np.int64),
+            scores=next(copies),
+            masks=None if one.masks is None else next(copies),
         )
-        for one, table in zip(found, rows, strict=True)
+        for one in found
     ]

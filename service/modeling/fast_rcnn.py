@@ -115,4 +115,4 @@ class FastRCNN(GeneralizedRCNN):
                 "this model proposes no boxes itself; give some as the option 'proposals', [[x1, y1, x2, y2], ...]"
             )
         found = selective_search(np.ascontiguousarray(image.cpu().numpy()), self.proposals)
-        return torch.from_numpy(found).to(image.device)
+        return torch.from_numpy(found)

@@ -17,10 +17,11 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from service.modeling.parts import BoxBranch, MaskBranch, Parts, TrunkOutput, run_trunk
-from service.modeling.per_image import image_indices
+from service.modeling.per_image import image_indices, to_device
 from service.modeling.roi_heads import RoIHeads, Selection
 from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
+from service.ops.devices import upload
 
 MIN_PROPOSAL_SIDE = 1e-3
 """Pixels of the original image; smaller proposals of the caller are dropped (torchvision's RPN has the same bound)."""
@@ -73,8 +74,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
                 of the others' if all have one `transform.padded_size`.
             selections: which detections each image keeps.
             with_masks: whether each image's masks are wanted.
-            proposals: (L, 4) in pixels of each original image, clipped to it here: boxes to classify and refine, as
-                Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
+            proposals: (L, 4) on the host in pixels of each original image, clipped to it here: boxes to classify and
+                refine, as Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
             roi_op: the operator of the box and the mask branch for this batch; None for the model's own.
             timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`. The RPN's convolutions run with the
                 backbone's and count there.
@@ -128,7 +129,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         """Each image's proposals in pixels of the resized image: those that were given, else the RPN's."""
         proposed = iter(self._run_rpn(batch, trunk, [index for index, boxes in enumerate(given) if boxes is None]))
         return [
-            next(proposed) if boxes is None else _to_resized(boxes, image.shape[:2], size)
+            next(proposed) if boxes is None else upload(_to_resized(boxes, image.shape[:2], size), image.device)
             for boxes, image, size in zip(given, images, batch.image_sizes, strict=True)
         ]
 
@@ -138,7 +139,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
             return []
         objectness, deltas = trunk.objectness, trunk.deltas
         if len(indices) < len(objectness):
-            objectness, deltas = objectness[indices], deltas[indices]
+            rows = to_device(indices, torch.int64, objectness.device)
+            objectness, deltas = objectness[rows], deltas[rows]
         height, width = batch.tensors.shape[-2:]
         return self.rpn.propose(
             objectness,
@@ -156,7 +158,7 @@ def _to_original(
     counts = [len(one) for one in boxes]
     ratios = torch.tensor(original, dtype=torch.float32) / torch.tensor(resized, dtype=torch.float32)
     device = boxes[0].device
-    of_box = ratios[:, [1, 0, 1, 0]].to(device, non_blocking=True)[image_indices(counts, device)]
+    of_box = upload(ratios[:, [1, 0, 1, 0]], device)[image_indices(counts, device)]
     return torch.split(torch.cat(list(boxes)) * of_box, counts)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from service.ops.devices import upload
+
 
 def image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
     """(sum of counts,) int64: the index of each box's image, for so many boxes of each."""
@@ -18,4 +20,4 @@ def image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers, copied to the device without waiting for what it is at."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return upload(torch.tensor(values, dtype=dtype), device)

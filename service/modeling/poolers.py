@@ -20,7 +20,8 @@ from service.ops._cpu_kernels import (
     multi_scale_roi_align_channels_last,
     multi_scale_roi_pool_channels_last,
 )
-from service.ops.rois import as_rois
+from service.ops.devices import has_triton, runs_ahead
+from service.ops.rois import as_rois, check_adaptive, rois_of
 
 
 class RoIPooler(nn.Module):
@@ -60,12 +61,13 @@ class RoIPooler(nn.Module):
         scales = [1 / stride for stride in self.strides.values()]
         if self._suits_the_cpu_kernel(maps):
             return self._pool_on_cpu(maps, boxes, scales)
+        if self._suits_the_cuda_kernel(maps):
+            return self._pool_on_cuda(maps, boxes, scales)
         return multi_scale(self._op, maps, boxes, self.output_size, scales)
 
     def _suits_the_cpu_kernel(self, maps: Sequence[Tensor]) -> bool:
-        has_kernel = self.roi.op == "roi_pool" or (self.roi.op == "roi_align" and self.roi.sampling_ratio > 0)
         return (
-            has_kernel
+            self.roi.op in ("roi_pool", "roi_align")
             and not torch.is_grad_enabled()
             and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in maps)
         )
@@ -73,18 +75,43 @@ class RoIPooler(nn.Module):
     def _pool_on_cpu(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         assert isinstance(self.output_size, int)  # only spp has grids
         rois = as_rois(list(boxes), maps[0], 1.0)
-        finest = round(-math.log2(scales[0]))
-        levels = assign_levels(boxes, min_level=finest, max_level=finest + len(scales) - 1)
+        levels = _levels(boxes, scales)
         size = (self.output_size, self.output_size)
         if self.roi.op == "roi_pool":
             return multi_scale_roi_pool_channels_last(maps, rois, levels, scales, size, memory=self._memory)
+        if self.roi.sampling_ratio == 0:
+            for level, (one, scale) in enumerate(zip(maps, scales, strict=True)):
+                check_adaptive(rois[levels == level] * scale, one)
         return multi_scale_roi_align_channels_last(
             maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned, memory=self._memory
+        )
+
+    def _suits_the_cuda_kernel(self, maps: Sequence[Tensor]) -> bool:
+        return self.roi.op == "roi_align" and not torch.is_grad_enabled() and runs_ahead(maps[0]) and has_triton()
+
+    def _pool_on_cuda(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        # Imported here: it comes with PyTorch for CUDA on Linux only.
+        from service.ops._cuda_kernels import multi_scale_roi_align
+
+        assert isinstance(self.output_size, int)  # only spp has grids
+        return multi_scale_roi_align(
+            maps,
+            rois_of(boxes),
+            _levels(boxes, scales),
+            scales,
+            self.output_size,
+            self.roi.sampling_ratio,
+            self.roi.aligned,
         )
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"op={self.roi.op}, output_size={self.output_size}, strides={self.strides}"
+
+
+def _levels(boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    finest = round(-math.log2(scales[0]))
+    return assign_levels(boxes, min_level=finest, max_level=finest + len(scales) - 1)
 
 
 def _operator(roi: RoIConfig) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads
 
+from service.modeling.box_regression import decode_boxes
 from service.modeling.parts import BoxBranch, BoxHead, MaskBranch, MaskHead
 from service.modeling.per_image import image_indices, to_device
 from service.modeling.poolers import RoIPooler
@@ -124,7 +125,7 @@ class RoIHeads(roi_heads.RoIHeads):
         images, scores = image_of_row[rows], scores[rows, labels]
         # 2. Their boxes alone, clipped to each image.
         regression = box_regression.reshape(len(box_regression), num_classes, 4)[rows, labels]
-        boxes: Tensor = self.box_coder.decode_single(regression, torch.cat(list(proposals))[rows])
+        boxes = decode_boxes(self.box_coder, regression, torch.cat(list(proposals))[rows])
         heights, widths = to_device(image_sizes, boxes.dtype, device)[images].unbind(dim=1)
         boxes = torch.minimum(boxes.clamp(min=0), torch.stack([widths, heights, widths, heights], dim=1))
         # 3. Empty ones away, then what overlaps a better box of its class.
@@ -134,10 +135,10 @@ class RoIHeads(roi_heads.RoIHeads):
             images=images,
             classes=labels,
             valid=(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1),
+            num_images=len(selections),
             num_classes=num_classes,
             iou_thresh=self.nms_thresh,
-            limits=[one.detections_per_img for one in selections],
-        )
+        ).up_to([one.detections_per_img for one in selections])
         return [BoxDetections(boxes[one], labels[one], scores[one]) for one in kept]
 
 

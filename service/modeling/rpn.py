@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import rpn
 
+from service.modeling.box_regression import decode_boxes
 from service.modeling.per_image import to_device
+from service.ops.devices import runs_ahead
 from service.ops.nms import best_of_each_image
 
 Size = tuple[int, int]
@@ -48,7 +50,8 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             image_sizes: (height, width) of each image within the batch; boxes are clipped to it.
 
         Returns:
-            (L, 4) float32 for each image, in pixels of the resized image, best first.
+            (L, 4) float32 for each image, in pixels of the resized image, best first. On CUDA, where asking how many
+            there are would be to wait, always as many, the missing ones empty: nothing comes of an empty box.
         """
         anchors = self._lay_anchors(padded_size, grid_sizes, objectness.device)
         # 1. The best of each level, by logit.
@@ -56,7 +59,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         logits = objectness.gather(1, places).float()
         best_deltas = deltas.gather(1, places.unsqueeze(2).expand(-1, -1, 4)).float()
         # 2. Their boxes, clipped to each image.
-        boxes: Tensor = self.box_coder.decode_single(best_deltas.flatten(end_dim=1), anchors[places].flatten(end_dim=1))
+        boxes = decode_boxes(self.box_coder, best_deltas.flatten(end_dim=1), anchors[places].flatten(end_dim=1))
         boxes = boxes.reshape(*places.shape, 4)
         heights, widths = to_device(image_sizes, boxes.dtype, boxes.device).unsqueeze(1).unbind(dim=2)
         limits = torch.stack([widths, heights, widths, heights], dim=2)
@@ -66,17 +69,21 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         sides = boxes[..., 2:] - boxes[..., :2]
         valid = (sides >= self.min_size).all(dim=2) & (scores >= self.score_thresh)
         images = torch.arange(len(image_sizes), device=boxes.device).unsqueeze(1).expand_as(places)
+        boxes = boxes.flatten(end_dim=1)
         kept = best_of_each_image(
-            boxes.flatten(end_dim=1),
+            boxes,
             scores.flatten(),
             images=images.flatten(),
             classes=levels.expand_as(places).flatten(),
             valid=valid.flatten(),
+            num_images=len(image_sizes),
             num_classes=len(grid_sizes),
             iou_thresh=self.nms_thresh,
-            limits=[self.post_nms_top_n()] * len(image_sizes),
         )
-        return [boxes.flatten(end_dim=1)[one] for one in kept]
+        if runs_ahead(boxes):
+            rows, exist = kept.table(min(self.post_nms_top_n(), places.shape[1]))
+            return list((boxes[rows] * exist.unsqueeze(2)).unbind())
+        return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
 
     def _best_of_each_level(self, objectness: Tensor, grid_sizes: Sequence[Size]) -> tuple[Tensor, Tensor]:
         """(N, T) indices of anchors, and (T,) the level of each."""

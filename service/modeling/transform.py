@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from service.modeling.config import TransformConfig
+from service.ops.devices import runs_ahead
 from service.ops.resize import resize_normalise_and_pad
 
 SIZE_DIVISIBLE = 32
@@ -24,6 +26,9 @@ class Transform(GeneralizedRCNNTransform):
         config: sizes in pixels, and the mean and standard deviation of each channel (pixels scaled to 0..1).
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, config: TransformConfig) -> None:
         super().__init__(
             min_size=config.min_size,
@@ -33,6 +38,9 @@ class Transform(GeneralizedRCNNTransform):
             size_divisible=SIZE_DIVISIBLE,
         )
         self._config = config
+        # On the network's device, where torchvision would copy them anew, and wait, for every image. No weights.
+        self.register_buffer("_mean", torch.tensor(config.mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(config.std).reshape(-1, 1, 1), persistent=False)
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size that `resize` gives to an image, in evaluation mode. At least 1 pixel a side."""
@@ -44,6 +52,10 @@ class Transform(GeneralizedRCNNTransform):
         """The size of the batch that an image gets when it is alone: images of one padded size may share a batch."""
         height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in self.resized_size(image_size))
         return height, width
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """(3, H, W) in 0..1 -> the same around 0, as torchvision's."""
+        return (image - self._mean) / self._std
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none."""
@@ -63,7 +75,7 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, 3, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
-        if images[0].device.type == "cpu":
+        if not runs_ahead(images[0]):
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
             padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
             common = max(height for height, _ in padded), max(width for _, width in padded)

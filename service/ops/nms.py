@@ -7,6 +7,7 @@ Shapes: K boxes of the whole batch, N images, G groups (the classes of every ima
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.jit import compiled
+from service.ops.devices import has_triton, runs_ahead
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -25,6 +27,32 @@ Bools = NDArray[np.bool_]
 _MOST_COORDINATES_MOVED = {"cpu": 4000, "cuda": 100_000}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The boxes that stay.
+
+    Attributes:
+        order: (K,) int64 indices, image by image, best first; behind all images those that do not stay.
+        starts: (N + 1,) int64, where each image starts in `order`.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+    def up_to(self, limits: Sequence[int]) -> list[Tensor]:
+        """The indices of each image's boxes, at most so many; equal scores in the given order."""
+        bounds = self.starts.tolist()  # the one place that waits for the device
+        return [
+            self.order[start : min(start + limit, end)]
+            for start, end, limit in zip(bounds[:-1], bounds[1:], limits, strict=True)
+        ]
+
+    def table(self, count: int) -> tuple[Tensor, Tensor]:
+        """Without waiting for the device: (N, count) indices, and (N, count) bool, which of them there are."""
+        places = self.starts[:-1].unsqueeze(1) + torch.arange(count, device=self.starts.device)
+        return self.order[places.clamp(max=len(self.order) - 1)], places < self.starts[1:].unsqueeze(1)
+
+
 def best_of_each_image(
     boxes: Tensor,
     scores: Tensor,
@@ -32,10 +60,10 @@ def best_of_each_image(
     images: Tensor,
     classes: Tensor,
     valid: Tensor,
+    num_images: int,
     num_classes: int,
     iou_thresh: float,
-    limits: Sequence[int],
-) -> list[Tensor]:
+) -> Kept:
     """Suppress in each image what overlaps a better box of its class, as `torchvision.ops.batched_nms` does.
 
     Args:
@@ -44,28 +72,19 @@ def best_of_each_image(
         images: (K,) int64 in [0, N).
         classes: (K,) int64 in [0, num_classes): labels, or levels of a pyramid.
         valid: (K,) bool; the others are as if they were not there.
+        num_images: N.
         num_classes: see `classes`.
         iou_thresh: overlap above which the worse box goes.
-        limits: most boxes of each of the N images.
-
-    Returns:
-        For each image the indices of its kept boxes, best first; equal scores in the given order.
     """
-    num_images = len(limits)
     if not len(boxes):
-        return [images] * num_images
+        return Kept(images, images.new_zeros(num_images + 1))
     by_score = scores.sort(stable=True, descending=True).indices
     moved = _move_classes_apart(boxes, images, classes, valid, num_images)
     order, starts = _group(images * num_classes + classes, valid, by_score, num_images * num_classes)
-    suppress = _suppress_on_cpu if boxes.device.type == "cpu" else _suppress_on_cuda
+    suppress = _suppress_on_cuda if runs_ahead(boxes) else _suppress_on_cpu
     keep = torch.zeros_like(valid)
     keep[order] = suppress(moved[order], starts, iou_thresh)
-    order, starts = _group(images, keep, by_score, num_images)
-    bounds = starts.tolist()  # the one place that waits for the device
-    return [
-        order[start : min(start + limit, end)]
-        for start, end, limit in zip(bounds[:-1], bounds[1:], limits, strict=True)
-    ]
+    return Kept(*_group(images, keep, by_score, num_images))
 
 
 def _group(groups: Tensor, members: Tensor, by_score: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +130,17 @@ def _suppress(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> No
 
 
 def _suppress_on_cuda(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """As on the CPU, by torchvision's kernel, which waits for the device once more."""
+    """As on the CPU."""
+    if not has_triton():
+        return _suppress_by_torchvision(boxes, starts, iou_thresh)
+    # Imported here: it comes with PyTorch for CUDA on Linux only.
+    from service.ops import _cuda_kernels
+
+    return _cuda_kernels.suppress(boxes, starts, iou_thresh)
+
+
+def _suppress_by_torchvision(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+    """As on the CPU, with a kernel that waits for the device once more."""
     groups = torch.bucketize(torch.arange(len(boxes), device=boxes.device), starts, right=True)
     # In float64 the groups lie apart without loss of digits.
     apart = boxes.double() + (groups * (boxes.amax().double() + 1)).unsqueeze(1)

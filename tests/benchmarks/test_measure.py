@@ -12,11 +12,12 @@ from benchmarks._measure import (
     Report,
     Spread,
     alternate,
+    best_rates,
     count_flop,
+    matrix_products,
     milliseconds,
     peak_memory_bytes,
     ratio,
-    sgemm,
     spread,
 )
 
@@ -53,8 +54,12 @@ def test_peak_memory_is_what_a_call_needed_though_it_gave_it_back() -> None:
 
 def test_flop_of_a_matrix_product_are_two_for_each_multiply_add() -> None:
     assert count_flop(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == 2 * 2 * 3 * 4
-    product, flop = sgemm(5)
-    assert count_flop(product) == flop == 2 * 5**3
+    products, flop = matrix_products(5)
+    assert count_flop(products["torch"]) == flop == 2 * 5**3
+
+
+def test_the_limit_is_the_faster_product_of_each_round() -> None:
+    assert best_rates([[2, 4, 5], [4, 1, 5]], 20) == [10, 20, 4]
 
 
 def test_report_keeps_the_newest_table_of_each_title_in_both_forms(tmp_path: Path) -> None:

@@ -64,10 +64,15 @@ def put_engine(
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
     """Put the engine in place; returns why it cannot be, None if it is."""
     # Imported here: an extra, that need not be installed.
-    from service.inference.engines.openvino import OpenVinoNetwork
+    from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
+    if precision == "bfloat16" and not has_bfloat16():
+        return "engine 'openvino' runs in bfloat16 on processors that have it (AMX, AVX-512 BF16), and this one has not"
     try:
         folder = cache_dir or Path.home() / ".cache" / "roiserve"
+    except RuntimeError:
+        return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
+    try:
         model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
         # The first line says it; behind it there may be whole weights.

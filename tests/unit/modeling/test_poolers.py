@@ -95,7 +95,17 @@ def test_a_spatial_pyramid_has_the_bins_of_all_its_grids_in_a_row() -> None:
     torch.testing.assert_close(pyramid[:, :, 9, 0], grid.amax((2, 3)))
 
 
-@pytest.mark.parametrize("roi", [{}, {"aligned": True}, {"sampling_ratio": 3}, {"op": "roi_pool"}])
+@pytest.mark.parametrize(
+    "roi",
+    [
+        {},
+        {"aligned": True},
+        {"sampling_ratio": 3},
+        {"sampling_ratio": 0},
+        {"sampling_ratio": 0, "aligned": True},
+        {"op": "roi_pool"},
+    ],
+)
 @pytest.mark.parametrize("strides", [STRIDES, {"0": 32}])
 def test_without_gradients_the_cpu_kernel_gives_the_same_patches(roi: dict[str, Any], strides: dict[str, int]) -> None:
     maps, size = features(640, 800), (640, 800)
@@ -108,3 +118,10 @@ def test_without_gradients_the_cpu_kernel_gives_the_same_patches(roi: dict[str, 
         without = pooler(maps, proposals, [size, size])
     assert without.is_contiguous(memory_format=torch.channels_last)  # as the kernel writes them
     torch.testing.assert_close(without, with_gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_boxes_too_large_for_adaptive_sampling_are_refused_without_gradients_too() -> None:
+    pooler = RoIPooler(roi=RoIConfig(sampling_ratio=0), output_size=7, strides=STRIDES)
+    huge = [torch.tensor([[0.0, 0.0, 9000.0, 9000.0]]), boxes(0, 64, 64)]
+    with torch.inference_mode(), pytest.raises(ValueError, match="adaptive sampling"):
+        pooler(features(64, 64), huge, [(64, 64)] * 2)

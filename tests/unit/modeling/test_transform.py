@@ -55,3 +55,12 @@ def test_a_batch_of_several_sizes_is_torchvisions() -> None:
     batch = Transform(CONFIG).eval().prepare(images)
     assert batch.image_sizes == expected.image_sizes
     torch.testing.assert_close(batch.tensors, expected.tensors, rtol=0, atol=1e-3)
+
+
+def test_a_float_image_is_normalised_as_by_torchvision() -> None:
+    """In training, and on CUDA."""
+    theirs = GeneralizedRCNNTransform(CONFIG.min_size, CONFIG.max_size, list(CONFIG.mean), list(CONFIG.std))
+    image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    ours = Transform(CONFIG)
+    torch.testing.assert_close(ours.normalize(image), theirs.normalize(image), rtol=0, atol=0)
+    assert not ours.state_dict()  # torchvision's weights have none of it

@@ -1,22 +1,30 @@
-"""Choosing proposals and detections waits for the device a fixed number of times a batch, whatever its size: what a CPU
-can show of it is how often sizes are read that only the device knows.
+"""A batch waits for the device a fixed number of times, whatever its size: what a CPU can show of it is how often sizes
+and numbers are read that only the device knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from service.inference.predictor import _to_host
+from service.modeling import poolers, rpn, transform
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
+from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import Selection
+from service.ops import nms
+from service.ops._cpu_kernels import multi_scale_roi_align_channels_last
+from service.ops.rois import rois_of
+from service.structures import Detections
 
 CONFIG = ModelConfig.model_validate(
     {
@@ -24,6 +32,14 @@ CONFIG = ModelConfig.model_validate(
         "labels": ["a", "b"],
         "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
         "roi": {"box_head_channels": 32},
+    }
+)
+MASK_CONFIG = ModelConfig.model_validate(
+    CONFIG.model_dump(mode="json", exclude_unset=True)
+    | {
+        "architecture": "mask_rcnn",
+        "transform": {"min_size": 64, "max_size": 96},
+        "roi": {"box_head_channels": 32, "mask_head_channels": [16]},
     }
 )
 GRIDS = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
@@ -58,9 +74,62 @@ def counted_waits() -> Iterator[Waits]:
         waits.count += 1
         return tensor.numpy().tolist()
 
-    # A tensor of the CPU becomes a list without an operation.
-    with Waits() as waits, patch.object(Tensor, "tolist", tolist):  # type: ignore[no-untyped-call]  # torch's base
+    def cpu(tensor: Tensor) -> Tensor:
+        waits.count += 1
+        return tensor
+
+    # A tensor of the CPU becomes a list, and one of the CPU, without an operation.
+    waits = Waits()  # type: ignore[no-untyped-call]  # torch's base
+    with waits, patch.object(Tensor, "tolist", tolist), patch.object(Tensor, "cpu", cpu):
         yield waits
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """The way that a batch takes there, with our CPU's kernels in the place of Triton's, which do not wait either."""
+
+    def pool(pooler: RoIPooler, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        assert isinstance(pooler.output_size, int)
+        levels, size = poolers._levels(boxes, scales), (pooler.output_size, pooler.output_size)
+        return multi_scale_roi_align_channels_last(maps, rois_of(boxes), levels, scales, size, 2, False)
+
+    with ExitStack() as patches:
+        for module in (transform, rpn, nms, poolers):
+            patches.enter_context(patch.object(module, "runs_ahead", return_value=True))
+        patches.enter_context(patch.object(nms, "_suppress_on_cuda", nms._suppress_on_cpu))
+        patches.enter_context(patch.object(RoIPooler, "_suits_the_cpu_kernel", return_value=False))
+        patches.enter_context(patch.object(RoIPooler, "_pool_on_cuda", pool))
+        yield
+
+
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_on_cuda_a_whole_batch_with_masks_waits_three_times(num_images: int) -> None:
+    """For the candidates, for the number of detections, and for the answer, which is the one on the CPU."""
+    torch.manual_seed(0)
+    model = build_model(MASK_CONFIG).eval()
+    images = [torch.randint(0, 256, (60 + index, 90, 3), dtype=torch.uint8) for index in range(num_images)]
+
+    def answer() -> list[Detections]:
+        return _to_host(
+            model.detect(
+                images,
+                [Selection(0.1, 10)] * num_images,
+                with_masks=[True] * num_images,
+                proposals=[None] * num_images,
+            )
+        )
+
+    expected = answer()
+    with as_on_cuda(), counted_waits() as waits:
+        found = answer()
+    assert waits.count == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == 10
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-4)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        assert ours.masks is not None
+        assert theirs.masks is not None
+        np.testing.assert_allclose(ours.masks, theirs.masks, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_images", [1, 5])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from service.ops import nms
-from service.ops.nms import best_of_each_image
+from service.ops.nms import Kept, best_of_each_image
 
 CLASSES = 3
 
@@ -25,6 +25,10 @@ def some_boxes(count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def suppress(
     images: list[tuple[Tensor, Tensor, Tensor]], *, limit: int = 10_000, valid: Tensor | None = None
 ) -> list[Tensor]:
+    return kept_of(images, valid=valid).up_to([limit] * len(images))
+
+
+def kept_of(images: list[tuple[Tensor, Tensor, Tensor]], *, valid: Tensor | None = None) -> Kept:
     boxes, scores, classes = (torch.cat(parts) for parts in zip(*images, strict=True))
     return best_of_each_image(
         boxes,
@@ -32,9 +36,9 @@ def suppress(
         images=torch.cat([torch.full((len(one[0]),), index) for index, one in enumerate(images)]),
         classes=classes,
         valid=torch.ones(len(boxes), dtype=torch.bool) if valid is None else valid,
+        num_images=len(images),
         num_classes=CLASSES,
         iou_thresh=0.5,
-        limits=[limit] * len(images),
     )
 
 
@@ -66,15 +70,24 @@ def test_each_image_keeps_its_best_up_to_the_limit() -> None:
         torch.testing.assert_close(few, all_of_them[:5], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [5, 400])
+def test_a_table_of_fixed_size_holds_the_same_boxes(count: int) -> None:
+    kept = kept_of([some_boxes(200, seed=seed) for seed in range(2)])
+    indices, exist = kept.table(count)
+    assert indices.shape == exist.shape == (2, count)
+    for row, is_there, expected in zip(indices, exist, kept.up_to([count] * 2), strict=True):
+        torch.testing.assert_close(row[is_there], expected, rtol=0, atol=0)
+
+
 def test_no_boxes_at_all() -> None:
     nothing = some_boxes(0, seed=0)
     assert [len(one) for one in suppress([nothing, nothing])] == [0, 0]
 
 
-def test_the_way_for_cuda_keeps_the_same_boxes() -> None:
+def test_the_way_for_cuda_without_triton_keeps_the_same_boxes() -> None:
     """Run on the CPU: what it does there is the same."""
     boxes, _, _ = some_boxes(300, seed=3)
     starts = torch.tensor([0, 100, 100, 250])  # the last 50 belong to no group
     expected = nms._suppress_on_cpu(boxes, starts, 0.5)
     assert 0 < int(expected.sum()) < 250
-    torch.testing.assert_close(nms._suppress_on_cuda(boxes, starts, 0.5), expected, rtol=0, atol=0)
+    torch.testing.assert_close(nms._suppress_by_torchvision(boxes, starts, 0.5), expected, rtol=0, atol=0)

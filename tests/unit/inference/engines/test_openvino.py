@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -55,6 +56,41 @@ def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
     torch.testing.assert_close(features_of(tmp_path), first, rtol=0, atol=0)
+
+
+def test_a_whole_file_that_openvino_does_not_read_is_compiled_anew(tmp_path: Path) -> None:
+    first = features_of(tmp_path)
+    for file in tmp_path.iterdir():
+        openvino._write(file, b"of another time")
+    torch.testing.assert_close(features_of(tmp_path), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("package", ["roiserve", "openvino", "torch", "torchvision", "timm"])
+def test_what_another_version_compiled_is_not_read(package: str, tmp_path: Path) -> None:
+    features_of(tmp_path)
+    other = patch.object(openvino, "version", lambda name: "other" if name == package else version(name))
+    again = patch.object(openvino, "_converted", side_effect=AssertionError("compiled again"))
+    with other, again, pytest.raises(AssertionError, match="compiled again"):
+        features_of(tmp_path)
+
+
+def test_heads_run_chunk_by_chunk_as_in_one(tmp_path: Path) -> None:
+    """Around the size of a chunk, where an output that is overwritten or a last row left out would show."""
+    model = network(FAMILY)
+    own = model.own_parts()
+    parts = openvino.OpenVinoNetwork(model, key="key", precision="float32", cache_dir=tmp_path).parts()
+    assert own.mask_head is not None
+    boxes, masks = openvino._BOX_PATCHES, openvino._MASK_PATCHES
+    with torch.inference_mode():
+        for count in (boxes - 1, boxes, boxes + 1, 2 * boxes + 3):
+            pooled = torch.randn(count, 16, 7, 7)
+            for ours, expected in zip(parts.box_head(pooled), own.box_head(pooled), strict=True):
+                torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        for count in (masks - 1, masks, masks + 1, 3 * masks):
+            pooled, labels = torch.randn(count, 16, 14, 14), torch.arange(count) % 3 + 1
+            torch.testing.assert_close(
+                parts.mask_head(pooled, labels), own.mask_head(pooled, labels), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:

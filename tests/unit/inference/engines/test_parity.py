@@ -43,7 +43,7 @@ def run_by(engine: str, family: str, cache_dir: Path) -> Predictor:
         pytest.importorskip("openvino")
     if engine == "compiled":  # without code generation, for which there is no time: what is tested is the wiring
         fold(model)
-        model.parts = compiled_parts(model, backend="eager", mode=None)
+        model.parts = compiled_parts(model, backend="eager")
     else:
         device = torch.device("cpu")
         used = put_engine(model, engine=engine, device=device, precision="float32", key=family, cache_dir=cache_dir)
@@ -77,6 +77,7 @@ def assert_same(found: Detections, expected: Detections, *, scale: float = 1) ->
     [
         *((engine, family) for engine in ("eager", "openvino") for family in FAMILIES),
         ("compiled", "fpn with masks"),
+        ("compiled", "mobilenet"),
     ],
 )
 def test_pictures_of_all_sizes_get_the_plain_networks_answers(engine: str, family: str, cache_dir: Path) -> None:
@@ -145,10 +146,34 @@ def test_auto_does_without_an_engine_that_is_not_there() -> None:
         assert put("auto") == "eager"
 
 
+def test_without_a_home_the_missing_folder_is_named() -> None:
+    pytest.importorskip("openvino")
+    homeless = patch.object(Path, "home", side_effect=RuntimeError("Could not determine home directory."))
+    with homeless, pytest.raises(ServiceError, match="ROISERVE_ENGINE_CACHE_DIR"):
+        put("openvino")
+
+
 def test_openvino_does_not_take_float16() -> None:
     with pytest.raises(ServiceError, match="float32 or bfloat16"):
         put("openvino", precision="float16")
     assert put("auto", precision="float16") == "eager"
+
+
+@pytest.mark.parametrize("capabilities", [["FP32", "BF16"], ["FP32", "INT8"]])
+def test_bfloat16_needs_a_processor_that_has_it(capabilities: list[str], tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    real = openvino.Core.get_property
+
+    def said(core: object, device: str, name: str) -> object:
+        return capabilities if name == "OPTIMIZATION_CAPABILITIES" else real(core, device, name)
+
+    with patch.object(openvino.Core, "get_property", said):
+        if "BF16" in capabilities:
+            assert put("openvino", precision="bfloat16", cache_dir=tmp_path) == "openvino"
+        else:
+            with pytest.raises(ServiceError, match="bfloat16 on processors that have it"):
+                put("openvino", precision="bfloat16")
+            assert put("auto", precision="bfloat16") == "eager"
 
 
 def no_extra() -> AbstractContextManager[object]:
@@ -156,12 +181,12 @@ def no_extra() -> AbstractContextManager[object]:
     return patch("importlib.util.find_spec", return_value=None)
 
 
-def put(engine: str, *, precision: str = "float32") -> str:
+def put(engine: str, *, precision: str = "float32", cache_dir: Path | None = None) -> str:
     return put_engine(
         network("fpn with masks"),
         engine=engine,
         device=torch.device("cpu"),
         precision=precision,
         key="a network",
-        cache_dir=None,
+        cache_dir=cache_dir,
     )

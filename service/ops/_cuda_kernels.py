@@ -1,0 +1,182 @@
+"""Suppression, and RoI Align over all feature levels at once, on CUDA, in Triton, which comes with PyTorch on Linux:
+imported only where it is there and a GPU is. Nothing here waits for the device, so boxes are made harmless instead of
+being checked.
+
+Shapes: N images, K boxes of the whole batch, G groups, C channels, L levels, H x W cells of a level, S x S output
+size. A cell is one element of a feature map, `1 / scale` image pixels wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from service.ops.devices import upload
+
+_BOXES_AT_ONCE = 1024
+_MAX_SIDES = 4
+"""Boxes may reach so many times as far as the image; adaptive sampling takes time by their area."""
+
+
+def suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+    """Which boxes stay, of groups that lie one behind the other, best first.
+
+    Args:
+        boxes: (K, 4) float32.
+        starts: (G + 1,) int64, where each group starts; what lies behind the last belongs to none and goes.
+        iou_thresh: overlap above which the worse box goes.
+
+    Returns:
+        (K,) bool.
+    """
+    keep = torch.zeros(len(boxes), dtype=torch.int8, device=boxes.device)
+    grid = (len(starts) - 1,)
+    _suppress[grid](
+        boxes.contiguous(), starts, keep, _rounded_down(iou_thresh), at_once=_BOXES_AT_ONCE, enable_fp_fusion=False
+    )
+    return keep.bool()
+
+
+def _rounded_down(value: float) -> float:
+    """The largest float32 that is not above it: no float32 lies between the two, so comparing with it is the same."""
+    rounded = np.float32(value)
+    return float(np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as all of Triton
+def _suppress(boxes, starts, keep, iou_thresh, at_once: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own
+    group = tl.program_id(0)
+    start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    lanes = tl.arange(0, at_once)
+    for first in range(start, end, at_once):
+        tl.store(keep + first + lanes, 1, mask=first + lanes < end)
+    for best in range(start, end):
+        # What the threads of this program wrote is read by all of them.
+        tl.debug_barrier()
+        if tl.load(keep + best) != 0:
+            x1, y1 = tl.load(boxes + 4 * best), tl.load(boxes + 4 * best + 1)
+            x2, y2 = tl.load(boxes + 4 * best + 2), tl.load(boxes + 4 * best + 3)
+            area = (x2 - x1) * (y2 - y1)
+            for first in range(best + 1, end, at_once):
+                others = first + lanes
+                inside = others < end
+                other_x1 = tl.load(boxes + 4 * others, mask=inside, other=0.0)
+                other_y1 = tl.load(boxes + 4 * others + 1, mask=inside, other=0.0)
+                other_x2 = tl.load(boxes + 4 * others + 2, mask=inside, other=0.0)
+                other_y2 = tl.load(boxes + 4 * others + 3, mask=inside, other=0.0)
+                width = tl.maximum(tl.minimum(x2, other_x2) - tl.maximum(x1, other_x1), 0.0)
+                height = tl.maximum(tl.minimum(y2, other_y2) - tl.maximum(y1, other_y1), 0.0)
+                overlap = width * height
+                other_area = (other_x2 - other_x1) * (other_y2 - other_y1)
+                iou = tl.div_rn(overlap, area + other_area - overlap)
+                tl.store(keep + others, 0, mask=inside & (iou > iou_thresh))
+
+
+def multi_scale_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Average each bin of each box over bilinear samples, as `torchvision.ops.roi_align` does on the box's level.
+
+    Args:
+        features: (N, C, H, W) for each level, all of one type, half precision or float32; summed in float32.
+        rois: (K, 5) float32 as (image index, x1, y1, x2, y2) in image pixels. What is not finite becomes 0, what lies
+            absurdly far away comes nearer, and an inside-out box is an empty one at its (x1, y1).
+        levels: (K,) int64, each box's index in `features`.
+        scales: cells per image pixel of each level.
+        output_size: S.
+        sampling_ratio: samples along each side of a bin; 0 for as many as the bin has cells.
+        aligned: whether pixel centers, not corners, have whole coordinates.
+
+    Returns:
+        (K, C, S, S) of the features' type, in `torch.channels_last`.
+    """
+    channels, device = features[0].shape[1], rois.device
+    # One copy, so that one kernel reads all levels; it takes less than a box's cells are read again.
+    cells = torch.cat([one.permute(0, 2, 3, 1).reshape(-1, channels) for one in features])
+    furthest = _MAX_SIDES * max(features[0].shape[2:]) / scales[0]
+    corners = rois[:, 1:].nan_to_num(0, 0, 0).clamp(-furthest, furthest)
+    harmless = torch.cat([rois[:, :1], corners[:, :2], torch.maximum(corners[:, :2], corners[:, 2:])], dim=1)
+    counts = [len(one) * one.shape[2] * one.shape[3] for one in features]
+    layout = [(sum(counts[:level]), *one.shape[2:]) for level, one in enumerate(features)]
+    pooled = torch.empty(len(rois), output_size, output_size, channels, dtype=cells.dtype, device=device)
+    if len(rois):
+        _roi_align[(len(rois) * output_size**2,)](
+            cells,
+            upload(torch.tensor(layout, dtype=torch.int64), device),
+            upload(torch.tensor(scales, dtype=torch.float32), device),
+            harmless.contiguous(),
+            levels,
+            pooled,
+            channels,
+            size=output_size,
+            samples=sampling_ratio,
+            offset=0.5 if aligned else 0.0,
+            at_once=triton.next_power_of_2(channels),
+        )
+    return pooled.permute(0, 3, 1, 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as all of Triton
+def _roi_align(  # type: ignore[no-untyped-def]  # Triton's own
+    cells,
+    layout,
+    scales,
+    rois,
+    levels,
+    pooled,
+    channels,
+    size: tl.constexpr,
+    samples: tl.constexpr,
+    offset: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    """One bin of one box, all channels: 64-bit addresses, for a batch has more than 2^31 values."""
+    program = tl.program_id(0).to(tl.int64)
+    row, column, roi = program // size % size, program % size, program // (size * size)
+    level = tl.load(levels + roi)
+    first_cell = tl.load(layout + 3 * level)
+    height, width = tl.load(layout + 3 * level + 1), tl.load(layout + 3 * level + 2)
+    scale = tl.load(scales + level)
+    image = tl.load(rois + 5 * roi).to(tl.int64)
+    x1, y1 = tl.load(rois + 5 * roi + 1) * scale - offset, tl.load(rois + 5 * roi + 2) * scale - offset
+    x2, y2 = tl.load(rois + 5 * roi + 3) * scale - offset, tl.load(rois + 5 * roi + 4) * scale - offset
+    bin_width, bin_height = (x2 - x1) / size, (y2 - y1) / size
+    if offset == 0.0:
+        bin_width, bin_height = tl.maximum(x2 - x1, 1.0) / size, tl.maximum(y2 - y1, 1.0) / size
+    if samples > 0:
+        rows, columns = samples, samples
+    else:
+        rows, columns = tl.ceil(bin_height).to(tl.int32), tl.ceil(bin_width).to(tl.int32)
+    lanes = tl.arange(0, at_once)
+    inside = lanes < channels
+    first_cell += image * height * width
+    sums = tl.zeros((at_once,), tl.float32)
+    for y_sample in range(rows):
+        y = y1 + row * bin_height + (y_sample + 0.5) * bin_height / rows
+        for x_sample in range(columns):
+            x = x1 + column * bin_width + (x_sample + 0.5) * bin_width / columns
+            if (y >= -1.0) & (y <= height) & (x >= -1.0) & (x <= width):
+                y_near, x_near = tl.maximum(y, 0.0), tl.maximum(x, 0.0)
+                top, left = tl.minimum(y_near.to(tl.int64), height - 1), tl.minimum(x_near.to(tl.int64), width - 1)
+                bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
+                # On the last row and column there is no cell beyond.
+                down, beside = tl.minimum(y_near - top, 1.0), tl.minimum(x_near - left, 1.0)
+                upper = cells + (first_cell + top * width) * channels
+                lower = cells + (first_cell + bottom * width) * channels
+                sums += (1 - down) * (1 - beside) * tl.load(upper + left * channels + lanes, mask=inside, other=0.0)
+                sums += (1 - down) * beside * tl.load(upper + right * channels + lanes, mask=inside, other=0.0)
+                sums += down * (1 - beside) * tl.load(lower + left * channels + lanes, mask=inside, other=0.0)
+                sums += down * beside * tl.load(lower + right * channels + lanes, mask=inside, other=0.0)
+    mean = sums / tl.maximum(rows * columns, 1)
+    tl.store(pooled + program * channels + lanes, mean.to(pooled.dtype.element_ty), mask=inside)
