@@ -42,15 +42,21 @@ def resize_normalise_and_pad(
         (N, 3, H', W') float32, each image at the top left, zeros around it.
     """
     batch = torch.empty(len(images), 3, *padded_size)
-    gains = (1 / (255 * np.asarray(std))).astype(np.float32)
-    offsets = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    table = _normalised_bytes(mean, std)
     with parallel_loops():
         for image, (height, width), output in zip(images, sizes, batch.numpy(), strict=True):
             rows, row_weights = _source_cells(image.shape[0], height)
             columns, column_weights = _source_cells(image.shape[1], width)
             pixels = image.contiguous().numpy()
-            _resize(pixels, rows, row_weights, columns, column_weights, gains, offsets, output)
+            _resize(pixels, rows, row_weights, columns, column_weights, table, output)
     return batch
+
+
+def _normalised_bytes(mean: Sequence[float], std: Sequence[float]) -> Floats:
+    """What each byte becomes in each channel, (3 * 256,), with torchvision's own roundings."""
+    bytes_ = torch.arange(256, dtype=torch.float32).div_(255)
+    table: Floats = ((bytes_ - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).flatten().numpy()
+    return table
 
 
 def _source_cells(length: int, resized: int) -> tuple[Cells, Floats]:
@@ -70,37 +76,35 @@ def _resize(
     row_weights: Floats,
     columns: Cells,
     column_weights: Floats,
-    gains: Floats,
-    offsets: Floats,
+    table: Floats,
     output: Floats,
 ) -> None:
     for y in prange(output.shape[1]):
         if y < len(rows):
             below = min(rows[y] + np.uint64(1), np.uint64(len(pixels) - 1))
-            mixed = _mix_rows(pixels[rows[y]].ravel(), pixels[below].ravel(), row_weights[y])
+            mixed = _mix_rows(pixels[rows[y]], pixels[below], row_weights[y], table)
             for channel in range(3):
-                _fill_row(
-                    mixed[channel:], columns, column_weights, gains[channel], offsets[channel], output[channel, y]
-                )
+                _fill_row(mixed[channel:], columns, column_weights, output[channel, y])
         else:
             output[:, y] = 0
 
 
 @compiled()
-def _mix_rows(above: Bytes, below: Bytes, weight: np.float32) -> Floats:
-    """Two rows of pixels mixed; the last pixel twice, so that each has one after it."""
-    mixed = np.empty(len(above) + 3, np.float32)
-    for i in range(len(above)):
-        mixed[i] = np.float32(above[i]) * (np.float32(1) - weight) + np.float32(below[i]) * weight
+def _mix_rows(above: Bytes, below: Bytes, weight: np.float32, table: Floats) -> Floats:
+    """Two rows of pixels, normalised and mixed; the last pixel twice, so that each has one after it."""
+    mixed = np.empty(3 * len(above) + 3, np.float32)
+    for x in range(len(above)):
+        for channel in range(3):
+            upper = table[np.uint64(256 * channel + above[x, channel])]
+            lower = table[np.uint64(256 * channel + below[x, channel])]
+            mixed[3 * x + channel] = upper * (np.float32(1) - weight) + lower * weight
     mixed[-3:] = mixed[-6:-3]
     return mixed
 
 
 @compiled()
-def _fill_row(
-    mixed: Floats, columns: Cells, weights: Floats, gain: np.float32, offset: np.float32, output: Floats
-) -> None:
+def _fill_row(mixed: Floats, columns: Cells, weights: Floats, output: Floats) -> None:
     for x in range(len(columns)):
         before, after = mixed[np.uint64(3) * columns[x]], mixed[np.uint64(3) * columns[x] + np.uint64(3)]
-        output[x] = (before * (np.float32(1) - weights[x]) + after * weights[x]) * gain + offset
+        output[x] = before * (np.float32(1) - weights[x]) + after * weights[x]
     output[len(columns) :] = 0
