@@ -45,9 +45,15 @@ def let_waiting_threads_sleep() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def import_nothing_from_here() -> None:
+    """Keep the processes that this one starts from importing modules out of the folder that they are started in."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line and status 1, not a traceback."""
     let_waiting_threads_sleep()
+    import_nothing_from_here()
     try:
         app(prog_name="roiserve")
     except ServiceError as error:

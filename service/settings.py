@@ -122,8 +122,8 @@ class Settings(BaseSettings):
     max_held_pixels: int = Field(
         200_000_000,
         ge=1,
-        description="Most pixels of decoded images that a worker holds at a time, 3 bytes each; who comes then waits "
-        "to be decoded.",
+        description="Most pixels of decoded images that a worker holds at a time, 3 bytes each, and several times "
+        "that while some are decoded; who comes then waits.",
     )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."

@@ -91,6 +91,8 @@ ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
     OutOfMemoryError: (507, "Not enough memory for this image"),
 }
 
+# Their no is an answer and refuses nobody.
+_PROBES = ("/healthz", "/readyz")
 # What is refused before any work was done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
 
@@ -145,7 +147,8 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
 
     def answer(request: Request, error: ServiceError) -> Response:
         request.state.record.notes |= {"code": error.code, "detail": str(error)}
-        report(error, metrics)
+        if request.url.path not in _PROBES:
+            report(error, metrics)
         return problem_response(error)
 
     async def on_service_error(request: Request, error: Exception) -> Response:

@@ -101,7 +101,14 @@ class LoadedModels:
         replaced = [one for one in self._infos if one.name == info.name]
         at = self._infos.index(replaced[0]) if replaced else len(self._infos)
         others = [one for one in self._infos if one.name != info.name]
-        self._set([*others[:at], info, *others[at:]])
+        before, self._infos = self._infos, [*others[:at], info, *others[at:]]
+        try:
+            self.find(None)
+        except ModelNotFoundError:
+            self._infos = before
+            raise ModelNeededError(
+                f"{self._default_model} is what requests that name no model go to; it must stay"
+            ) from None
         return replaced
 
     def remove(self, name: str) -> Sequence[ModelInfo]:
@@ -116,17 +123,10 @@ class LoadedModels:
         """
         self.find(name)
         removed = [one for one in self._infos if name in (one.name, one.key)]
-        self._set([one for one in self._infos if one not in removed])
+        if (default := self.find(None)) in removed:
+            raise ModelNeededError(f"{default.key} is what requests that name no model go to; it must stay")
+        self._infos = [one for one in self._infos if one not in removed]
         return removed
-
-    def _set(self, infos: list[ModelInfo]) -> None:
-        before, self._infos = self._infos, infos
-        try:
-            self.find(None)
-        except ModelNotFoundError:
-            self._infos = before
-            name = self._default_model or "the only model"
-            raise ModelNeededError(f"{name} is what requests that name no model go to; it must stay") from None
 
     @contextmanager
     def use(self, info: ModelInfo) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -32,6 +33,7 @@ _GRACE_SECONDS = 5
 _MAX_HEAD_BYTES = 64 * 1024
 _TOO_LONG_HEAD = f"The request's headers exceed {_MAX_HEAD_BYTES} bytes."
 _HEAD_TIMEOUT_SECONDS = 10.0
+_UPGRADE = re.compile(rb"(\r\n)upgrade:", re.IGNORECASE)
 # How much of an answer a caller has to take in how long: far less than the slowest telephone does.
 _READER_PERIOD_SECONDS = 30.0
 _LEAST_READ_BYTES = 64 * 1024
@@ -167,6 +169,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Let the head grow up to its limit; what of it the parser still holds counts here."""
+        if self._head_timer is not None:
+            # Whom we do not follow to another protocol goes on in this one; the parser would drop the body.
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(rb"\1x-upgrade:", head) + end + rest
         super().data_received(data)
         if self._head_timer is not None and not self.transport.is_closing():
             self._head_bytes += len(data)

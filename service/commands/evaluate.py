@@ -25,7 +25,7 @@ def evaluate(
     ] = "auto",
     precision: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"],
-        typer.Option(help="Number format of the network; auto: float32."),
+        typer.Option(help="Number format of the network; auto: float16 on CUDA, else float32."),
     ] = "auto",
     engine_cache_dir: Annotated[
         Path | None,

@@ -7,9 +7,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 from service.errors import NotReadyError
@@ -131,8 +134,10 @@ class WorkerHandle(asyncio.Protocol):
         if self.ended.is_set():
             return
         self.was_killed_for = reason
-        if self._process is not None:
-            self._process.kill()
+        if self._process is not None and self._process.pid is not None:
+            # By its number: once the fork server is gone, `Process.kill` takes the process for gone, too.
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def finish(self) -> int | None:
         """Let it end, if need be with force; its exit status, negative for a signal."""
@@ -156,6 +161,8 @@ def _start_deaf(process: BaseProcess) -> None:
     """Start a process that no Ctrl-C and no SIGTERM reaches, nor the fork server that bears it: they may go to a whole
     group of processes, of which only the one that serves HTTP knows how to leave in order.
     """
+    # It would unblock them itself as it is started with the fork server, in this thread.
+    resource_tracker.ensure_running()
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

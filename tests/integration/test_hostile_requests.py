@@ -78,6 +78,15 @@ def test_whole_head_over_the_limit_is_refused_although_it_comes_in_one_piece(liv
         assert answer.endswith(b"The request's headers exceed 65536 bytes.")
 
 
+def test_offer_to_upgrade_costs_no_body(live: Live) -> None:
+    body = picture()
+    head = b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n"
+    length = b"HTTP2-Settings: AAMAAABk\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connected(live) as connection:
+        connection.sendall(head + length + body)
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
 def test_websockets_are_refused_without_advice_to_install_them(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     upgrade = b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
     with connected(live) as connection:

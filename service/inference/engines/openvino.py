@@ -14,6 +14,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -269,6 +270,8 @@ def _write(file: Path, blob: bytes) -> None:
         unfinished.write_bytes(hashlib.sha256(blob).digest() + blob)
         unfinished.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
         logger.warning("cannot keep a compiled part", extra={"fields": {"file": str(file), "reason": str(error)}})
 
 

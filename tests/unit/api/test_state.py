@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from service.api.state import Lifecycle, LoadedModels, Phase
-from service.errors import ModelNotFoundError, NotReadyError
+from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError
 from service.structures import ModelInfo
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO
 
@@ -40,6 +40,14 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         loaded(FAKE_INFO, FAKE_BOXES_INFO).find("x")
     with pytest.raises(ModelNotFoundError, match="no model is loaded"):
         loaded().find(None)
+
+
+def test_model_that_requests_without_a_name_go_to_stays_though_there_is_another() -> None:
+    models = loaded(FAKE_INFO, FAKE_BOXES_INFO)
+    with pytest.raises(ModelNeededError, match="fake@1"):
+        models.remove("fake")
+    assert models.remove("fake-boxes") == [FAKE_BOXES_INFO]
+    assert models.find(None) == FAKE_INFO
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ async def test_errors_of_the_worker_are_raised_here_as_they_were() -> None:
         assert "in predict" in str(raised.value.__cause__)
         with pytest.raises(DeadlineExceededError):
             await bench.submit(seconds=0)
+        assert score(await bench.submit(77)) == 77
+
+
+async def test_worker_is_ended_also_when_the_fork_server_that_bore_it_is_gone() -> None:
+    async with running(workers=2) as bench:
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]  # its own
+        first, second = bench.pool._workers
+        os.kill(first.pid or 0, signal.SIGKILL)
+        await first.ended.wait()
+        while sum(handle.is_ready for handle in bench.pool._workers) < 2:  # a new one, by a new fork server
+            await asyncio.sleep(0.01)
+        os.kill(second.pid or 0, signal.SIGSTOP)
+        second.kill("hung")
+        await second.ended.wait()
         assert score(await bench.submit(77)) == 77
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_heads_run_chunk_by_chunk_as_in_one(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert features_of(tmp_path / "file" / "folder").isfinite().all()
+
+
+def test_a_full_disk_keeps_no_half_of_a_part(tmp_path: Path) -> None:
+    def write_half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with patch.object(Path, "write_bytes", write_half):
+        assert features_of(tmp_path).isfinite().all()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_sent_and_nothing_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
