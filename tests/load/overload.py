@@ -11,8 +11,9 @@ MAX_BATCH_SIZE = 4
 MAX_QUEUE_SIZE = 16
 
 
-def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 400) -> Verdict:
-    """Every request is answered, 200 or 429, and the device does as much as ever.
+def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 800) -> Verdict:
+    """Every request is answered, 200 or 429, and the device does as much as ever. Nobody waits for longer than the images
+    that may be under way take, and a batch.
 
     Args:
         min_size: what pictures are resized to; a slow model, so that the client does not take the processor from it.
@@ -22,7 +23,8 @@ def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 400
         tiny_store(min_size=min_size) as store,
         serving(store, max_batch_size=MAX_BATCH_SIZE, max_queue_size=MAX_QUEUE_SIZE) as server,
     ):
-        requests = detect_requests(server, mixed_pictures())
+        # Of one size, so that every batch takes as long as the others.
+        requests = detect_requests(server, mixed_pictures(sides=(300, 300)))
         # As many callers as may be under way: none is refused, and no device waits for work.
         callers = MAX_QUEUE_SIZE + MAX_BATCH_SIZE
         asyncio.run(Load(server, requests).closed(concurrency=callers, seconds=seconds / 20))  # warms up
@@ -38,9 +40,11 @@ def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 400
         goodput = over.throughput_per_second / capacity
         verdict.note(f"goodput {goodput:.0%} of peak")
         verdict.expect_speed(goodput >= 0.9, f"goodput at least 90 % of peak, got {goodput:.0%}")
-        bound_ms = 1000 * (MAX_QUEUE_SIZE + MAX_BATCH_SIZE) / over.throughput_per_second
+        batch_ms = 1000 * MAX_BATCH_SIZE / over.throughput_per_second
+        under_way_ms = 1000 * callers / over.throughput_per_second
+        bound_ms = under_way_ms + batch_ms
         p99_ms = over.latency_ms["p99"]
-        verdict.note(f"p99 of the accepted {p99_ms:.0f} ms, bound {bound_ms:.0f} ms")
+        verdict.note(f"p99 of the accepted {p99_ms:.0f} ms, bound {under_way_ms:.0f} ms + a batch of {batch_ms:.0f} ms")
         verdict.expect_speed(p99_ms <= bound_ms, f"p99 at most {bound_ms:.0f} ms, got {p99_ms:.0f} ms")
 
         refused = added(before, after, 'roiserve_rejected_total{reason="overloaded"}')
