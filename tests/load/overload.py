@@ -12,8 +12,8 @@ MAX_QUEUE_SIZE = 16
 
 
 def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 800) -> Verdict:
-    """Every request is answered, 200 or 429, and the device does as much as ever. Nobody waits for longer than the images
-    that may be under way take, and a batch.
+    """Every request is answered, 200 or 429, and the device does as much as ever. Nobody waits for longer than what
+    may be under way takes, and a batch.
 
     Args:
         min_size: what pictures are resized to; a slow model, so that the client does not take the processor from it.
