@@ -11,7 +11,7 @@ MAX_BATCH_SIZE = 4
 MAX_QUEUE_SIZE = 16
 
 
-def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 800) -> Verdict:
+def overload(*, seconds: float = 60.0, factor: float = 10.0, min_size: int = 1600) -> Verdict:
     """Every request is answered, 200 or 429, and the device does as much as ever. Nobody waits for longer than what
     may be under way takes, and a batch.
 
