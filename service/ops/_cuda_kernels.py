@@ -102,7 +102,7 @@ def multi_scale_roi_align(
         (K, C, S, S) of the features' type, in `torch.channels_last`.
     """
     channels, device = features[0].shape[1], rois.device
-    # One copy, so that one kernel reads all levels; it takes less than a box's cells are read again.
+    # One copy, so that one kernel reads all levels.
     cells = torch.cat([one.permute(0, 2, 3, 1).reshape(-1, channels) for one in features])
     furthest = _MAX_SIDES * max(features[0].shape[2:]) / scales[0]
     corners = rois[:, 1:].nan_to_num(0, 0, 0).clamp(-furthest, furthest)
