@@ -93,6 +93,7 @@ def main(
     ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, for both sides.")] = "cpu",
     precision: Annotated[str, typer.Option(help="Ours; torchvision's is float32.")] = "auto",
+    batches: Annotated[str, typer.Option(help="Only batches of these sizes, with commas between.")] = "1,4,8",
     quick: Annotated[bool, typer.Option(help="One round of small networks: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
@@ -102,7 +103,7 @@ def main(
     cases = [
         case
         for case in (_quick_cases() if quick else _all_cases())
-        if any(word in case.model for word in only.split(","))
+        if any(word in case.model for word in only.split(",")) and str(case.batch) in batches.split(",")
     ]
     rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
     end = time.monotonic() + seconds
