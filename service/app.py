@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from service.api import detect, docs, health, metrics, models
 from service.api.errors import add_error_handlers
+from service.api.keys import Keys
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
@@ -53,6 +54,7 @@ def create_app(
     detector = _build_detector(settings, measures, predictors, predictor_factory)
     state = ApiState(
         settings=settings,
+        keys=Keys(settings),
         metrics=measures,
         detector=detector,
         admission=Admission(detector, metrics=measures),

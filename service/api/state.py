@@ -15,6 +15,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.keys import Keys
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
 from service.metrics import Metrics
@@ -171,6 +172,7 @@ class ApiState:
     """See the module."""
 
     settings: Settings
+    keys: Keys
     metrics: Metrics
     detector: Detector
     admission: Admission
