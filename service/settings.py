@@ -5,7 +5,6 @@ reads the environment.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.cores import available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
@@ -129,10 +130,11 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )
     decode_threads: int = Field(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
+        default_factory=lambda: min(8, available_cores()),
         ge=1,
         le=256,
-        description="Threads that decode images, and as many that encode masks; unset takes one per CPU, at most 8.",
+        description="Threads that decode images, and as many that encode masks; unset takes one per core that the "
+        "process may use, at most 8.",
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
