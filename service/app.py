@@ -63,6 +63,9 @@ def create_app(
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
     )
+    measures.ready.set_function(lambda: state.is_ready)
+    measures.queue_limit_images.set(settings.max_queue_size)
+    measures.queue_limit_pixels.set(settings.max_queue_pixels)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

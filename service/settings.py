@@ -6,7 +6,6 @@ other module reads the environment.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,13 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from service.cores import available_cores
+
 ENV_PREFIX = "ROISERVE_"
 
-OTHER_VARIABLES = frozenset({"ROISERVE_PUBLISH", "ROISERVE_WEIGHTS_BASE_URL"})
+OTHER_VARIABLES = frozenset(
+    {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
+)
 """Variables with our prefix that the server does not read: of the compose file, and of `roiserve models pull`."""
 
 # Kubernetes gives every pod such variables for every Service: ROISERVE_PORT=tcp://10.0.0.7:8000 for one named roiserve.
@@ -137,10 +140,11 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )
     decode_threads: int = Field(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
+        default_factory=lambda: min(8, available_cores()),
         ge=1,
         le=256,
-        description="Threads that decode images, and as many that encode masks; unset takes one per CPU, at most 8.",
+        description="Threads that decode images, and as many that encode masks; unset takes one per core that the "
+        "process may use, at most 8.",
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(

@@ -94,7 +94,7 @@ def test_every_option_of_a_detection_stands_in_the_readme() -> None:
 
 def test_every_setting_that_is_spoken_of_exists() -> None:
     known = {f"ROISERVE_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
-    known |= {"ROISERVE_API_KEY"}  # of `roiserve bench`
+    known |= {"ROISERVE_API_KEY", "ROISERVE_SERVICE_HOST"}  # of `roiserve bench`, and of Kubernetes
     spoken = {
         (path.name, name) for path in texts() for name in re.findall(r"\bROISERVE_[A-Z_]+[A-Z]\b", path.read_text())
     }
@@ -113,7 +113,13 @@ def test_every_metric_that_is_spoken_of_exists() -> None:
 
 def texts() -> list[Path]:
     """Where settings and metrics are spoken of."""
-    return [*PAGES, ROOT / "Dockerfile", ROOT / "docker-compose.yml", *(ROOT / "docker").rglob("*.*")]
+    return [
+        *PAGES,
+        ROOT / "Dockerfile",
+        ROOT / "docker-compose.yml",
+        ROOT / ".env.example",
+        *(ROOT / "docker").rglob("*.*"),
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

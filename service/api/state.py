@@ -181,6 +181,11 @@ class ApiState:
     held_bytes: HeldBytes
     changing_models: asyncio.Lock
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are wanted: models are loaded, a worker can run them, and nothing has said stop."""
+        return self.lifecycle.phase is Phase.READY and self.detector.is_alive
+
     def add_model(self, info: ModelInfo) -> None:
         """Take requests for this model from now on, and count them."""
         self.models.add(info)
