@@ -101,7 +101,7 @@ def compare(
         assert model_config is not None  # one of the two is given
         name, config = model_config.stem, read_model_config(model_config)
     ops = _operators(roi_op, interchangeable_ops(config), name)
-    val = load_coco(data, labels=config.labels)
+    val = load_coco(data, labels=config.labels, masks="if_any" if config.has_masks else "none")
     with Progress(console=Console(stderr=True)) as progress, TemporaryDirectory() as folder:
         # Searched for once, for all operators, and in no picture's time.
         proposals = None if config.has_rpn else ProposalCache(Path(folder), config.proposals)
@@ -110,7 +110,9 @@ def compare(
             predictor = load_predictor(stored, device=device, cache_dir=engine_cache_dir)
             runs = list(_measure_each(predictor, ops, val, proposals, progress))
         else:
-            train = load_coco(train_data / "train.json", labels=config.labels, needs_masks=config.has_masks)
+            train = load_coco(
+                train_data / "train.json", labels=config.labels, masks="required" if config.has_masks else "none"
+            )
             train_configs = [
                 TrainConfig(
                     epochs=epochs,

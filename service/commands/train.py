@@ -78,7 +78,10 @@ def train(
     target_device = choose_device(device)
     sets = {
         split: load_coco(
-            data / f"{split}.json", labels=config.labels, needs_masks=config.has_masks, drop_bad=drop_bad_annotations
+            data / f"{split}.json",
+            labels=config.labels,
+            masks="required" if config.has_masks else "none",
+            drop_bad=drop_bad_annotations,
         )
         for split in ("train", "val")
     }
