@@ -25,7 +25,7 @@ from service.model_store.model_toml import (
     read_model_toml,
     write_model_toml,
 )
-from service.model_store.weights import check_safetensors, load_weights, save_weights
+from service.model_store.weights import check_safetensors, load_weights, read_shapes, save_weights
 from service.modeling.config import ModelConfig
 
 README = "README.md"
@@ -76,6 +76,14 @@ class StoredModel:
         except ModelStoreError as error:
             return str(error)
         return None
+
+    def read_shapes(self) -> dict[str, Tensor]:
+        """The weights' names and shapes: tensors without memory, from the head of the file.
+
+        Raises:
+            ModelStoreError: `model.toml` or the weights are not as they must be.
+        """
+        return read_shapes(self.weights_path)
 
     def load_weights(self) -> dict[str, Tensor]:
         """The weights in float32 on the CPU, checked against the sha256 in `model.toml`.

@@ -85,6 +85,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """What the file's header says of the weights: tensors without memory, by name.
+
+    Raises:
+        ModelStoreError: missing, not safetensors, or truncated.
+    """
+    check_safetensors(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelStoreError(f"{path}: not valid safetensors: {error}") from error
+
+
 def check_safetensors(path: Path) -> None:
     """Check by its header that the file is safetensors and complete; cheap, and blind to changed weights.
 
@@ -129,6 +143,17 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str
     Raises:
         ModelStoreError: lists the missing keys, the surplus keys and the differing shapes.
     """
+    check_fit(model, state_dict, source=source)
+    known = model.state_dict().keys()
+    model.load_state_dict({key: tensor for key, tensor in state_dict.items() if key in known})
+
+
+def check_fit(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> None:
+    """Check as `load_into` does, and lay nothing into the network. Of both only names and shapes are looked at.
+
+    Raises:
+        ModelStoreError: see `load_into`.
+    """
     expected = {key: tensor for key, tensor in model.state_dict().items() if not _is_optional(key)}
     given = {key: tensor for key, tensor in state_dict.items() if not _is_optional(key)}
     problems = [
@@ -139,8 +164,6 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str
     ]
     if problems:
         raise ModelStoreError("\n  ".join([f"{source}: the weights do not fit the network", *problems]))
-    known = model.state_dict().keys()
-    model.load_state_dict({key: tensor for key, tensor in state_dict.items() if key in known})
 
 
 def _is_optional(key: str) -> bool:

@@ -82,9 +82,9 @@ def _share_cores(settings: Settings) -> None:
     from numba import set_num_threads as set_numba_threads
     from torch import set_num_threads as set_torch_threads
 
-    from service.inference.loading import choose_device
+    from service.devices import choose_device
 
-    if settings.workers is not None and settings.workers > 1 and choose_device(settings.device).type == "cpu":
+    if settings.workers is not None and settings.workers > 1 and choose_device(settings.device).label == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
         set_torch_threads(threads)
         set_numba_threads(threads)

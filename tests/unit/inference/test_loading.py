@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from service.devices.cpu import CpuDevice
+from service.devices.cuda import CudaDevice
 from service.inference.loading import choose_precision
 
 
@@ -12,13 +13,18 @@ from service.inference.loading import choose_precision
     ("precision", "engine", "device", "chosen"),
     [
         ("auto", "auto", "cpu", "float32"),
-        ("auto", "auto", "cuda", "float16"),
+        ("auto", "auto", "cuda:0", "float16"),
         ("auto", "compiled", "cuda:1", "float16"),
-        ("auto", "eager", "cuda", "float32"),
-        ("bfloat16", "auto", "cuda", "bfloat16"),
+        ("auto", "eager", "cuda:0", "float32"),
+        ("bfloat16", "auto", "cuda:0", "bfloat16"),
     ],
 )
 def test_auto_is_half_precision_on_cuda_but_for_the_reference(
     precision: str, engine: str, device: str, chosen: str
 ) -> None:
-    assert choose_precision(precision, engine=engine, device=torch.device(device)) == chosen
+    assert (
+        choose_precision(
+            precision, engine=engine, device=CudaDevice(device) if device.startswith("cuda") else CpuDevice(device)
+        )
+        == chosen
+    )
