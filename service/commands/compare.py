@@ -200,10 +200,12 @@ def _print_table(title: str, runs: Sequence[Run]) -> None:
     from rich.table import Column, Table
 
     from service.training.comparing import COLUMNS, table
+    from service.training.figures import NOTE
 
     # The operator's name stays whole in a narrow terminal.
     operator = Column(COLUMNS[0], no_wrap=True, min_width=max(len(run.roi_op) for run in runs))
     printed = Table(operator, *COLUMNS[1:], title=title, title_justify="left", box=None, pad_edge=False)
     for row in table(runs):
         printed.add_row(*row)
+    printed.caption, printed.caption_justify = NOTE, "left"
     Console().print(printed)

@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print a model's COCO AP, AP50, AP75 and AP by size, for boxes and masks.
+    """Print COCO AP, AP50, AP75 and AP by size of a model, in percent, for boxes and masks; JSON has them from 0 to 1.
 
     Example: roiserve evaluate --model nuclei --data cells/val.json
     """
@@ -75,16 +75,17 @@ def _print_table(info: ModelInfo, evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from service.training.figures import FIGURES, NOTE, percent
+
     title = (
         f"{info.key} by {info.engine} in {info.precision}, {evaluation.num_images} pictures, "
         f"at most {evaluation.max_detections} detections each"
     )
-    columns = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
-    table = Table("", *columns, title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table("", *FIGURES.values(), title=title, title_justify="left", box=None, pad_edge=False)
     for kind, figures in evaluation.rows():
-        sizes = (figures.ap_small, figures.ap_medium, figures.ap_large)
-        table.add_row(kind, *(f"{value:.3f}" for value in (figures.ap, figures.ap50, figures.ap75, *sizes)))
+        table.add_row(kind, *(percent(getattr(figures, name)) for name in FIGURES))
         if len(figures.ap_by_label) > 1:
             for label, ap in figures.ap_by_label.items():
-                table.add_row(f"  {label}", f"{ap:.3f}", f"{figures.ap50_by_label[label]:.3f}")
+                table.add_row(f"  {label}", percent(ap), percent(figures.ap50_by_label[label]))
+    table.caption, table.caption_justify = NOTE, "left"
     Console().print(table)

@@ -137,6 +137,8 @@ def _run_with_progress(trainer: Trainer) -> Best:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from service.training.figures import percent
+
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     averages: dict[str, float] = {}
@@ -153,8 +155,9 @@ def _run_with_progress(trainer: Trainer) -> Best:
 
         def on_evaluation(epoch: int, evaluation: Evaluation) -> None:
             figures = "  ".join(
-                f"{kind} AP {ap.ap:.3f} AP50 {ap.ap50:.3f} AP75 {ap.ap75:.3f}" for kind, ap in evaluation.rows()
+                f"{kind} AP {percent(ap.ap)} AP50 {percent(ap.ap50)} AP75 {percent(ap.ap75)}"
+                for kind, ap in evaluation.rows()
             )
-            console.print(f"epoch {epoch}: val {figures}", soft_wrap=True)
+            console.print(f"epoch {epoch}: val {figures} (percent)", soft_wrap=True)
 
         return trainer.run(on_step=on_step, on_evaluation=on_evaluation)

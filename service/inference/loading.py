@@ -16,8 +16,9 @@ from service.inference.engines.choosing import prepare_caches, put_engine
 from service.inference.half import PrecisionError
 from service.inference.predictor import Predictor
 from service.inference.verification import Reference
+from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
-from service.model_store.weights import check_fit, load_into
+from service.model_store.weights import check_fits, load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -146,9 +147,9 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
 def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     """The network with its weights, on its device."""
     stored, config, source = order.stored, order.config, str(order.stored.path)
-    # First without memory: a configuration may describe far more than the file of weights holds.
+    # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
     with torch.device("meta"):
-        check_fit(build_model(config), stored.read_shapes(), source=source)
+        check_fits(build_model(config), check_safetensors(stored.weights_path), source=source)
     model = build_model(config)
     weights = stored.load_weights()
     infinite = [name for name, value in weights.items() if not value.isfinite().all()]

@@ -1,5 +1,5 @@
-"""One network under several RoI operators: the same weights, or trained anew for each. Called by `roiserve compare`;
-gives figures and tables of text, prints nothing.
+"""One network under several RoI operators: the same weights, or trained anew for each. Returns figures and tables of
+text; prints nothing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,10 @@ from service.modeling.config import ModelConfig
 from service.structures import DetectOptions, ModelInfo, Prediction, Query
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate, query_of
+from service.training.figures import FIGURES, NOTE, mean_and_spread
 from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
 from service.training.proposals import ProposalCache
 
-FIGURES = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-}
-"""Of `AveragePrecision`, by attribute: what people call them."""
 COLUMNS = ("operator", "of", *FIGURES.values(), "ms per image")
 
 
@@ -141,10 +133,7 @@ def markdown(runs: Sequence[Run], *, title: str, command: str) -> str:
     """The table as a Markdown page, with the command that made it."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *table(runs)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    note = (
-        "AP is COCO's, in percent; small is under 32 × 32 pixels, large over 96 × 96. Several seeds: mean ± standard "
-        "deviation. The time is the median of a picture alone."
-    )
+    note = f"{NOTE}. Several seeds: mean ± standard deviation. The time is the median of a picture alone."
     return "\n".join([f"# {title}", "", *lines, "", note, "", "```bash", command, "```", ""])
 
 
@@ -154,15 +143,8 @@ def _rows(runs: Sequence[Run]) -> Iterator[tuple[str, AveragePrecision]]:
 
 
 def _mean_figures(figures: Sequence[AveragePrecision]) -> tuple[str, ...]:
-    return tuple(_mean_and_spread([100 * getattr(one, name) for one in figures]) for name in FIGURES)
+    return tuple(mean_and_spread([100 * getattr(one, name) for one in figures]) for name in FIGURES)
 
 
 def _mean_time(runs: Sequence[Run]) -> str:
-    return _mean_and_spread([run.milliseconds_per_image for run in runs])
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    if mean != mean:
-        return "–"  # the data set has no such object
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+    return mean_and_spread([run.milliseconds_per_image for run in runs])

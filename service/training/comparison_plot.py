@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from service.training.comparing import FIGURES, Run, by_operator
+from service.training.comparing import Run, by_operator
+from service.training.figures import FIGURES
 
 # Lengths in pixels of the picture.
 PANEL_HEIGHT = 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_table_and_json_say_what_ran_the_network(folder: Path) -> None:
         "precision": "bfloat16",
         "num_images": 2,
     }
+
+
+def test_table_is_in_percent_as_that_of_compare_and_json_from_0_to_1(folder: Path) -> None:
+    table = evaluate(folder, "--model", "discs", "--engine", "eager").stdout
+    ap = json.loads(evaluate(folder, "--model", "discs", "--engine", "eager", "--json").stdout)["boxes"]["ap"]
+    assert re.search(rf"^boxes +{100 * ap:.1f} ", table, flags=re.MULTILINE)
+    assert "AP in percent" in table
 
 
 def test_what_an_engine_compiled_is_kept_where_the_environment_says(folder: Path) -> None:
