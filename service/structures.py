@@ -7,7 +7,8 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -185,12 +186,36 @@ class Progress:
         self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self._entered_at
         self.stage, self._entered_at = stage, now
 
-    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
-        """Work on it begins now (`decode`, `inference`, `encode`), or it begins to wait (`queue`).
+    @contextmanager
+    def at_risk(self, stage: str) -> Iterator[None]:
+        """For as long as this thread works on the request: what it does may end the process.
 
-        Called on the thread that does the work, right before it, so that a process that dies of the work has said so.
-        Nobody but a worker process wants to know.
+        Entered before the first byte is looked at, so that a process that dies of the work has said so. Several threads
+        may work on one request.
+
+        Args:
+            stage: `decode`, `inference` or `encode`.
         """
+        self._mark(stage, 1)
+        try:
+            yield
+        finally:
+            self._mark(stage, -1)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within `at_risk`, for as long as the thread only waits."""
+        self._mark(None, -1)
+        try:
+            yield
+        finally:
+            self._mark(None, 1)
+
+    def queued(self, padded_pixels: int) -> None:
+        """The image waits for the device from now on, with so many pixels, resized and padded."""
+
+    def _mark(self, stage: str | None, change: int) -> None:
+        """One thread more, or one less, works on the request. Only a worker process reports it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

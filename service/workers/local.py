@@ -6,12 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
 
 from service import masks
 from service.batching.batcher import Batcher
@@ -24,11 +20,9 @@ from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
 from service.workers import devices
 from service.workers.detector import PredictorFactory
+from service.workers.threads import WatchedThreads
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _NO_THREAD = "the device's thread has ended"
 
@@ -48,8 +42,8 @@ class LocalDetector:
         self._predictors: dict[str, Predictor] = {}
         self._busy_since: float | None = None
         self._device_failure: str | None = None
-        self._decoders = _WatchedThreads(settings.decode_threads, "decode")
-        self._encoders = _WatchedThreads(settings.decode_threads, "encode")
+        self._decoders = WatchedThreads(settings.decode_threads, "decode")
+        self._encoders = WatchedThreads(settings.decode_threads, "encode")
         self.capacity = settings.max_queue_size + settings.max_batch_size
         self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             self._run_batch,
@@ -193,38 +187,3 @@ class LocalDetector:
     def _devices(self) -> set[str]:
         # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
         return {predictor.info.device for predictor in list(self._predictors.values())}
-
-
-class _WatchedThreads(ThreadPoolExecutor):
-    """Threads of which it is known since when they have been at what they do."""
-
-    def __init__(self, count: int, name: str) -> None:
-        super().__init__(count, name)
-        self._began: dict[int, float] = {}
-
-    @property
-    def busy_since(self) -> float | None:
-        """When the oldest call began that runs now, in seconds of `time.monotonic`."""
-        return min(list(self._began.values()), default=None)
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Called in one of the threads: it waits, which is no sign of a hang."""
-        thread = threading.get_ident()
-        self._began.pop(thread)
-        try:
-            yield
-        finally:
-            self._began[thread] = time.monotonic()
-
-    def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
-        """As in the base class."""
-        return super().submit(self._call, function, *args, **options)
-
-    def _call(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> T:
-        thread = threading.get_ident()
-        self._began[thread] = time.monotonic()
-        try:
-            return function(*args, **options)
-        finally:
-            del self._began[thread]

@@ -48,8 +48,11 @@ class _MarkedProgress(Progress):
         self._job_id = job_id
         self._channel = channel
 
-    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
-        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "pixels": padded_pixels})
+    def _mark(self, stage: str | None, change: int) -> None:
+        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
+
+    def queued(self, padded_pixels: int) -> None:
+        self._channel.send({"kind": "queued", "id": self._job_id, "pixels": padded_pixels})
 
 
 class _Worker:
