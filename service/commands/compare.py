@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._options import DEFAULT_STORE, StoreOption
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -39,7 +41,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as bars into this SVG file.")] = None,
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine_cache_dir: Annotated[
         Path | None,
