@@ -24,7 +24,7 @@ from service.modeling.box_regression import decode_boxes
 from service.modeling.config import ModelConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.transform import Transform
-from service.structures import UInt8Array, Verification, VerifiedValue
+from service.structures import NOT_FINITE, UInt8Array, Verification, VerifiedValue
 
 if TYPE_CHECKING:
     from service.modeling.parts import Parts
@@ -170,10 +170,10 @@ class Reference:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest; infinite if ours has numbers that are not finite. The rows of fewer images are the first ones."""
+    """The largest, as `VerifiedValue` has it. The rows of fewer images are the first ones."""
     ours, theirs = ours.float(), theirs[: len(ours)].float()
     if not ours.isfinite().all():
-        return float("inf")
+        return NOT_FINITE
     return float((ours - theirs).abs().max()) if ours.numel() else 0.0
 
 
