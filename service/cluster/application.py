@@ -45,9 +45,9 @@ class ClusterArguments(BaseModel):
         return Settings(**(self.model_extra or {}))
 
 
-def build(arguments: ClusterArguments) -> Any:
-    """The application, for `serve run` and for configuration files."""
-    return build_application(arguments)
+def build(arguments: dict[str, Any]) -> Any:
+    """The application, for `serve run` and for configuration files; takes the fields of `ClusterArguments`."""
+    return build_application(ClusterArguments(**arguments))
 
 
 def build_application(arguments: ClusterArguments, *, factory: PredictorFactory | None = None) -> Any:
