@@ -173,7 +173,7 @@ def _retrain_each(
     runs_dir: Path,
     progress: Progress,
 ) -> Iterator[Run]:
-    from service.inference.loading import choose_device
+    from service.devices import choose_device
     from service.training.comparing import measure, retrain
     from service.training.loop import Progress as TrainingProgress
 
@@ -191,7 +191,7 @@ def _retrain_each(
                 train=train,
                 val=val,
                 state_path=runs_dir / f"{name}-{op}-{train_config.seed}" / "state.pt",
-                device=choose_device(device),
+                device=choose_device(device).torch_device,
                 on_step=on_step,
             )
             yield measure(predictor, val, roi_op=op, proposals=proposals)

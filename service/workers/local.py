@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from service import masks
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
+from service.devices import device_named
 from service.errors import NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
 from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
-from service.workers import devices
 from service.workers.detector import PredictorFactory
 from service.workers.threads import WatchedThreads
 
@@ -111,7 +111,10 @@ class LocalDetector:
 
     async def unload(self, model_key: str) -> None:
         """Forget a model and give back its memory."""
-        await asyncio.to_thread(self._predictors.pop(model_key).release_memory)
+        device = device_named(self._predictors[model_key].info.device)
+        # Nobody may hold the model while its memory is given back, a method of its own neither.
+        del self._predictors[model_key]
+        await asyncio.to_thread(device.release_memory)
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """See `Pipeline.waiting_pixels`."""
@@ -119,7 +122,7 @@ class LocalDetector:
 
     def memory(self) -> Mapping[tuple[str, str], float]:
         """Bytes by device and kind."""
-        return {(device, kind): size for device in self._devices() for kind, size in devices.memory(device).items()}
+        return {(label, kind): size for label in self._labels() for kind, size in device_named(label).memory().items()}
 
     def probe(self) -> None:
         """Let every device do a little. Takes as long as it takes.
@@ -129,8 +132,8 @@ class LocalDetector:
         """
         if self._batcher.has_failed:
             raise RuntimeError(_NO_THREAD)
-        for device in self._devices():
-            devices.probe(device)
+        for label in self._labels():
+            device_named(label).probe()
 
     @property
     def busy_seconds(self) -> float:
@@ -184,6 +187,6 @@ class LocalDetector:
         except RuntimeError as error:
             self._device_failure = f"the device does not answer any more: {error}"
 
-    def _devices(self) -> set[str]:
+    def _labels(self) -> set[str]:
         # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
         return {predictor.info.device for predictor in list(self._predictors.values())}

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from service.api.state import Phase
+from service.devices.cpu import CpuDevice
 from service.errors import ModelStoreError
-from service.workers import devices
 from tests.fakes import POISON, FakePredictor, picture
 from tests.integration.conftest import Live
 from tests.integration.test_errors import assert_problem
@@ -84,11 +84,11 @@ def test_device_that_hangs_is_not_healthy_until_it_goes_on(serve: Callable[..., 
 def test_device_that_is_lost_is_not_healthy_and_gets_no_requests(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(device: str) -> None:
+    def fail(device: CpuDevice) -> None:
         raise RuntimeError("fallen off the bus")
 
     live = serve()
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     assert_problem(live.detect(picture(red=POISON)), 503, "inference_failed")
     for path in ("/healthz", "/readyz"):
         assert_problem(live.client.get(path), 503, "not_ready", "fallen off the bus")
