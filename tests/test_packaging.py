@@ -201,6 +201,19 @@ def test_health_check_follows_the_answer(status: int, exit_code: int, monkeypatc
         thread.join()
 
 
+def test_health_check_asks_the_default_port_where_kubernetes_set_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def refuse(address: tuple[str, int], *_: object) -> None:
+        asked.append(address)
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setenv("ROISERVE_PORT", "tcp://10.96.0.7:8000")
+    assert health_check() == 1
+    assert asked == [("127.0.0.1", 8000)]
+
+
 def test_health_check_fails_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         monkeypatch.setenv("ROISERVE_PORT", str(server.server_port))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -36,13 +37,16 @@ Channels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
 Triple = tuple[float, float, float]
+# Anchors are computed for every place of every map, so a long list costs memory and time in every picture.
+AnchorSide = Annotated[float, Field(gt=0, le=65_536)]
+Ratio = Annotated[float, Field(gt=0, le=1000)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 
 
 class _Table(BaseModel):
     """A table of `model.toml`: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneConfig(_Table):
@@ -153,8 +157,14 @@ class AnchorsConfig(_Table):
     """
 
     style: Literal["torchvision", "detectron2"] = "torchvision"
-    sizes: tuple[tuple[Annotated[float, Field(gt=0)], ...], ...] = ((32,), (64,), (128,), (256,), (512,))
-    aspect_ratios: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0)
+    sizes: Annotated[tuple[Annotated[tuple[AnchorSide, ...], Field(max_length=32)], ...], Field(max_length=16)] = (
+        (32,),
+        (64,),
+        (128,),
+        (256,),
+        (512,),
+    )
+    aspect_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=32)] = (0.5, 1.0, 2.0)
 
     @field_validator("sizes")
     @classmethod
@@ -340,9 +350,9 @@ class ModelConfig(_Table):
     @field_validator("labels")
     @classmethod
     def _no_label_twice(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({label for label in labels if labels.count(label) > 1})
+        twice = sorted(label for label, count in Counter(labels).items() if count > 1)
         if twice:
-            raise ValueError(f"expected every label once, got twice: {', '.join(twice)}")
+            raise ValueError(f"expected every label once, got twice: {', '.join(twice[:20])}")
         return labels
 
     @model_validator(mode="after")
