@@ -7,7 +7,9 @@ import sys
 
 def main() -> int:
     """Ask the server on this host, on the port that it was told to listen on."""
-    port = int(os.environ.get("ROISERVE_PORT", "8000"))
+    # Kubernetes sets ROISERVE_PORT=tcp://… for a Service named roiserve; the server ignores it, too.
+    given = os.environ.get("ROISERVE_PORT", "8000")
+    port = int(given) if given.isdecimal() else 8000
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)  # not urllib, which would ask a proxy
     try:
         connection.request("GET", "/healthz")

@@ -24,6 +24,7 @@ service/
 ├── metrics.py          every metric, declared once
 ├── logs.py             events with keys, one line a request
 ├── settings.py         every setting: environment variable, flag and help in one
+├── cores.py            how many CPU cores may be used
 ├── jit.py              numeric loops to machine code, kept on disk
 ├── structures.py       the nouns that travel between rooms
 └── errors.py           the error tree
@@ -31,7 +32,7 @@ service/
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
     cli → commands → app | training → api → workers → pipeline → batching | imaging | masks | inference → model_store
-    → modeling → ops → metrics → structures → settings | logs | jit | load → errors
+    → modeling → ops → metrics → structures → settings | logs | jit | load → cores | errors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

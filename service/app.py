@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from service.api import detect, docs, health, metrics, models
 from service.api.errors import add_error_handlers
+from service.api.keys import Keys
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
@@ -53,6 +54,7 @@ def create_app(
     detector = _build_detector(settings, measures, predictors, predictor_factory)
     state = ApiState(
         settings=settings,
+        keys=Keys(settings),
         metrics=measures,
         detector=detector,
         admission=Admission(detector, metrics=measures),
@@ -61,6 +63,9 @@ def create_app(
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
     )
+    measures.ready.set_function(lambda: state.is_ready)
+    measures.queue_limit_images.set(settings.max_queue_size)
+    measures.queue_limit_pixels.set(settings.max_queue_pixels)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -123,10 +123,21 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
-        build_info = Gauge(
+        self.ready = Gauge("roiserve_ready", "Whether requests are wanted, as /readyz says: 1 or 0.", registry=registry)
+        self.queue_limit_images = Gauge(
+            "roiserve_queue_limit_images",
+            "Most images that may wait for the device: max_queue_size.",
+            registry=registry,
+        )
+        self.queue_limit_pixels = Gauge(
+            "roiserve_queue_limit_pixels",
+            "Most pixels that may wait for the device, resized and padded: max_queue_pixels.",
+            registry=registry,
+        )
+        self.build_info = Gauge(
             "roiserve_build_info", "The running program; always 1.", ("version", "python"), registry=registry
         )
-        build_info.labels(version("roiserve"), platform.python_version()).set(1)
+        self.build_info.labels(version("roiserve"), platform.python_version()).set(1)
 
     def add_model(
         self, info: ModelInfo, *, queue_depth: Callable[[], float], queue_pixels: Callable[[], float]

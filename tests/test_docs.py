@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from service.api.options import DetectParameters
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import OTHER_VARIABLES, Settings
 from service.structures import MaskFormat
 
 ROOT = Path(__file__).parent.parent
@@ -93,9 +93,8 @@ def test_every_option_of_a_detection_stands_in_the_readme() -> None:
 
 
 def test_every_setting_that_is_spoken_of_exists() -> None:
-    # Of the compose file, of `roiserve bench`, of `roiserve models pull`.
-    others = {"ROISERVE_PUBLISH", "ROISERVE_API_KEY", "ROISERVE_WEIGHTS_BASE_URL"}
-    known = {f"ROISERVE_{name.upper()}" for name in Settings.model_fields} | others
+    known = {f"ROISERVE_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    known |= {"ROISERVE_API_KEY", "ROISERVE_SERVICE_HOST"}  # of `roiserve bench`, and of Kubernetes
     spoken = {
         (path.name, name) for path in texts() for name in re.findall(r"\bROISERVE_[A-Z_]+[A-Z]\b", path.read_text())
     }
@@ -114,7 +113,13 @@ def test_every_metric_that_is_spoken_of_exists() -> None:
 
 def texts() -> list[Path]:
     """Where settings and metrics are spoken of."""
-    return [*PAGES, ROOT / "Dockerfile", ROOT / "docker-compose.yml", *(ROOT / "docker").rglob("*.*")]
+    return [
+        *PAGES,
+        ROOT / "Dockerfile",
+        ROOT / "docker-compose.yml",
+        ROOT / ".env.example",
+        *(ROOT / "docker").rglob("*.*"),
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

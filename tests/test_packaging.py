@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
@@ -57,8 +58,7 @@ def required(name: str, extras: frozenset[str]) -> Iterator[Requirement]:
 
 
 def test_every_direct_and_indirect_dependency_is_pinned() -> None:
-    optional = PROJECT["optional-dependencies"].values()
-    waiting = [Requirement(line) for lines in [PROJECT["dependencies"], *optional] for line in lines]
+    waiting = [Requirement(line) for lines in [PROJECT["dependencies"], *EXTRAS.values()] for line in lines]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         requirement = waiting.pop()
@@ -71,7 +71,7 @@ def test_every_direct_and_indirect_dependency_is_pinned() -> None:
 
 def test_everything_imported_is_declared() -> None:
     """Packages that come along with others may leave with them; the lower halves of FastAPI and Pydantic will not."""
-    extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"]
+    extras = [lines for name, lines in EXTRAS.items() if name != "dev"]
     lines = [line for lines in [PROJECT["dependencies"], *extras] for line in lines]
     declared = {canonicalize_name(Requirement(line).name) for line in lines} | {"starlette", "pydantic-core"}
     trees = [ast.parse(path.read_text()) for path in (ROOT / "service").rglob("*.py")]
@@ -113,35 +113,75 @@ def test_dockerfile_copies_only_what_the_builder_is_sent() -> None:
 
 
 def test_the_image_holds_the_fastest_engine_of_the_cpu() -> None:
-    """What the Dockerfile's own program lists is what it installs: all dependencies, and OpenVINO."""
+    """What the Dockerfile's own program lists is what it installs: all dependencies, OpenVINO, and timm's backbones."""
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
     match = re.search(r'^RUN python -c "(.+)"\s+> requirements.txt', lines, flags=re.MULTILINE)
     assert match is not None
     listed = subprocess.run([sys.executable, "-c", match[1]], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert listed.stdout.splitlines() == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["openvino"]]
+    assert listed.stdout.splitlines() == [*PROJECT["dependencies"], *EXTRAS["openvino"], *EXTRAS["timm"]]
 
 
-def test_prometheus_accepts_its_configuration() -> None:
-    command = [tool("promtool"), "check", "config", str(ROOT / "docker/prometheus.yml")]
-    run = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "command", ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml"]
+)
+def test_prometheus_accepts_its_configuration_and_its_alerts_fire_when_they_should(command: str) -> None:
+    run = subprocess.run(
+        [tool("promtool"), *command.split()], cwd=ROOT / "docker/prometheus", capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_every_alert_was_seen_to_fire() -> None:
+    """By a test of promtool, and each also to stay silent."""
+    rules = yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    tests = yaml.safe_load((ROOT / "docker/prometheus/rules_test.yml").read_text())["tests"]
+    checks = [check for test in tests for check in test["alert_rule_test"]]
+    assert {check["alertname"] for check in checks if check.get("exp_alerts")} == alerts
+    assert {check["alertname"] for check in checks if not check.get("exp_alerts")} == alerts
+
+
 def test_prometheus_scrapes_the_service_of_the_compose_file() -> None:
-    configuration = yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())
+    configuration = yaml.safe_load((ROOT / "docker/prometheus/prometheus.yml").read_text())
     [target] = configuration["scrape_configs"][0]["static_configs"][0]["targets"]
     name, port = target.split(":")
-    assert COMPOSE["services"][name]["ports"][0].endswith(f":{port}")
     assert f"EXPOSE {port}" in (ROOT / "Dockerfile").read_text()
+    for service in ("roiserve", "roiserve-gpu"):
+        assert COMPOSE["services"][service]["ports"][0].endswith(f":{port}")
+        assert COMPOSE["services"][service]["networks"]["default"]["aliases"] == [name]
 
 
 def test_compose_mounts_what_exists_and_pins_what_it_pulls() -> None:
-    volumes = [volume.split(":")[0] for service in COMPOSE["services"].values() for volume in service["volumes"]]
+    services = COMPOSE["services"].values()
+    volumes = [volume.split(":")[0] for service in services for volume in service["volumes"]]
     assert all(
         (ROOT / volume).exists() if volume.startswith(".") else volume in COMPOSE["volumes"] for volume in volumes
     )
-    pulled = [service["image"] for service in COMPOSE["services"].values() if "build" not in service]
+    pulled = [service["image"] for service in services if "build" not in service]
     assert all(re.search(r":v?\d+\.\d+", image) for image in pulled)
+
+
+def test_compose_starts_the_service_without_being_told_a_profile() -> None:
+    defaults = dict(line.split("=") for line in (ROOT / ".env").read_text().splitlines() if line[:1] != "#")
+    starts = {
+        name
+        for name, service in COMPOSE["services"].items()
+        if defaults["COMPOSE_PROFILES"] in service.get("profiles", ["cpu"])
+    }
+    assert starts == {"roiserve", "prometheus", "grafana"}
+
+
+def test_compose_bounds_and_confines_every_service() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}, name
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+
+
+def test_the_example_names_every_variable_of_the_compose_file_with_its_default() -> None:
+    used = dict(re.findall(r"\$\{(\w+):-([^}]+)\}", (ROOT / "docker-compose.yml").read_text())[::-1])
+    shown = dict(re.findall(r"^(\w+)=(.+)$", (ROOT / ".env.example").read_text(), flags=re.MULTILINE))
+    assert shown == used | {"COMPOSE_PROFILES": "cpu"}
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [(200, 0), (503, 1)])
@@ -159,6 +199,19 @@ def test_health_check_follows_the_answer(status: int, exit_code: int, monkeypatc
         monkeypatch.setenv("ROISERVE_PORT", str(server.server_port))
         assert health_check() == exit_code
         thread.join()
+
+
+def test_health_check_asks_the_default_port_where_kubernetes_set_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def refuse(address: tuple[str, int], *_: object) -> None:
+        asked.append(address)
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setenv("ROISERVE_PORT", "tcp://10.96.0.7:8000")
+    assert health_check() == 1
+    assert asked == [("127.0.0.1", 8000)]
 
 
 def test_health_check_fails_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.keys import Keys
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
 from service.metrics import Metrics
@@ -171,6 +172,7 @@ class ApiState:
     """See the module."""
 
     settings: Settings
+    keys: Keys
     metrics: Metrics
     detector: Detector
     admission: Admission
@@ -178,6 +180,11 @@ class ApiState:
     lifecycle: Lifecycle
     held_bytes: HeldBytes
     changing_models: asyncio.Lock
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are wanted: models are loaded, a worker can run them, and nothing has said stop."""
+        return self.lifecycle.phase is Phase.READY and self.detector.is_alive
 
     def add_model(self, info: ModelInfo) -> None:
         """Take requests for this model from now on, and count them."""

@@ -1,6 +1,4 @@
-"""From a stored model to a predictor: choose device, precision and engine, build the network, load the weights.
-Called by `app.py` and by offline commands.
-"""
+"""From a stored model to a predictor: choose device, precision and engine, build the network, load the weights."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ import torch
 from service.errors import ServiceError
 from service.inference.engines.choosing import put_engine
 from service.inference.predictor import Predictor
+from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
-from service.model_store.weights import load_into
+from service.model_store.weights import check_fits, load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
 from service.structures import ModelInfo
@@ -48,6 +47,9 @@ def load_predictor(
     config: ModelConfig = stored.model_toml.searching() if searching else stored.model_toml
     target = choose_device(device)
     precision = choose_precision(precision, engine=engine, device=target)
+    # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
+    with torch.device("meta"):
+        check_fits(build_model(config), check_safetensors(stored.weights_path), source=str(stored.path))
     model = build_model(config)
     load_into(model, stored.load_weights(), source=str(stored.path))
     model = model.to(target).eval()

@@ -12,7 +12,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from service.errors import ModelStoreError
-from service.model_store.weights import sha256_of
+from service.model_store.files import sha256_of
 
 OnProgress = Callable[[int, int | None], None]
 """Is told the bytes that are there and the bytes that there will be, None where the server does not say."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.errors import ModelStoreError
 from service.model_store.checkpoint import read_checkpoint
 from service.model_store.detectron2_layout import detectron2_config, is_detectron2, with_torchvision_names
+from service.model_store.files import sha256_of
 from service.model_store.model_card import model_card
 from service.model_store.model_toml import Dtype, ProvenanceTable
 from service.model_store.published import category_labels, find_published
@@ -24,7 +25,7 @@ from service.model_store.torchvision_layout import (
     with_current_names,
     with_norm_of,
 )
-from service.model_store.weights import load_into, sha256_of
+from service.model_store.weights import load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 

@@ -15,11 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from service.errors import ModelStoreError
+from service.model_store.files import read_text
 from service.model_store.toml_writer import write_toml
 from service.modeling.config import ModelConfig
 
 MODEL_TOML = "model.toml"
 WEIGHTS_FILE = "weights.safetensors"
+
+# Of one file: enough to mend it, and no megabytes of message for a hundred thousand wrong labels.
+_LISTED_PROBLEMS = 20
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Figure = int | float
@@ -101,8 +105,11 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:
-    """Write a stored model's `model.toml`, defaults included: should a later release change them, the model stays."""
-    document = config.model_dump(include=set(ModelConfig.model_fields))
+    """Write a stored model's `model.toml`, defaults included: should a later release change them, the model stays.
+    Tables that the network does not use are left out.
+    """
+    unused = {"proposals"} if config.has_rpn else {"anchors", "rpn"}
+    document = config.model_dump(include=set(ModelConfig.model_fields) - unused)
     document |= {"weights": weights.model_dump(), "provenance": provenance.model_dump()}
     path.write_text(write_toml(_without_empty_tables(document)), encoding="utf-8")
 
@@ -114,13 +121,7 @@ def _without_empty_tables(table: Mapping[str, object]) -> dict[str, object]:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelStoreError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
+        return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists …
         raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
 
@@ -132,13 +133,16 @@ def validated(source: str, document: Mapping[str, object], model: type[_Config])
         source: where it came from, for the message.
 
     Raises:
-        ModelStoreError: not valid; names every wrong key at once.
+        ModelStoreError: not valid; names every wrong key at once, up to `_LISTED_PROBLEMS`.
     """
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        problems = [_describe(problem, model) for problem in error.errors()]
-        raise ModelStoreError("\n  ".join([f"{source}: {_count(len(problems), 'problem')}", *problems])) from error
+        found = error.errors()
+        problems = [_describe(problem, model) for problem in found[:_LISTED_PROBLEMS]]
+        if len(found) > _LISTED_PROBLEMS:
+            problems.append(f"and {len(found) - _LISTED_PROBLEMS} more")
+        raise ModelStoreError("\n  ".join([f"{source}: {_count(len(found), 'problem')}", *problems])) from error
 
 
 def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:

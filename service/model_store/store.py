@@ -1,5 +1,6 @@
 """The model store: a folder of models, `<name>/<version>/`. Lists what is there, broken or not, finds a model by the
-name that a request or a setting gives, and writes new ones so that nobody ever sees half a model.
+name that a request or a setting gives, and writes new ones so that nobody ever sees half a model. Imports torch only
+when weights are read or written.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from service.errors import ModelNotFoundError, ModelStoreError
+from service.model_store.files import check_safetensors
 from service.model_store.model_toml import (
     MODEL_TOML,
     WEIGHTS_FILE,
@@ -25,8 +27,10 @@ from service.model_store.model_toml import (
     read_model_toml,
     write_model_toml,
 )
-from service.model_store.weights import check_safetensors, load_weights, save_weights
 from service.modeling.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 README = "README.md"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
@@ -83,6 +87,8 @@ class StoredModel:
         Raises:
             ModelStoreError: `model.toml` or the weights are not as they must be.
         """
+        from service.model_store.weights import load_weights
+
         return load_weights(self.weights_path, self.model_toml.weights.sha256)
 
 
@@ -106,7 +112,7 @@ class ModelStore:
             StoredModel(name=name_folder.name, version=int(folder.name), path=folder)
             for name_folder in _folders(self.root)
             if _NAME.fullmatch(name_folder.name)
-            for folder in _folders(name_folder)
+            for folder in _readable_folders(name_folder)
             if _VERSION.fullmatch(folder.name)
         ]
         return sorted(stored, key=lambda model: (model.name, model.version))
@@ -122,7 +128,11 @@ class ModelStore:
             if not _NAME.fullmatch(name_folder.name):
                 lines.append(f"{name_folder}: {_expected_name(name_folder.name)}")
                 continue
-            versions = [folder.name for folder in _folders(name_folder)]
+            try:
+                versions = [folder.name for folder in _folders(name_folder)]
+            except ModelStoreError as error:
+                lines.append(str(error))
+                continue
             wrong = [version for version in versions if not _VERSION.fullmatch(version)]
             lines += [f"{name_folder / version}: {_expected_version(version)}" for version in wrong]
             if not versions:
@@ -174,10 +184,10 @@ class ModelStore:
         Raises:
             ModelStoreError: a bad name or version, one that exists already, or weights that cannot be stored.
         """
-        if not _NAME.fullmatch(name):
-            raise ModelStoreError(_expected_name(name))
-        if not _VERSION.fullmatch(str(version)):
-            raise ModelStoreError(_expected_version(str(version)))
+        # Imported here, so that listing models need not wait for torch.
+        from service.model_store.weights import save_weights
+
+        check_name(name, str(version))
         path = self.root / name / str(version)
         # A neighbour on the same disk with a name that `list` passes over, renamed when it is complete.
         unfinished = path.with_name(f".unfinished-{version}-{secrets.token_hex(4)}")
@@ -197,15 +207,35 @@ class ModelStore:
         return StoredModel(name=name, version=version, path=path)
 
 
+def check_name(name: str, version: str) -> None:
+    """Check that a model may be called so.
+
+    Raises:
+        ModelStoreError: says what was expected.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelStoreError(_expected_name(name))
+    if not _VERSION.fullmatch(version):
+        raise ModelStoreError(_expected_version(version))
+
+
 def _folders(path: Path) -> Iterator[Path]:
     """The folders in a folder, hidden ones left out, in order of name."""
     try:
         entries = sorted(path.iterdir())
     except FileNotFoundError:
-        raise ModelStoreError(f"no model store at {path}: no such folder") from None
+        raise ModelStoreError(
+            f"no model store at {path}: no such folder; name another one with --store or ROISERVE_MODEL_STORE"
+        ) from None
     except OSError as error:
         raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
     yield from (entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _readable_folders(path: Path) -> Iterator[Path]:
+    """As `_folders`, but none of a folder that cannot be read: one model's folder must not hide the others."""
+    with suppress(ModelStoreError):
+        yield from _folders(path)
 
 
 def _expected_name(name: str) -> str:

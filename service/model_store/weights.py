@@ -1,11 +1,8 @@
-"""Weights on disk: safetensors files, checked by hash, and laid into a network key by key. Called by `store.py`, by
-training and by the predictor. Never reads a pickle; `restricted_pickle.py` does that for the import.
-"""
+"""Weights on disk: safetensors files, checked by hash, and loaded into a network key by key. Never reads a pickle."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from service.errors import ModelStoreError
+from service.model_store.files import check_safetensors, sha256_of
 from service.model_store.model_toml import Dtype
 
 _CLASS_BIAS = "roi_heads.box_predictor.cls_score.bias"
@@ -65,12 +63,6 @@ def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     return read_safetensors(path)
 
 
-def sha256_of(path: Path) -> str:
-    """A file's sha256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file whose hash nobody knows, as `load_weights` does otherwise.
 
@@ -85,41 +77,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def check_safetensors(path: Path) -> None:
-    """Check by its header that the file is safetensors and complete; cheap, and blind to changed weights.
-
-    Raises:
-        ModelStoreError: missing, not safetensors, or truncated.
-    """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            header_size = int.from_bytes(file.read(8), "little")
-            # A pickle's or a text's first bytes make a number far beyond the file's size.
-            header = file.read(header_size) if header_size <= size else b""
-        tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-        expected_size = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except FileNotFoundError:
-        raise ModelStoreError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise ModelStoreError(f"{path}: expected a safetensors file, got {_kind(path)}") from None
-    if size != expected_size:
-        problem = "truncated" if size < expected_size else "longer than its header says"
-        raise ModelStoreError(f"{path}: {problem}: expected {expected_size:,} bytes, got {size:,}")
-
-
-def _kind(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x04"):
-        return "what looks like a PyTorch checkpoint (`roiserve models import` converts it)"
-    return "an empty file" if not start else "something else, or only the beginning of one"
-
-
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> None:
-    """Lay weights into a network; every key and every shape has to agree.
+    """Load weights into a network; every key and every shape has to agree.
 
     Args:
         model: its parameters and buffers are overwritten; left as it was when this raises.
@@ -129,8 +88,20 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str
     Raises:
         ModelStoreError: lists the missing keys, the surplus keys and the differing shapes.
     """
-    expected = {key: tensor for key, tensor in model.state_dict().items() if not _is_optional(key)}
-    given = {key: tensor for key, tensor in state_dict.items() if not _is_optional(key)}
+    check_fits(model, {key: tuple(tensor.shape) for key, tensor in state_dict.items()}, source=source)
+    known = model.state_dict().keys()
+    model.load_state_dict({key: tensor for key, tensor in state_dict.items() if key in known})
+
+
+def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+    """Check that weights of these shapes are the network's, every key and every shape. Reads no weight, so the network
+    may be one on the device `meta`, which takes no memory.
+
+    Raises:
+        ModelStoreError: as `load_into`.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not _is_optional(key)}
+    given = {key: shape for key, shape in shapes.items() if not _is_optional(key)}
     problems = [
         *_class_count_problem(expected, given),
         *_key_problem("missing", expected.keys() - given.keys()),
@@ -139,18 +110,16 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str
     ]
     if problems:
         raise ModelStoreError("\n  ".join([f"{source}: the weights do not fit the network", *problems]))
-    known = model.state_dict().keys()
-    model.load_state_dict({key: tensor for key, tensor in state_dict.items() if key in known})
 
 
 def _is_optional(key: str) -> bool:
     return key.endswith(".num_batches_tracked")
 
 
-def _class_count_problem(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    if _CLASS_BIAS not in expected or _CLASS_BIAS not in given:
+def _class_count_problem(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if _CLASS_BIAS not in expected or len(given.get(_CLASS_BIAS, ())) != 1:
         return []
-    labels, came = len(expected[_CLASS_BIAS]) - 1, len(given[_CLASS_BIAS]) - 1
+    labels, came = expected[_CLASS_BIAS][0] - 1, given[_CLASS_BIAS][0] - 1
     if labels == came:
         return []
     return [
@@ -163,11 +132,11 @@ def _key_problem(kind: str, keys: Iterable[str]) -> list[str]:
     return [f"{kind}: {_listing(listed)}"] if listed else []
 
 
-def _shape_problem(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+def _shape_problem(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
     differing = [
-        f"{key} (expected {tuple(expected[key].shape)}, got {tuple(given[key].shape)})"
+        f"{key} (expected {expected[key]}, got {given[key]})"
         for key in sorted(expected.keys() & given.keys())
-        if expected[key].shape != given[key].shape
+        if expected[key] != given[key]
     ]
     return [f"other shape: {_listing(differing)}"] if differing else []
 

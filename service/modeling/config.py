@@ -448,7 +448,7 @@ class ModelConfig(_Table):
     def _no_label_twice(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         twice = sorted(label for label, count in Counter(labels).items() if count > 1)
         if twice:
-            raise ValueError(f"expected every label once, got twice: {', '.join(twice[:10])}")
+            raise ValueError(f"expected every label once, got twice: {', '.join(twice[:20])}")
         return labels
 
     @model_validator(mode="after")

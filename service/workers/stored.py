@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from service.cores import available_cores
 from service.errors import ModelNotFoundError, ModelStoreError
 from service.settings import Settings
 
@@ -78,13 +78,13 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
 
 
 def _share_cores(settings: Settings) -> None:
-    """Let several workers on one CPU not use it all, each of them."""
-    from numba import set_num_threads as set_numba_threads
+    """Give each worker its part of the cores that the service may use."""
+    from torch import get_num_threads as get_torch_threads
     from torch import set_num_threads as set_torch_threads
 
     from service.inference.loading import choose_device
 
-    if settings.workers is not None and settings.workers > 1 and choose_device(settings.device).type == "cpu":
-        threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
-        set_torch_threads(threads)
-        set_numba_threads(threads)
+    workers = max(1, settings.workers or 1) if choose_device(settings.device).type == "cpu" else 1
+    # OMP_NUM_THREADS, which torch follows, may ask for fewer.
+    threads = min(get_torch_threads(), max(1, available_cores() // workers))
+    set_torch_threads(threads)  # OpenVINO and our own loops take as many as torch

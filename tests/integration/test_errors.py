@@ -237,15 +237,36 @@ def test_missing_and_wrong_keys_are_told_apart(serve: Callable[..., Live]) -> No
     assert_problem(live.detect(GOOD), 401, "missing_key", "Bearer")
     for header in ({"X-API-Key": "wrong"}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "alph"}):
         response = live.client.post("/v1/detect", content=GOOD, headers=header)
-        assert_problem(response, 403, "key_not_allowed")
+        assert_problem(response, 403, "key_not_allowed", "does not know the key")
     for header in ({"X-API-Key": "beta"}, {"Authorization": "Bearer alpha"}, {"X-API-Key": "root"}):
         assert live.client.post("/v1/detect", content=GOOD, headers=header).status_code == 200
 
 
-def test_keys_of_administrators_alone_close_the_service_too(serve: Callable[..., Live]) -> None:
+def test_unknown_keys_and_keys_of_users_are_told_apart_where_models_are_loaded(serve: Callable[..., Live]) -> None:
+    live = serve(api_keys="alpha", admin_keys="root")
+    for key, words in (("wrong", "does not know the key"), ("alpha", "may detect, but not load or unload")):
+        response = live.client.post("/v1/models/fake/load", headers={"X-API-Key": key})
+        assert_problem(response, 403, "key_not_allowed", words)
+
+
+def test_keys_of_administrators_alone_leave_detection_open(serve: Callable[..., Live]) -> None:
     live = serve(admin_keys="root")
-    assert_problem(live.detect(GOOD), 401, "missing_key")
-    assert live.client.get("/v1/models", headers={"X-API-Key": "root"}).status_code == 200
+    assert live.detect(GOOD).status_code == 200
+    assert_problem(live.client.post("/v1/models/fake/load"), 401, "missing_key")
+
+
+@pytest.mark.parametrize("key", ["ключ", "clé à deux mots", "鍵"])
+def test_keys_may_be_any_utf8(serve: Callable[..., Live], key: str) -> None:
+    live = serve(api_keys=key)
+    assert live.client.get("/v1/models", headers=[(b"x-api-key", key.encode())]).status_code == 200
+
+
+@pytest.mark.parametrize("header", [b"\xff", b"\xc3\x28", b"Bearer \xed\xa0\x80"])
+def test_a_key_of_bytes_that_are_no_text_is_an_unknown_key(serve: Callable[..., Live], header: bytes) -> None:
+    live = serve(api_keys="ключ")
+    for name in (b"x-api-key", b"authorization"):
+        response = live.client.get("/v1/models", headers=[(name, header)])
+        assert response.status_code in (401, 403)
 
 
 def test_probes_and_metrics_need_no_key(serve: Callable[..., Live]) -> None:

@@ -30,7 +30,7 @@ ADMIN = {"X-API-Key": "root"}
 
 @pytest.fixture
 def live() -> Iterator[Live]:
-    with running_workers(admin_keys="root", api_keys="") as live:
+    with running_workers(admin_keys="root") as live:
         live.client.headers.update(ADMIN)
         live.wait_until_ready()
         yield live

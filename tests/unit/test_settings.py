@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, service_links, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,70 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
 
 
-def test_empty_list_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROISERVE_API_KEYS", "")
-    assert Settings().api_keys == ()
+def test_empty_list_of_models_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROISERVE_MODELS", "")
+    assert Settings().models == ()
+
+
+@pytest.mark.parametrize("variable", ["ROISERVE_API_KEYS", "ROISERVE_ADMIN_KEYS"])
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_keys_that_are_set_but_empty_are_refused(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty secret from a vault must not open the service to everyone."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValidationError, match="expected at least one key, got none"):
+        Settings()
+
+
+@pytest.mark.parametrize(("value", "words"), [(b"\xff", "UTF-8"), (b"a\x01", "control characters")])
+def test_keys_that_no_request_could_carry_are_refused(
+    value: bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROISERVE_API_KEYS", os.fsdecode(value))
+    with pytest.raises(ValidationError, match=words):
+        Settings()
+
+
+KUBERNETES = {
+    "ROISERVE_SERVICE_HOST": "10.96.0.7",
+    "ROISERVE_SERVICE_PORT": "8000",
+    "ROISERVE_SERVICE_PORT_HTTP": "8000",
+    "ROISERVE_PORT": "tcp://10.96.0.7:8000",
+    "ROISERVE_PORT_8000_TCP": "tcp://10.96.0.7:8000",
+    "ROISERVE_PORT_8000_TCP_PROTO": "tcp",
+    "ROISERVE_PORT_8000_TCP_PORT": "8000",
+    "ROISERVE_PORT_8000_TCP_ADDR": "10.96.0.7",
+}
+"""What a pod gets for a Service that is named roiserve."""
+
+
+def test_variables_of_a_kubernetes_service_named_roiserve_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == Settings(port=8000, host="127.0.0.1")
+    assert service_links(KUBERNETES) == sorted(KUBERNETES)
+    assert list(unknown_variables(KUBERNETES)) == []
+
+
+def test_a_port_that_an_operator_set_is_no_service_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROISERVE_PORT", "9000")
+    assert Settings().port == 9000
+    assert service_links({"ROISERVE_PORT": "9000", "OTHER_PORT": "tcp://10.96.0.7:1"}) == []
+
+
+def test_unknown_variables_are_found_with_what_was_meant() -> None:
+    environment = {
+        "ROISERVE_MAX_BACH_SIZE": "3",
+        "ROISERVE_API_KEY": "x",
+        "ROISERVE_ZZZ": "1",
+        "ROISERVE_PORT": "1",
+        "ROISERVE_WEIGHTS_BASE_URL": "x",
+        "PATH": "x",
+    }
+    assert list(unknown_variables(environment)) == [
+        ("ROISERVE_API_KEY", "ROISERVE_API_KEYS"),
+        ("ROISERVE_MAX_BACH_SIZE", "ROISERVE_MAX_BATCH_SIZE"),
+        ("ROISERVE_ZZZ", None),
+    ]
 
 
 def test_keys_are_not_printed() -> None:

@@ -51,6 +51,15 @@ def test_defaults_are_written_out_so_that_a_later_release_cannot_change_the_mode
     assert "nms_thresh = 0.7" in path.read_text()
 
 
+def test_tables_that_a_network_does_not_use_are_not_written(path: Path) -> None:
+    write_model_toml(path, CONFIG, WEIGHTS, PROVENANCE)
+    assert "[proposals]" not in path.read_text()
+    given = CONFIG.model_copy(update={"architecture": "fast_rcnn"})
+    write_model_toml(path, given, WEIGHTS, PROVENANCE)
+    assert "[rpn]" not in path.read_text()
+    assert "[proposals]" in path.read_text()
+
+
 def test_a_model_toml_serves_as_a_model_config_without_its_own_tables_getting_lost(path: Path) -> None:
     write_model_toml(path, CONFIG, WEIGHTS, PROVENANCE)
     first = read_model_toml(path)
@@ -107,7 +116,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_named(path: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"model\.toml: no such file"):
         read_model_toml(path)
     path.mkdir()
-    with pytest.raises(ModelStoreError, match=r"model\.toml: cannot be read: Is a directory"):
+    with pytest.raises(ModelStoreError, match=r"model\.toml: expected a regular file, got a folder"):
         read_model_toml(path)
 
 

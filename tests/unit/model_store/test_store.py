@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,38 @@ def test_a_broken_model_is_listed_with_its_problem_and_leaves_the_others_alone(s
     assert "weights.safetensors: no such file" in str(problems["empty"])
     with pytest.raises(ModelStoreError, match="not valid TOML"):
         store.find("half").load_weights()
+
+
+def test_absurd_folders_are_listed_with_their_problems_and_keep_nobody_waiting(store: ModelStore) -> None:
+    write(store, "good")
+    for name in ("pipe", "device", "folder", "huge"):
+        (write(store, name).path / "model.toml").unlink()
+    os.mkfifo(store.root / "pipe/1/model.toml")
+    (store.root / "device/1/model.toml").symlink_to("/dev/zero")
+    (store.root / "folder/1/model.toml").mkdir()
+    with (store.root / "huge/1/model.toml").open("wb") as file:
+        file.truncate(1 << 40)
+    weights = write(store, "weights").weights_path
+    weights.unlink()
+    os.mkfifo(weights)
+    problems = {model.name: str(model.problem) for model in store.list()}
+    assert problems.pop("good") == "None"
+    words = {"pipe": "a pipe", "device": "a device", "folder": "a folder", "huge": "at most", "weights": "a pipe"}
+    assert [name for name, word in words.items() if word not in problems.pop(name)] == []
+    assert problems == {}
+
+
+def test_listing_needs_no_torch(store: ModelStore) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from service.model_store.store import ModelStore\n"
+        "assert [model.problem for model in ModelStore(Path(sys.argv[1])).list()] == [None]\n"
+        "print('torch' in sys.modules)\n"
+    )
+    write(store, "cells")
+    command = [sys.executable, "-c", program, str(store.root)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_folders_that_are_no_model_are_named(store: ModelStore) -> None:

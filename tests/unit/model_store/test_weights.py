@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import ModelStoreError
-from service.model_store.weights import check_safetensors, load_into, load_weights, save_weights
+from service.model_store.files import check_safetensors
+from service.model_store.weights import load_into, load_weights, save_weights
 
 
 @pytest.fixture

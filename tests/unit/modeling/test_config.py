@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from service.modeling.config import ModelConfig, RoIConfig, TransformConfig
+from service.modeling.config import AnchorsConfig, BackboneConfig, ModelConfig, RoIConfig, TransformConfig
 
 
 def test_the_mask_branch_differs_from_the_box_branch_as_far_as_it_says() -> None:
@@ -153,3 +153,27 @@ def test_an_unknown_backbone_is_refused_with_the_nearest() -> None:
 def test_context_leaves_room_for_the_box() -> None:
     with pytest.raises(ValidationError, match="crop_padding below half of crop_size, got 32 and 64"):
         network("rcnn", "vgg16", roi={"crop_size": 64, "crop_padding": 32})
+
+
+def test_a_hundred_thousand_labels_are_compared_once_each() -> None:
+    """Counting each label among all others would take minutes; this stays within a test's time by counting once."""
+    labels = tuple(f"label {number}" for number in range(100_000))
+    backbone = BackboneConfig(name="resnet18_fpn")
+    assert ModelConfig(architecture="faster_rcnn", labels=labels, backbone=backbone).num_classes == 100_001
+    with pytest.raises(ValidationError, match="got twice: label 7"):
+        ModelConfig(architecture="faster_rcnn", labels=(*labels, "label 7"), backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        {"aspect_ratios": [1.0] * 1_000_000},
+        {"sizes": [[32.0] * 1_000_000]},
+        {"sizes": [[32.0]] * 1_000_000},
+        {"aspect_ratios": [float("inf")]},
+        {"sizes": [[1e300]]},
+    ],
+)
+def test_anchors_beyond_any_sense_are_refused_by_the_configuration(anchors: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        AnchorsConfig.model_validate(anchors)
