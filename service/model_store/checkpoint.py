@@ -300,8 +300,9 @@ def _of_something_else(
 
 def _why_no_weights(content: Any) -> str:
     inner = content
-    while isinstance(inner, Mapping) and len(inner) == 1:
-        inner = next(iter(inner.values()))
+    for _ in range(_DEEPEST):
+        if isinstance(inner, Mapping) and len(inner) == 1:
+            inner = next(iter(inner.values()))
     if isinstance(inner, Unread):
         return f"expected weights by name, got {described(inner)}; save `model.state_dict()` alone"
     if isinstance(inner, Mapping) and inner:

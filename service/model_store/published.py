@@ -1,16 +1,17 @@
-"""What torchvision has published: its detectors trained on COCO, by builder. Called by `importing.py`, which knows such
-a file when it sees one, and by `pull.py`, which fetches it. Holds no list of its own; torchvision has it.
+"""What torchvision has published: its detectors trained on COCO, by builder. Holds no list of its own;
+torchvision has it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torchvision.models import get_model_weights  # type: ignore[attr-defined]  # exported, but not by name
 
 from service.errors import ModelStoreError
+from service.model_store.labels import category_labels
 from service.model_store.torchvision_layout import BUILDERS
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
@@ -65,11 +66,6 @@ def published_weights(builder: str) -> PublishedWeights:
         norm_eps=0.0 if builder in _WITHOUT_NORM_EPS else 1e-5,
         metrics=weights.meta["_metrics"]["COCO-val2017"],
     )
-
-
-def category_labels(categories: Sequence[str]) -> tuple[str, ...]:
-    """Categories as torchvision lists them, the background left out, with names for the ids that COCO does not use."""
-    return tuple(f"unused {id_}" if name == "N/A" else name for id_, name in enumerate(categories, start=1))
 
 
 def find_published(sha256: str) -> PublishedWeights | None:

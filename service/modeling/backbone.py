@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import get_model, list_models, mobilenet, resnet, vgg
+from torchvision.models import mobilenet, resnet, vgg
+from torchvision.models._api import get_model, list_models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
@@ -161,10 +162,18 @@ def _build_three_channels(config: BackboneConfig) -> Backbone:
         return _mobilenet_fpn(trunk_norm, config)
     if config.width is not None:
         return _from_resnet(NarrowResNet18(width=config.width, norm_layer=trunk_norm), 8 * config.width, config)
-    trunk: resnet.ResNet = getattr(resnet, config.name.rpartition("_")[0])(weights=None, norm_layer=trunk_norm)
+    trunk = _resnet(config.name.rpartition("_")[0], trunk_norm)
     if config.stride_in_1x1:
         _stride_in_1x1(trunk)
     return _from_resnet(trunk, trunk.inplanes, config)
+
+
+def _resnet(name: str, trunk_norm: NormLayer) -> resnet.ResNet:
+    if name == "resnext101_32x4d":  # mmdetection's, which torchvision has no builder for
+        layers = [3, 4, 23, 3]
+        return resnet.ResNet(resnet.Bottleneck, layers, groups=32, width_per_group=4, norm_layer=trunk_norm)
+    trunk: resnet.ResNet = getattr(resnet, name)(weights=None, norm_layer=trunk_norm)
+    return trunk
 
 
 def _read_channels(module: nn.Module, in_channels: int) -> None:
@@ -241,10 +250,10 @@ def torchvision_features(model: str) -> nn.Sequential:
     Raises:
         ModelStoreError: there is no such classifier, or it has no `.features` that give a map.
     """
-    if model not in _models_with_features():
-        close = difflib.get_close_matches(model, _models_with_features(), n=3)
+    if model not in models_with_features():
+        close = difflib.get_close_matches(model, models_with_features(), n=3)
         hint = (
-            f"; did you mean one of: {', '.join(close)}?" if close else f"; known: {', '.join(_models_with_features())}"
+            f"; did you mean one of: {', '.join(close)}?" if close else f"; known: {', '.join(models_with_features())}"
         )
         raise ModelStoreError(f"torchvision has no classifier {model!r} whose features are one map{hint}")
     features = get_model(model, weights=None).features
@@ -253,26 +262,30 @@ def torchvision_features(model: str) -> nn.Sequential:
 
 
 @cache
-def _models_with_features() -> tuple[str, ...]:
+def models_with_features() -> tuple[str, ...]:
     """Names of torchvision's classifiers that make their map in a module of the name `features`."""
     return tuple(name for name in list_models(module=torchvision.models) if name.startswith(_FAMILIES_WITH_FEATURES))
 
 
 @cache
-def _channels_and_stride(model: str) -> tuple[int, int]:
-    """Of the map of `torchvision_features`, found out on shapes alone."""
+def _channels_and_stride(model: str, stop: int | None) -> tuple[int, int]:
+    """Of the map of the first parts of `torchvision_features`, found out on shapes alone."""
     with torch.device("meta"):
-        # Of a multiple of every stride, so that nothing is rounded; squeezenet's poolings still lose a cell or two.
-        shape = torchvision_features(model).eval()(torch.zeros(1, 3, 1024, 1024)).shape
+        shape = torchvision_features(model)[:stop].eval()(torch.zeros(1, 3, 1024, 1024)).shape
+    # Poolings without padding lose a cell or two, which does not make another stride of it.
     return shape[1], 1 << round(math.log2(1024 / shape[2]))
 
 
 def _torchvision_features(model: str, config: BackboneConfig) -> Backbone:
-    trunk = torchvision_features(model)
+    trunk = torchvision_features(model)[: config.features_stop]
+    if not len(trunk):
+        raise ModelStoreError(
+            f"expected features_stop to leave some of the parts of {model}, got {config.features_stop}"
+        )
     if config.norm == "frozen_batch_norm":
         _freeze_norms(trunk)
-    channels, stride = _channels_and_stride(model)
-    module = SingleMap(trunk, last=str(len(trunk) - 1))
+    channels, stride = _channels_and_stride(model, config.features_stop)
+    module = SingleMap(trunk, last=[name for name, _ in trunk.named_children()][-1])
     return Backbone(module, {"0": stride}, strides=(stride,), out_channels=channels)
 
 

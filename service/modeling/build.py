@@ -1,4 +1,6 @@
-"""`build_model`: the whole network as one nested expression, from torchvision's parts. Names of parts are torchvision's, so its published state dicts load with `strict=True`."""
+"""`build_model`: the whole network as one nested expression, from torchvision's parts. Names of parts are
+torchvision's, so its published state dicts load with `strict=True`.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ BackboneName = Literal[
     "resnet101_fpn",
     "resnet152_fpn",
     "resnext50_32x4d_fpn",
+    "resnext101_32x4d_fpn",
     "resnext101_32x8d_fpn",
     "resnext101_64x4d_fpn",
     "wide_resnet50_2_fpn",
@@ -85,6 +86,8 @@ class BackboneConfig(_Table):
         stride_in_1x1: the strided bottleneck of a stage strides in its first convolution, 1 x 1, as detectron2's MSRA
             weights have it, not in its 3 x 3 as torchvision's.
         returned_layers: stages of a ResNet that the pyramid is built over, 1 to 4, without gaps.
+        features_stop: `torchvision/<model>` only: its `.features[:features_stop]` are the trunk, as Python counts; all
+            of them if not named.
         extra_blocks: coarser maps on top of the pyramid: `pool`, one that is subsampled from the last; `p6p7`, two
             strided convolutions behind the last; `p6p7_on_c5`, the same behind the trunk's last stage; or `none`.
     """
@@ -98,6 +101,7 @@ class BackboneConfig(_Table):
     stride_in_1x1: bool = False
     returned_layers: tuple[Stage, ...] = (1, 2, 3, 4)
     extra_blocks: ExtraBlocks = "pool"
+    features_stop: Annotated[int, Field(ge=-100, le=100)] | None = None
 
     @field_validator("name")
     @classmethod
@@ -142,6 +146,12 @@ class BackboneConfig(_Table):
             raise ValueError(f"expected returned_layers without gaps, such as [2, 3, 4], got {list(layers)}")
         if self.extra_blocks.startswith("p6p7") and layers[-1] != 4:
             raise ValueError(f"expected returned_layers up to 4 below {self.extra_blocks}, got {list(layers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _stop_belongs_to_features(self) -> Self:
+        if self.features_stop is not None and self.torchvision_model is None:
+            raise ValueError(f"'features_stop' is for torchvision/<model>, got name={self.name!r}")
         return self
 
     @model_validator(mode="after")
@@ -220,7 +230,8 @@ class TransformConfig(_Table):
         for key, numbers in (("mean", self.mean), ("std", self.std)):
             if len(numbers) != count:
                 raise ValueError(
-                    f"expected {key} of {count} number(s), one for each channel of {self.channels!r}, got {list(numbers)}"
+                    f"expected {key} of {count} number(s), one for each channel of {self.channels!r}, "
+                    f"got {list(numbers)}"
                 )
         return self
 
@@ -248,9 +259,9 @@ class AnchorsConfig(_Table):
     @property
     def ratios_by_level(self) -> tuple[tuple[float, ...], ...]:
         """The aspect ratios of every feature map."""
-        if self.aspect_ratios and isinstance(self.aspect_ratios[0], tuple):
-            return self.aspect_ratios  # type: ignore[return-value]  # by the check above
-        return (self.aspect_ratios,) * len(self.sizes)  # type: ignore[return-value]  # likewise
+        ratios = self.aspect_ratios
+        own = tuple(one for one in ratios if isinstance(one, tuple))
+        return own or (tuple(one for one in ratios if not isinstance(one, tuple)),) * len(self.sizes)
 
     @model_validator(mode="after")
     def _same_number_on_every_level(self) -> Self:
@@ -504,7 +515,8 @@ class ModelConfig(_Table):
         elif self.backbone.has_pyramid:
             known = ", ".join(one for one in get_args(BackboneName) if not one.endswith("_fpn"))
             raise ValueError(
-                f"expected one of {known}, torchvision/<model> for architecture = 'rcnn': a crop needs no pyramid; got {name}"
+                f"expected one of {known}, torchvision/<model> for architecture = 'rcnn': a crop needs no pyramid; "
+                f"got {name}"
             )
         return self
 
