@@ -115,6 +115,11 @@ def builder_config(builder: str, labels: Sequence[str], *, norm_eps: float = 1e-
     return validated(builder, {**tables, "labels": labels, "backbone": backbone}, ModelConfig)
 
 
+def with_backbone(config: ModelConfig, **changes: object) -> ModelConfig:
+    """The configuration with other values in its `[backbone]`."""
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update=changes)})
+
+
 def inferred(state_dict: Mapping[str, Tensor]) -> Findings:
     """The network that a state dict is from, as far as names and shapes tell.
 
