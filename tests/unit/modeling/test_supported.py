@@ -1,5 +1,5 @@
-"""Whatever the table "What can be combined" of docs/models.md says yes to is built; one of each kind answers and trains;
-the rest is refused with what would have been right.
+"""Whatever the table "What can be combined" of docs/models.md says yes to is built; one of each kind answers and
+trains; the rest is refused with what would have been right.
 """
 
 from __future__ import annotations
