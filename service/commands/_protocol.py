@@ -1,6 +1,6 @@
-"""Uvicorn's HTTP/1.1 protocol with bounds. Uvicorn alone waits for ever for the head of a request, holds any amount of it,
-answers malformed requests in plain text, and waits for ever for a caller to read its answer. This file overrides private
-parts of uvicorn; `pyproject.toml` therefore bounds its version, and a test checks that the parts exist.
+"""Uvicorn's HTTP/1.1 protocol with bounds. Uvicorn alone waits for ever for the head of a request, holds any amount of
+it, answers malformed requests in plain text, and waits for ever for a caller to read its answer. This file overrides
+private parts of uvicorn; `pyproject.toml` therefore bounds its version, and a test checks that the parts exist.
 """
 
 from __future__ import annotations
