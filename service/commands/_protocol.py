@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import httptools
 from fastapi import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.errors import (
     HeadTooLargeError,
@@ -184,7 +184,8 @@ class BoundedProtocol(HttpToolsProtocol):
     @property
     def _is_busy(self) -> bool:
         """Whether a request is being answered, or waits for that."""
-        return self.cycle is not None and not self.cycle.response_complete
+        cycle: RequestResponseCycle | None = self.cycle  # which uvicorn calls always there, from the first request on
+        return cycle is not None and not cycle.response_complete
 
     def _check_headers(self) -> None:
         """Refuse what HTTP/1.1 forbids and proxies might read differently."""
@@ -236,7 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_awaiting_head()
         self._refusal = error
         cycle = self.cycle
-        if cycle is not None and cycle.more_body and not self._head_has_begun and not cycle.response_complete:
+        if self._is_busy and cycle.more_body and not self._head_has_begun:
             # Its body is malformed. If it waits for its turn, its answer does, too.
             place = next((index for index, (waiting, _) in enumerate(self.pipeline) if waiting is cycle), None)
             if place is not None:

@@ -80,7 +80,7 @@ def assert_refused(answer: bytes, status: int, code: str, words: str) -> None:
 
 HEAD = b"GET /healthz HTTP/1.1\r\n"
 UPLOAD = b"POST /v1/detect HTTP/1.1\r\nHost: x\r\n"
-MALFORMED = {
+MALFORMED: dict[str, tuple[bytes, int, str, str]] = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\r\n\r\n", 400, "malformed_request", "expected a request in HTTP/1.1:"),
     "target beyond ASCII": (
         b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -117,10 +117,10 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_request_is_a_problem_document_too(live: Live, name: str) -> None:
-    sent, *expected = MALFORMED[name]
+    sent, status, code, words = MALFORMED[name]
     with connected(live) as connection:
         connection.sendall(sent)
-        assert_refused(read_all(connection), *expected)
+        assert_refused(read_all(connection), status, code, words)
 
 
 @pytest.mark.parametrize(
