@@ -4,12 +4,13 @@ file. Addresses, labels and figures are torchvision's own; it publishes only the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torchvision.models import get_model_weights  # type: ignore[attr-defined]  # exported, but not by name
 
 from service.errors import ModelStoreError
+from service.model_store.labels import category_labels
 from service.model_store.torchvision_layout import BUILDERS
 
 # torchvision's `overwrite_eps`: these two were trained with norms that add nothing to the variance.
@@ -94,11 +95,6 @@ def published_weights(builder: str) -> PublishedWeights:
         norm_eps=0.0 if builder in _WITHOUT_NORM_EPS else 1e-5,
         metrics=weights.meta["_metrics"]["COCO-val2017"],
     )
-
-
-def category_labels(categories: Sequence[str]) -> tuple[str, ...]:
-    """Categories as torchvision lists them, the background left out, with names for the ids that COCO does not use."""
-    return tuple(f"unused {id_}" if name == "N/A" else name for id_, name in enumerate(categories, start=1))
 
 
 def find_published(sha256: str) -> PublishedWeights | None:
