@@ -8,6 +8,7 @@ service/
 ├── __main__.py         `python -m service`
 ├── cli.py              the `roiserve` command
 ├── commands/           its subcommands, a file each: words, tables and progress bars
+├── cluster/            the app on Ray Serve: HTTP replicas before detector replicas that the cluster scales
 ├── app.py              create_app(settings): the only place that wires rooms together
 ├── workers/            device workers: processes that run models, supervised, and what is said between them
 ├── pipeline.py         one request: decode, submit, encode
@@ -19,6 +20,7 @@ service/
 ├── model_store/        read, check and write model folders
 ├── modeling/           the networks, the papers' nouns as files, parts from torchvision
 ├── ops/                RoI Pool, RoI Align and their kin behind one interface
+├── devices/            what a CPU and a GPU can do, and how each is used, behind one interface
 ├── training/           dataset, targets, loop, evaluation
 ├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
@@ -31,8 +33,8 @@ service/
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli → commands → app | training → api → workers → pipeline → batching | imaging | masks | inference → model_store
-    → modeling → ops → metrics → structures → settings | logs | jit | load → cores | errors
+    cli → commands → cluster → app | training → api → workers → pipeline → batching | imaging | masks | inference
+    → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores | errors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

@@ -124,12 +124,59 @@ class Prediction:
         stage_seconds: time of the whole batch by stage (`preprocess, backbone, rpn, roi_heads, postprocess`).
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
+        overflowed: whether the batch ran again in float32, since half precision could not hold its numbers.
     """
 
     detections: Detections
     stage_seconds: Mapping[str, float]
     batch_size: int
     padding_ratio: float = 0.0
+    overflowed: bool = False
+
+
+NOT_FINITE = 1e9
+"""A difference beyond all others, for JSON has no infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedValue:
+    """How far one kind of answer lies from the plain network's.
+
+    Attributes:
+        largest_difference: of boxes in pixels of the pictures, of scores and masks as probabilities; `NOT_FINITE` if
+            there was a number that is not finite.
+        tolerance: the most that passes.
+    """
+
+    largest_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of holding an engine, on its device and in its precision, to `eager` in float32 on the same device.
+
+    Attributes:
+        engine: the one that was looked at; another one serves if it did not pass.
+        precision: the one that was looked at.
+        values: `boxes`, `scores`, and `masks` of a network that has them.
+        seconds: what it took.
+    """
+
+    engine: str
+    precision: str
+    values: Mapping[str, VerifiedValue]
+    seconds: float
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether all differences are within their tolerance."""
+        return all(one.largest_difference <= one.tolerance for one in self.values.values())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} within {one.largest_difference:.2g} (of {one.tolerance:g})" for name, one in self.values.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +190,8 @@ class ModelInfo:
         has_masks: whether it is a Mask R-CNN.
         roi_ops: RoI operators that can take the place of `roi_op`, itself among them; none if its heads fit no other.
         needs_proposals: whether every request must bring proposals.
+        verification: of its engine and precision; None for `eager` in float32, which others are held to, and before it
+            has warmed up.
     """
 
     name: str
@@ -159,6 +208,7 @@ class ModelInfo:
     device: str
     roi_ops: tuple[str, ...] = ()
     needs_proposals: bool = False
+    verification: Verification | None = None
 
     @property
     def key(self) -> str:

@@ -19,7 +19,7 @@ import orjson
 
 from service import errors
 from service.errors import ServiceError
-from service.structures import DetectOptions, ModelInfo
+from service.structures import DetectOptions, ModelInfo, Verification, VerifiedValue
 
 Header = dict[str, Any]
 _LENGTHS = struct.Struct("<II")
@@ -95,7 +95,20 @@ def options_to(options: DetectOptions) -> Header:
 
 def model_info_from(fields: Header) -> ModelInfo:
     """A model as it came out of a header; `asdict` puts it in."""
-    return ModelInfo(**fields | {"labels": tuple(fields["labels"]), "roi_ops": tuple(fields["roi_ops"])})
+    verification = fields["verification"]
+    return ModelInfo(
+        **fields
+        | {
+            "labels": tuple(fields["labels"]),
+            "roi_ops": tuple(fields["roi_ops"]),
+            "verification": None if verification is None else _verification_from(verification),
+        }
+    )
+
+
+def _verification_from(fields: Header) -> Verification:
+    values = {name: VerifiedValue(**value) for name, value in fields["values"].items()}
+    return Verification(**fields | {"values": values})
 
 
 class WorkerTracebackError(Exception):
