@@ -79,6 +79,7 @@ def compare(
     from rich.console import Console
     from rich.progress import Progress
 
+    from service.commands._data import load_with_words
     from service.inference.loading import interchangeable_ops, load_predictor
     from service.model_store.model_toml import read_model_config
     from service.model_store.store import ModelStore
@@ -103,7 +104,14 @@ def compare(
         assert model_config is not None  # one of the two is given
         name, config = model_config.stem, read_model_config(model_config)
     ops = _operators(roi_op, interchangeable_ops(config), name)
-    val = load_coco(data, labels=config.labels, masks="if_any" if config.has_masks else "none")
+    val = load_with_words(
+        data,
+        labels=config.labels,
+        leaves_out_others=False,
+        masks="if_any" if config.has_masks else "none",
+        drop_bad=False,
+        frame="auto",
+    )
     with Progress(console=Console(stderr=True)) as progress, TemporaryDirectory() as folder:
         # Searched for once, for all operators, and in no picture's time.
         proposals = None if config.has_rpn else ProposalCache(Path(folder), config.proposals)

@@ -13,9 +13,9 @@ from service.model_store.checkpoint import read_checkpoint
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 
-_BODY = "backbone.body."
+# An R-CNN keeps its trunk in the branch that sees the crops.
+_BODIES = ("backbone.body.", "roi_heads.box_roi_pool.backbone.body.")
 _RES5 = "roi_heads.box_head."  # ResNet's layer4 where it is the box head
-_CROPS = "roi_heads.box_head.trunk."
 _LISTED = 8
 
 
@@ -31,7 +31,7 @@ def load_trunk_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         ModelStoreError: no checkpoint, or of another trunk; names the weights that are missing, of another shape, or of
             parts that the trunk does not have.
     """
-    given = {_plain(key): value for key, value in read_checkpoint(path).items()}
+    given = {_plain(key): value for key, value in read_checkpoint(path).weights.items()}
     expected = build_model(config).state_dict()
     names = {key: _plain(name) for key in expected if (name := _name_in_trunk(key)) is not None}
     needed = {key: name for key, name in names.items() if not key.endswith(".num_batches_tracked")}
@@ -68,8 +68,9 @@ def load_trunk_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def _name_in_trunk(key: str) -> str | None:
     """What the trunk itself calls a weight of the detector; None for a weight of another part."""
-    if key.startswith(_BODY):
-        return key.removeprefix(_BODY)
+    for body in _BODIES:
+        if key.startswith(body):
+            return key.removeprefix(body)
     return key.removeprefix(_RES5) if key.startswith(f"{_RES5}layer4.") else None
 
 
