@@ -55,6 +55,7 @@ def load_trunk_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
                 for name in given
                 if name.split(".")[0] in parts
                 and ".".join(name.split(".")[:2]) not in stages
+                and not name.endswith("num_batches_tracked")
                 and not _lies_behind(name, names)
             ],
         ),
