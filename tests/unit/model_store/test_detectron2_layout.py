@@ -287,8 +287,8 @@ def test_what_a_file_says_of_its_pixels_and_anchors_is_taken(path: Path) -> None
     assert config.transform.mean == pytest.approx((0.485, 0.456, 0.406))
     assert config.transform.std == pytest.approx((0.229, 0.224, 0.225))
     assert not config.backbone.stride_in_1x1
-    assert config.anchors.sizes == ((8,), (16,), (24,), (48,), (96,))
-    assert config.anchors.aspect_ratios == (0.25, 1.0, 3.0)
+    assert [list(level) for level in config.anchors.sizes] == [[8], [16], [24], [48], [96]]
+    assert list(config.anchors.aspect_ratios) == [0.25, 1.0, 3.0]
     told = {key: source for key, _, source in imported.rows}
     assert told["anchors.sizes"] == "the file: cell_anchors"
     assert told["transform.mean"] == "the file: pixel_mean"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models import mobilenetv2, mobilenetv3
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -55,15 +56,16 @@ class Wrapped(nn.Module):
 
 def reading(channels: int) -> nn.Module:
     """A ResNet-18 with a pyramid whose first convolution reads so many channels."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    backbone.body.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    backbone: nn.Module = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    body: Any = backbone.body
+    body.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     return backbone
 
 
 def grouped() -> nn.Module:
     """Group norms in the trunk; torchvision's helper does not hand a norm to the pyramid."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=groups)
-    blocks = backbone.fpn
+    backbone: nn.Module = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=groups)
+    blocks: Any = backbone.fpn
     for convolutions in (*blocks.inner_blocks, *blocks.layer_blocks):
         convolutions[0].bias = None
         convolutions.append(groups(256))
@@ -97,7 +99,7 @@ GREY = {"mean": [0.4], "std": [0.2]}
 RGBA = {"mean": [0.4, 0.5, 0.6, 0.5], "std": [0.2, 0.3, 0.2, 1.0]}
 FAMILIES = {
     "mobilenet_v2, as in the tutorial": Family(
-        lambda: one_map(models.mobilenet_v2(weights=None).features, 1280), "torchvision/mobilenet_v2"
+        lambda: one_map(mobilenetv2.mobilenet_v2(weights=None).features, 1280), "torchvision/mobilenet_v2"
     ),
     "vgg11 without its last pooling": Family(
         lambda: one_map(models.vgg11(weights=None).features[:-1], 512),
@@ -108,7 +110,7 @@ FAMILIES = {
         lambda: Wrapped(models.squeezenet1_1(weights=None).features, 512), "torchvision/squeezenet1_1"
     ),
     "the first parts of a mobilenet_v3": Family(
-        lambda: one_map(models.mobilenet_v3_small(weights=None).features[:9], 48), "torchvision/mobilenet_v3_small"
+        lambda: one_map(mobilenetv3.mobilenet_v3_small(weights=None).features[:9], 48), "torchvision/mobilenet_v3_small"
     ),
     "the children of a resnet18": Family(
         lambda: one_map(nn.Sequential(*list(models.resnet18(weights=None).children())[:-2]), 512), "resnet18_c5"

@@ -143,7 +143,7 @@ def test_what_the_configuration_in_the_file_says_is_taken(tmp_path: Path) -> Non
     assert config.transform.mean == pytest.approx((123.675 / 255, 116.28 / 255, 103.53 / 255))
     assert config.transform.std == pytest.approx((1 / 255,) * 3)
     assert (config.transform.min_size, config.transform.max_size) == (600, 1000)
-    assert config.anchors.sizes == ((16,), (32,), (64,), (128,), (256,))
+    assert [list(level) for level in config.anchors.sizes] == [[16], [32], [64], [128], [256]]
     assert config.roi.box_weights == pytest.approx((20, 20, 10, 10))
     assert (config.rpn.pre_nms_top_n_test, config.rpn.post_nms_top_n_test, config.rpn.nms_thresh) == (2000, 500, 0.6)
     detections = config.detections

@@ -58,15 +58,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "grouped convolutions": {
         "architecture": "faster_rcnn",
-        "backbone": {"name": "resnext50_32x4d_fpn", "out_channels": 16, "norm": "batch_norm"},
+        "backbone": {"name": "resnext50_32x4d_fpn", "out_channels": 16},
         "roi": {"box_head_channels": 32},
     },
     "group norms, three maps and two convolutions, of grey pictures": {
         "architecture": "mask_rcnn",
         "backbone": {
-            "name": "narrow_resnet18_fpn",
-            "width": 32,
-            "out_channels": 32,
+            "name": "resnet18_fpn",
+            "out_channels": 64,
             "norm": "group_norm",
             "fpn_norm": "group_norm",
             "returned_layers": [2, 3, 4],
@@ -75,9 +74,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "transform": {**SMALL["transform"], "channels": "grey", "mean": [0.5], "std": [0.2]},
         "anchors": {"sizes": [[16], [32], [48], [64], [96]]},
         "roi": {
-            "box_head_convs": [32],
+            "box_head_convs": [64],
             "box_head_channels": 32,
-            "mask_head_channels": [32],
+            "mask_head_channels": [64],
             "head_norm": "group_norm",
         },
     },
