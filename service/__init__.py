@@ -19,6 +19,7 @@ service/
 ├── model_store/        read, check and write model folders
 ├── modeling/           the networks, the papers' nouns as files, parts from torchvision
 ├── ops/                RoI Pool, RoI Align and their kin behind one interface
+├── devices/            what a CPU and a GPU can do, and how each is used, behind one interface
 ├── training/           dataset, targets, loop, evaluation
 ├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
@@ -32,7 +33,7 @@ service/
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
     cli → commands → app | training → api → workers → pipeline → batching | imaging | masks | inference → model_store
-    → modeling → ops → metrics → structures → settings | logs | jit | load → cores | errors
+    → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores | errors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -115,6 +116,8 @@ def _build_detector(
 
 async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
     """Prepare the description of the API and load the models; then be ready, or say what failed."""
+    begin = time.monotonic()
+    logger.info("loading models", extra={"fields": {"hint": "the first start compiles kernels, which takes a minute"}})
     try:
         await asyncio.to_thread(describe)
         for info in await state.detector.start():
@@ -129,4 +132,7 @@ async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
     state.lifecycle.has_models = True
     if state.lifecycle.phase is Phase.LOADING:
         state.lifecycle.phase = Phase.READY
-    logger.info("ready")
+    fields = {"models": ",".join(info.key for info in state.models), "seconds": round(time.monotonic() - begin, 1)}
+    url = state.lifecycle.url
+    links = {} if url is None else {"url": url, "docs": f"{url}/docs"}
+    logger.info("ready", extra={"fields": {**links, **fields}})

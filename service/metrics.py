@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Literal, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from service.structures import ModelInfo
 
@@ -39,6 +46,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        # A series `…_created` beside each of ours would double them; it holds for the whole process.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # without annotations
         ProcessCollector(registry=registry)
         self.requests = Counter(
             "roiserve_requests_total", "Answered HTTP requests.", ("route", "status"), registry=registry

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -114,10 +115,11 @@ def run_batch(batch: Sequence[Work | Errand], *, observe: Observe) -> Sequence[P
 
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
-    for work in batch:
-        work.progress.enter("inference")
-        work.progress.begin("inference")
-    predictions = predictor.predict([work.query for work in batch])
+    with ExitStack() as at_risk:
+        for work in batch:
+            work.progress.enter("inference")
+            at_risk.enter_context(work.progress.at_risk("inference"))
+        predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
     for stage, seconds in predictions[0].stage_seconds.items():
         observe("stage_duration", (stage, model), seconds)
@@ -179,8 +181,8 @@ class Pipeline:
         self,
         *,
         batcher: Batcher[Work | Errand, Prediction | None],
-        decoders: ThreadPoolExecutor,
-        encoders: ThreadPoolExecutor,
+        decoders: Executor,
+        encoders: Executor,
         image_limits: ImageLimits,
         held_pixels: HeldPixels,
         predictors: Mapping[str, Predictor],
@@ -212,7 +214,7 @@ class Pipeline:
             ServiceError: UnsupportedImageError, InvalidImageError or TooLargeError for the image; OverloadedError,
                 NotReadyError, DeadlineExceededError or InferenceError for what became of it.
         """
-        with self._held_pixels.hold() as holding:
+        with self._held_pixels.hold(resting=job.progress.resting) as holding:
             image, prediction = await self._detect(job, holding)
             job.progress.enter("encode")
             encoded = await self._encode(job, image, prediction.detections)
@@ -225,7 +227,7 @@ class Pipeline:
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
         """As `run`, but for the encoding: the decoded image and what was found in it."""
-        with self._held_pixels.hold() as holding:
+        with self._held_pixels.hold(resting=job.progress.resting) as holding:
             return await self._detect(job, holding)
 
     async def _detect(self, job: Job, holding: PixelHolding) -> tuple[Image, Prediction]:
@@ -242,11 +244,8 @@ class Pipeline:
         return predictor
 
     def _decode(self, job: Job, holding: PixelHolding) -> Image:
-        def before_decoding(pixels: int) -> None:
-            holding.take(pixels)
-            job.progress.begin("decode")
-
-        return decode_image(job.data, limits=self._image_limits, before_decoding=before_decoding)
+        with job.progress.at_risk("decode"):
+            return decode_image(job.data, limits=self._image_limits, before_decoding=holding.take)
 
     async def _encode(self, job: Job, image: Image, detections: Detections) -> bytes:
         if job.output == "image/png" or job.output == "image/jpeg":
@@ -261,12 +260,12 @@ class Pipeline:
         return b"[" + b",".join(part[1:-1] for part in parts) + b"]"
 
     def _encode_part(self, job: Job, image: Image, detections: Detections) -> bytes:
-        job.progress.begin("encode")
         info = self._predictor(job.model).info
         try:
-            if job.output == "image/png" or job.output == "image/jpeg":
-                return encode_drawing(image, detections, info, job.output)
-            return encode_json(image, detections, info, job.output)
+            with job.progress.at_risk("encode"):
+                if job.output == "image/png" or job.output == "image/jpeg":
+                    return encode_drawing(image, detections, info, job.output)
+                return encode_json(image, detections, info, job.output)
         except MemoryError:
             raise OutOfMemoryError(f"not enough memory to encode the answer as {job.output}") from None
 
@@ -274,7 +273,7 @@ class Pipeline:
         padded_size = predictor.group_key(image.size)
         padded_pixels = padded_size[0] * padded_size[1]
         work = Work(predictor, Query(image, job.options), padded_pixels, job.progress)
-        job.progress.begin("queue", padded_pixels=padded_pixels)
+        job.progress.queued(padded_pixels)
         self._submitted.add(work)
         try:
             answer = await self._batcher.submit(
@@ -302,7 +301,7 @@ class Pipeline:
         if errand.error is not None:
             raise errand.error
 
-    async def _in_thread(self, threads: ThreadPoolExecutor, job: Job, function: Callable[..., T], *args: object) -> T:
+    async def _in_thread(self, threads: Executor, job: Job, function: Callable[..., T], *args: object) -> T:
         """Call a function in a thread for as long as the caller waits. One that has begun runs on, in vain."""
         stage = job.progress.stage
         too_late = DeadlineExceededError(f"the deadline passed in the stage {stage!r}", stage=stage)

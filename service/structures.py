@@ -7,7 +7,8 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -123,12 +124,55 @@ class Prediction:
         stage_seconds: time of the whole batch by stage (`preprocess, backbone, rpn, roi_heads, postprocess`).
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
+        overflowed: whether the batch ran again in float32, since half precision could not hold its numbers.
     """
 
     detections: Detections
     stage_seconds: Mapping[str, float]
     batch_size: int
     padding_ratio: float = 0.0
+    overflowed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedValue:
+    """How far one kind of answer lies from the plain network's.
+
+    Attributes:
+        largest_difference: of boxes in pixels of the pictures, of scores and masks as probabilities; infinite if there
+            was a number that is not finite.
+        tolerance: the most that passes.
+    """
+
+    largest_difference: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of holding an engine, on its device and in its precision, to `eager` in float32 on the same device.
+
+    Attributes:
+        engine: the one that was looked at; another one serves if it did not pass.
+        precision: the one that was looked at.
+        values: `boxes`, `scores`, and `masks` of a network that has them.
+        seconds: what it took.
+    """
+
+    engine: str
+    precision: str
+    values: Mapping[str, VerifiedValue]
+    seconds: float
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether all differences are within their tolerance."""
+        return all(one.largest_difference <= one.tolerance for one in self.values.values())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} within {one.largest_difference:.2g} (of {one.tolerance:g})" for name, one in self.values.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +186,8 @@ class ModelInfo:
         has_masks: whether it is a Mask R-CNN.
         roi_ops: RoI operators that can take the place of `roi_op`, itself among them; none if its heads fit no other.
         needs_proposals: whether every request must bring proposals.
+        verification: of its engine and precision; None for `eager` in float32, which others are held to, and before it
+            has warmed up.
     """
 
     name: str
@@ -158,6 +204,7 @@ class ModelInfo:
     device: str
     roi_ops: tuple[str, ...] = ()
     needs_proposals: bool = False
+    verification: Verification | None = None
 
     @property
     def key(self) -> str:
@@ -185,12 +232,36 @@ class Progress:
         self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self._entered_at
         self.stage, self._entered_at = stage, now
 
-    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
-        """Work on it begins now (`decode`, `inference`, `encode`), or it begins to wait (`queue`).
+    @contextmanager
+    def at_risk(self, stage: str) -> Iterator[None]:
+        """For as long as this thread works on the request: what it does may end the process.
 
-        Called on the thread that does the work, right before it, so that a process that dies of the work has said so.
-        Nobody but a worker process wants to know.
+        Entered before the first byte is looked at, so that a process that dies of the work has said so. Several threads
+        may work on one request.
+
+        Args:
+            stage: `decode`, `inference` or `encode`.
         """
+        self._mark(stage, 1)
+        try:
+            yield
+        finally:
+            self._mark(stage, -1)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within `at_risk`, for as long as the thread only waits."""
+        self._mark(None, -1)
+        try:
+            yield
+        finally:
+            self._mark(None, 1)
+
+    def queued(self, padded_pixels: int) -> None:
+        """The image waits for the device from now on, with so many pixels, resized and padded."""
+
+    def _mark(self, stage: str | None, change: int) -> None:
+        """One thread more, or one less, works on the request. Only a worker process reports it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -31,9 +31,13 @@ class HeldPixels:
         self.size = 0
 
     @contextmanager
-    def hold(self) -> Iterator[PixelHolding]:
-        """The account of one job, empty at first; what it holds is given back at the end, and nobody waits for it."""
-        holding = PixelHolding(self)
+    def hold(self, *, resting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[PixelHolding]:
+        """The account of one job, empty at first. What it holds is given back at the end.
+
+        Args:
+            resting: gives a context in which a thread of this job waits for room.
+        """
+        holding = PixelHolding(self, resting)
         try:
             yield holding
         finally:
@@ -44,26 +48,36 @@ class HeldPixels:
 
     def give(self, holding: PixelHolding, pixels: int) -> None:
         """See `PixelHolding.take`."""
-        with self._resting(), self._turn, self._changed:
-            self._changed.wait_for(
-                lambda: holding.is_over or self.size == 0 or self.size + pixels <= self._max_held_pixels
-            )
-            if holding.is_over:
-                raise CancelledRequestError("nobody waits for this image any more")
-            holding.size += pixels
-            self.size += pixels
+        with self._changed:
+            if not self._turn.locked() and self._may_give(holding, pixels):
+                self._give(holding, pixels)
+                return
+        with self._resting(), holding.resting(), self._turn, self._changed:
+            self._changed.wait_for(lambda: self._may_give(holding, pixels))
+            self._give(holding, pixels)
+
+    def _may_give(self, holding: PixelHolding, pixels: int) -> bool:
+        return holding.is_over or self.size == 0 or self.size + pixels <= self._max_held_pixels
+
+    def _give(self, holding: PixelHolding, pixels: int) -> None:
+        if holding.is_over:
+            raise CancelledRequestError("nobody waits for this image any more")
+        holding.size += pixels
+        self.size += pixels
 
 
 class PixelHolding:
     """The account of one job; made by `HeldPixels.hold`.
 
     Attributes:
+        resting: see `HeldPixels.hold`.
         size: pixels that it holds.
         is_over: whether the job has ended.
     """
 
-    def __init__(self, held_pixels: HeldPixels) -> None:
+    def __init__(self, held_pixels: HeldPixels, resting: Callable[[], AbstractContextManager[None]]) -> None:
         self._held_pixels = held_pixels
+        self.resting = resting
         self.size = 0
         self.is_over = False
 

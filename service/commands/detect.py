@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._options import DEFAULT_STORE, StoreOption
 from service.errors import InvalidRequestError, ServiceError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def detect(
     masks: Annotated[
         Literal["rle", "polygons", "png", "crop", "none"] | None, typer.Option(help="Form of the masks in the JSON.")
     ] = None,
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[
         Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")

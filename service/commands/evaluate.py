@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._options import DEFAULT_STORE, StoreOption
+
 if TYPE_CHECKING:
     from service.structures import ModelInfo
     from service.training.evaluation import Evaluation
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
     data: Annotated[Path, typer.Option(help="COCO-format annotation file, such as DIR/val.json.")],
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[
         Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")

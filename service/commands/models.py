@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands._help import plain
+from service.commands._options import DEFAULT_STORE, StoreOption
 from service.model_store.model_toml import Dtype, ProvenanceTable
 
 if TYPE_CHECKING:
@@ -21,15 +23,11 @@ models_app = typer.Typer(
     name="models", no_args_is_help=True, help="List, show, import and download the models of a model store."
 )
 
-StoreOption = Annotated[
-    Path,
-    typer.Option("--store", envvar="ROISERVE_MODEL_STORE", help="Folder that holds <name>/<version>/model.toml."),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DEFAULT_STORE = Path("model_store")
 
 
 @models_app.command("list")
+@plain
 def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the models of a store, broken ones with what is wrong with them.
 
@@ -58,6 +56,7 @@ def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) ->
 
 
 @models_app.command("show")
+@plain
 def show_model(
     model: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
     store: StoreOption = DEFAULT_STORE,
@@ -85,6 +84,7 @@ def show_model(
 
 
 @models_app.command("import")
+@plain
 def import_model(
     file: Annotated[
         Path,
@@ -159,6 +159,7 @@ def import_model(
 
 
 @models_app.command("pull")
+@plain
 def pull(
     architecture: Annotated[str, typer.Argument(metavar="NAME", help="torchvision's name of the network.")],
     name: Annotated[str | None, typer.Option("--name", help="What to call it; left out, the same.")] = None,

@@ -11,8 +11,8 @@ from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from service.devices import device_of
 from service.modeling.config import TransformConfig
-from service.ops.devices import runs_ahead
 from service.ops.resize import resize_normalise_and_pad
 
 SIZE_DIVISIBLE = 32
@@ -75,7 +75,7 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, 3, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
-        if not runs_ahead(images[0]):
+        if device_of(images[0].device).kernels == "numba":
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
             padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
             common = max(height for height, _ in padded), max(width for _, width in padded)

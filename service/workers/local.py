@@ -6,29 +6,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
 
 from service import masks
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
+from service.devices import device_named
 from service.errors import NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
 from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
-from service.workers import devices
 from service.workers.detector import PredictorFactory
+from service.workers.threads import WatchedThreads
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _NO_THREAD = "the device's thread has ended"
 
@@ -48,8 +42,8 @@ class LocalDetector:
         self._predictors: dict[str, Predictor] = {}
         self._busy_since: float | None = None
         self._device_failure: str | None = None
-        self._decoders = _WatchedThreads(settings.decode_threads, "decode")
-        self._encoders = _WatchedThreads(settings.decode_threads, "encode")
+        self._decoders = WatchedThreads(settings.decode_threads, "decode")
+        self._encoders = WatchedThreads(settings.decode_threads, "encode")
         self.capacity = settings.max_queue_size + settings.max_batch_size
         self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
             self._run_batch,
@@ -117,7 +111,10 @@ class LocalDetector:
 
     async def unload(self, model_key: str) -> None:
         """Forget a model and give back its memory."""
-        await asyncio.to_thread(self._predictors.pop(model_key).release_memory)
+        device = device_named(self._predictors[model_key].info.device)
+        # Nobody may hold the model while its memory is given back, a method of its own neither.
+        del self._predictors[model_key]
+        await asyncio.to_thread(device.release_memory)
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """See `Pipeline.waiting_pixels`."""
@@ -125,7 +122,7 @@ class LocalDetector:
 
     def memory(self) -> Mapping[tuple[str, str], float]:
         """Bytes by device and kind."""
-        return {(device, kind): size for device in self._devices() for kind, size in devices.memory(device).items()}
+        return {(label, kind): size for label in self._labels() for kind, size in device_named(label).memory().items()}
 
     def probe(self) -> None:
         """Let every device do a little. Takes as long as it takes.
@@ -135,8 +132,8 @@ class LocalDetector:
         """
         if self._batcher.has_failed:
             raise RuntimeError(_NO_THREAD)
-        for device in self._devices():
-            devices.probe(device)
+        for label in self._labels():
+            device_named(label).probe()
 
     @property
     def busy_seconds(self) -> float:
@@ -190,41 +187,6 @@ class LocalDetector:
         except RuntimeError as error:
             self._device_failure = f"the device does not answer any more: {error}"
 
-    def _devices(self) -> set[str]:
+    def _labels(self) -> set[str]:
         # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
         return {predictor.info.device for predictor in list(self._predictors.values())}
-
-
-class _WatchedThreads(ThreadPoolExecutor):
-    """Threads of which it is known since when they have been at what they do."""
-
-    def __init__(self, count: int, name: str) -> None:
-        super().__init__(count, name)
-        self._began: dict[int, float] = {}
-
-    @property
-    def busy_since(self) -> float | None:
-        """When the oldest call began that runs now, in seconds of `time.monotonic`."""
-        return min(list(self._began.values()), default=None)
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Called in one of the threads: it waits, which is no sign of a hang."""
-        thread = threading.get_ident()
-        self._began.pop(thread)
-        try:
-            yield
-        finally:
-            self._began[thread] = time.monotonic()
-
-    def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
-        """As in the base class."""
-        return super().submit(self._call, function, *args, **options)
-
-    def _call(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> T:
-        thread = threading.get_ident()
-        self._began[thread] = time.monotonic()
-        try:
-            return function(*args, **options)
-        finally:
-            del self._began[thread]

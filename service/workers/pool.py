@@ -57,7 +57,7 @@ class _Ticket:
 
     Attributes:
         worker: where it is; None while it waits for one.
-        is_at_risk: whether a thread of the worker is at it, so that it may be the cause if the worker dies.
+        marks: threads of the worker that are at it, so that it may be the cause if the worker dies.
         padded_pixels: while it waits for the device.
         deaths_alone: how many workers died while they had nothing else to do.
     """
@@ -67,7 +67,7 @@ class _Ticket:
     outcome: asyncio.Future[Answer | ServiceError]
     request_id: str | None
     worker: WorkerHandle | None = None
-    is_at_risk: bool = False
+    marks: int = 0
     is_resent: bool = False
     padded_pixels: int | None = None
     deaths_alone: int = 0
@@ -114,7 +114,7 @@ class _Worker:
         """Whether a job would be suspected if it died now."""
         if self.handle.was_killed_for == "start_failed":
             return False  # it was ended for what models it has, not for what it did
-        return self.is_haunted or any(ticket.is_at_risk for ticket in self.tickets.values())
+        return self.is_haunted or any(ticket.marks > 0 for ticket in self.tickets.values())
 
     def remove(self, ticket: _Ticket) -> None:
         """It has nothing more to do with this job."""
@@ -346,10 +346,12 @@ class WorkerPool:
         elif (ticket := worker.tickets.get(header["id"])) is None:
             return  # its caller has gone
         elif kind == "mark":
-            ticket.is_at_risk = header["stage"] != "queue"
-            ticket.padded_pixels = header["pixels"] or ticket.padded_pixels
-            if ticket.job.progress.stage != header["stage"]:
+            ticket.marks += header["change"]
+            if header["change"] > 0 and header["stage"] not in (None, ticket.job.progress.stage):
                 ticket.job.progress.enter(header["stage"])
+        elif kind == "queued":
+            ticket.padded_pixels = header["pixels"]
+            ticket.job.progress.enter("queue")
         else:
             self._settle(worker, ticket, header, body)
 
@@ -471,7 +473,7 @@ class WorkerPool:
         if worker is not None and ticket.id in worker.tickets:
             worker.handle.send({"kind": "cancel", "id": ticket.id})
             worker.remove(ticket)
-            worker.is_haunted |= ticket.is_at_risk
+            worker.is_haunted |= ticket.marks > 0
             self._dispatch()
 
     def _recover(self, worker: _Worker) -> None:
@@ -481,7 +483,7 @@ class WorkerPool:
         may_be_to_blame = worker.may_die_of_a_job
         for ticket in reversed(lost):
             ticket.worker, ticket.padded_pixels, ticket.is_resent = None, None, True
-            was_at_risk, ticket.is_at_risk = ticket.is_at_risk and may_be_to_blame, False
+            was_at_risk, ticket.marks = ticket.marks > 0 and may_be_to_blame, 0
             ticket.deaths_alone += was_at_risk and is_alone
             ticket.job.progress.enter("decode")
             if ticket.deaths_alone == _MAX_DEATHS_ALONE:

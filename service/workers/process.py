@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict
 
+from service.devices import count_gpus
 from service.errors import ServiceError
 from service.logs import configure_logging, request_id_context
 from service.metrics import Observed
 from service.settings import Settings
 from service.structures import Answer, Job, Progress
-from service.workers import devices
 from service.workers.channel import BlockingChannel, Header, error_to, options_from
 from service.workers.detector import PredictorFactory
 from service.workers.local import LocalDetector
@@ -48,8 +48,11 @@ class _MarkedProgress(Progress):
         self._job_id = job_id
         self._channel = channel
 
-    def begin(self, stage: str, *, padded_pixels: int = 0) -> None:
-        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "pixels": padded_pixels})
+    def _mark(self, stage: str | None, change: int) -> None:
+        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
+
+    def queued(self, padded_pixels: int) -> None:
+        self._channel.send({"kind": "queued", "id": self._job_id, "pixels": padded_pixels})
 
 
 class _Worker:
@@ -69,9 +72,7 @@ class _Worker:
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
         may_use_gpus = self._settings.device != "cpu"
-        self._channel.send(
-            {"kind": "hello", "gpus": await asyncio.to_thread(devices.count_gpus) if may_use_gpus else 0}
-        )
+        self._channel.send({"kind": "hello", "gpus": await asyncio.to_thread(count_gpus) if may_use_gpus else 0})
         try:
             infos = await self._detector.start()
         except Exception as error:

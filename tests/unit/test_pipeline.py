@@ -23,6 +23,7 @@ from service import pipeline
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
 from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
+from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Errand, Pipeline, Work, run_batch
@@ -242,6 +243,57 @@ async def test_image_is_not_decoded_before_there_is_room_for_its_pixels() -> Non
         bench.predictor.device_is_free.set()
         await asyncio.gather(first, second)
     assert bench.held_pixels.size == 0
+
+
+class Watched(Progress):
+    """Counts the threads at work, as a worker process reports them."""
+
+    def __init__(self) -> None:
+        super().__init__("body")
+        self.threads = 0
+
+    def _mark(self, stage: str | None, change: int) -> None:
+        self.threads += change
+
+
+async def test_job_is_at_risk_from_before_its_header_is_read_and_while_it_is_worked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append((name, progress.threads))
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    seen: list[tuple[str, int]] = []
+    progress = Watched()
+    spy(decode, "read_container")
+    spy(pipeline, "encode_json")
+    async with running(Bench()) as bench:
+        spy(bench.predictor, "predict")
+        await bench.pipeline.run(replace(bench.job(), progress=progress))
+        assert (seen, progress.threads) == ([("read_container", 1), ("predict", 1), ("encode_json", 1)], 0)
+        with pytest.raises(InvalidImageError):
+            await bench.pipeline.run(replace(bench.job(picture()[:-30]), progress=progress))
+        assert progress.threads == 0
+
+
+async def test_job_is_not_at_risk_while_it_waits_for_room() -> None:
+    async with running(Bench(max_held_pixels=64 * 48)) as bench:
+        bench.predictor.device_is_free.clear()
+        first = asyncio.create_task(bench.pipeline.run(bench.job()))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        progress = Watched()
+        second = asyncio.create_task(bench.pipeline.run(replace(bench.job(), progress=progress)))
+        while bench.held_pixels._turn.acquire(blocking=False):  # until the decoder waits for its turn
+            bench.held_pixels._turn.release()
+            await asyncio.sleep(0)
+        assert progress.threads == 0
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(first, second)
 
 
 async def test_decoder_that_waits_for_room_is_freed_when_its_caller_goes() -> None:

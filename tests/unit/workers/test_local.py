@@ -12,11 +12,12 @@ import pytest
 
 from service import pipeline
 from service.batching.queue import RequestQueue
+from service.devices.cpu import CpuDevice
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
 from service.structures import DetectOptions, Job, Progress
-from service.workers import devices
+from service.workers import local as local_module
 from service.workers.local import LocalDetector
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
 
@@ -70,16 +71,16 @@ def failure_of(detector: LocalDetector) -> str | None:
 
 
 async def test_failed_batch_is_no_alarm_but_a_device_that_fails_its_probe_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(device: str) -> None:
-        raise RuntimeError(f"{device} has fallen off the bus")
+    def fail(device: CpuDevice) -> None:
+        raise RuntimeError(f"{device.label} has fallen off the bus")
 
+    monkeypatch.setattr(local_module, "device_named", CpuDevice)
     detector = local(FakePredictor(replace(FAKE_INFO, device="cuda:0")))
     await detector.start()
-    monkeypatch.setattr(devices, "probe", lambda device: None)
     with pytest.raises(InferenceError):
         await detector.run(job(POISON))
     assert failure_of(detector) is None
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     with pytest.raises(InferenceError):
         await detector.run(job(POISON))
     assert failure_of(detector) == "the device does not answer any more: cuda:0 has fallen off the bus"
@@ -174,14 +175,14 @@ async def test_model_may_come_while_another_thread_asks_the_devices() -> None:
 async def test_device_that_is_full_is_not_taken_for_dead_though_it_refuses_the_probe_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(device: str) -> None:
-        raise RuntimeError(f"{device} is out of memory")
+    def fail(device: CpuDevice) -> None:
+        raise RuntimeError(f"{device.label} is out of memory")
 
     predictor = FakePredictor()
     predictor.memory_pixels = 1
     detector = local(predictor)
     await detector.start()
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     with pytest.raises(OutOfMemoryError):
         await detector.run(job())
     assert failure_of(detector) is None

@@ -174,7 +174,8 @@ async def test_hanging_worker_is_replaced_and_the_image_to_blame_is_found() -> N
         assert score(await other) == 80
         with pytest.raises(PoisonousImageError):
             await hanging
-        assert bench.restarts("hung") >= 2
+        while bench.restarts("hung") < 2:
+            await asyncio.sleep(0.01)
         assert score(await bench.submit(81)) == 81
 
 
@@ -386,8 +387,8 @@ class Scripted(WorkerHandle):
     def say(self, kind: str, job_id: int, **fields: Any) -> None:
         self._pool._receive(self, {"kind": kind, "id": job_id, **fields}, b"")
 
-    def begin(self, job_id: int, stage: str = "decode", pixels: int = 0) -> None:
-        self.say("mark", job_id, stage=stage, pixels=pixels)
+    def begin(self, job_id: int, stage: str = "decode") -> None:
+        self.say("mark", job_id, stage=stage, change=1)
 
     def fail(self, job_id: int, error: ServiceError | None = None) -> None:
         """An answer as good as any."""
@@ -416,7 +417,7 @@ async def test_job_goes_to_the_worker_with_the_fewest_pixels_to_do() -> None:
     first, second = Scripted(bench.pool), Scripted(bench.pool)
     jobs = await submitted(bench, 2)
     assert (first.jobs, second.jobs) == ([0], [1])
-    first.begin(0, "queue", pixels=1_000_000)
+    first.say("queued", 0, pixels=1_000_000)
     jobs += await submitted(bench, 3)
     assert (first.jobs, second.jobs) == ([0], [1, 2, 3, 4])
     await abandon(*jobs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.compiled import CompiledNetwork
 from service.inference.engines.folding import fold
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
@@ -53,7 +53,7 @@ def plain() -> Predictor:
 def predictor_on(backend: Backend) -> Predictor:
     model = network()
     fold(model)
-    model.parts = compiled_parts(model, backend=backend)
+    model.parts = CompiledNetwork(model, backend=backend).parts()
     info = replace(evaluation_info(CONFIG), engine="compiled")
     return Predictor(model, info=info, device=torch.device("cpu"))
 
