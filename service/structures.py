@@ -22,6 +22,10 @@ Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
 PictureType = Literal["image/png", "image/jpeg"]
 
+# Roughly, for photographs as JPEG; and what networks resize large images to.
+_PIXELS_PER_BYTE = 8
+_MOST_LIKELY_PIXELS = 1344 * 1344
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
@@ -347,6 +351,13 @@ class Job:
     deadline: float
     progress: Progress
     is_bulk: bool = False
+
+    @property
+    def likely_pixels(self) -> int:
+        """About how many the network will see: a guess from what can be known without decoding."""
+        if isinstance(self.source, Pixels):
+            return min(max(1, self.source.array.size // 3), _MOST_LIKELY_PIXELS)
+        return min(max(1, _PIXELS_PER_BYTE * len(self.source.data)), _MOST_LIKELY_PIXELS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

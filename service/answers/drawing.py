@@ -15,9 +15,7 @@ class DrawingEncoder(Encoder):
     def __init__(self, form: Drawing) -> None:
         self._form = form
 
-    def encode(
-        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
-    ) -> bytes:
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """The picture's bytes."""
         drawn = draw_detections(image, part, info.labels)
         return encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")

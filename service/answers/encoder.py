@@ -24,9 +24,7 @@ class Encoder(ABC):
         return 0
 
     @abstractmethod
-    def encode(
-        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
-    ) -> bytes:
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """Encode one part.
 
         Args:

@@ -50,9 +50,7 @@ class JsonEncoder(Encoder):
         """Only pictures of the whole image have a size that is known beforehand."""
         return len(detections) * smallest_png(image_size) if self._masks == "png" else 0
 
-    def encode(
-        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
-    ) -> bytes:
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """An array of an object for each detection."""
         found: list[dict[str, Any]] = [
             {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}

@@ -25,9 +25,7 @@ _LENGTH = struct.Struct("<I")
 class TensorsEncoder(Encoder):
     """See the module."""
 
-    def encode(
-        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
-    ) -> bytes:
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """`boxes`, `labels`, `scores`, then `masks` and further outputs if there are any; see `Detections`."""
         arrays = [(name, np.ascontiguousarray(values)) for name, values in part.arrays().items()]
         header = orjson.dumps([[name, values.dtype.str, values.shape] for name, values in arrays])

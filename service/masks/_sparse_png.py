@@ -89,9 +89,7 @@ _HEADER, _HEADER_BITS = _block_header(_code_lengths())
 _LENGTH_SYMBOLS = 257 + np.searchsorted(_FIRST_LENGTHS, np.arange(_LONGEST_MATCH + 1), side="right") - 1
 
 
-def png_file(
-    columns: Int64Array, ys: Int32Array, first_x: int, size: tuple[int, int], *, bits_per_pixel: int
-) -> bytes:
+def png_file(columns: Int64Array, ys: Int32Array, first_x: int, size: tuple[int, int], *, bits_per_pixel: int) -> bytes:
     """A greyscale PNG in which a mask is white and all else black.
 
     Args:

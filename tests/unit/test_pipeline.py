@@ -20,21 +20,26 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import pipeline
+from service.answers.encoder import never
+from service.answers.json import JsonEncoder
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
 from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
 from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
-from service.pipeline import Errand, Pipeline, Work, run_batch
+from service.pipeline import Pipeline, ThreadTask, Work, run_batch
 from service.structures import (
     Detections,
     DetectOptions,
+    Drawing,
+    Encoded,
     Float32Array,
+    Form,
     Image,
     Job,
-    MaskFormat,
-    PictureType,
+    Json,
+    Pixels,
     Prediction,
     Progress,
 )
@@ -50,7 +55,7 @@ class Bench:
         self.threads = ThreadPoolExecutor(1)
         self.encoders = ThreadPoolExecutor(1)
         self.held_pixels = HeldPixels(max_held_pixels)
-        self.batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+        self.batcher: Batcher[Work | ThreadTask, Prediction | None] = Batcher(
             partial(run_batch, observe=self.metrics.observe),
             max_batch_size=4,
             max_batch_cost=10**9,
@@ -68,14 +73,12 @@ class Bench:
             batch_policy=batch_policy,
         )
 
-    def job(
-        self, data: bytes | None = None, seconds: float = 60.0, *, output: MaskFormat | PictureType = "none"
-    ) -> Job:
+    def job(self, source: bytes | Pixels | None = None, seconds: float = 60.0, *, form: Form | None = None) -> Job:
         return Job(
             model="fake@1",
-            data=picture() if data is None else data,
+            source=source if isinstance(source, Pixels) else Encoded(source or picture()),
             options=DetectOptions(),
-            output=output,
+            form=form or Json(),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )
@@ -112,38 +115,32 @@ async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> No
 
 async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
     async with running(Bench()) as bench:
-        answer = await bench.pipeline.run(bench.job(output="image/jpeg"))
+        answer = await bench.pipeline.run(bench.job(form=Drawing("image/jpeg")))
     assert PIL.Image.open(io.BytesIO(answer.encoded)).format == "JPEG"
 
 
 async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of two threads waits until the other one has begun too. Sides of 50 x (400 + 500) pixels make two parts."""
+    """Each of two threads waits until the other has begun too. Sides of 50 x (400 + 500) pixels make three parts."""
     rng = np.random.default_rng(0)
     image = Image(np.zeros((600, 800, 3), np.uint8))
     boxes = np.tile(np.array([100, 50, 500, 550], np.float32), (50, 1))
     found = objects(boxes, rng.random((50, 28, 28), np.float32))
-    both, encode = threading.Barrier(2), pipeline.encode_json
-
-    def encode_in_company(*args: Any) -> bytes:
-        both.wait(60)
-        return encode(*args)
-
+    both = threading.Barrier(2)
     bench = Bench()
-    whole = encode(image, found, bench.predictor.info, "rle")
-    monkeypatch.setattr(pipeline, "encode_json", encode_in_company)
-    with ThreadPoolExecutor(2) as bench.pipeline._encoders:
-        assert await bench.pipeline._encode(bench.job(output="rle"), image, found) == whole
+    whole = JsonEncoder(Json("rle")).encode(image, found, bench.predictor.info, should_stop=never)
+    begun: list[int] = []
 
+    class InCompany(JsonEncoder):
+        def encode(self, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+            begun.append(len(part))
+            if len(begun) <= 2:
+                both.wait(60)
+            return super().encode(image, part, *args, **options)
 
-@pytest.mark.parametrize(
-    ("sides", "parts"), [([], 1), ([100] * 99, 1), ([1000] * 19, 1), ([1000] * 20, 2), ([3000] * 99, 4)]
-)
-def test_what_is_quickly_encoded_stays_whole(sides: list[int], parts: int) -> None:
-    boxes = np.zeros((len(sides), 4), np.float32)
-    boxes[:, 2], boxes[:, 3] = sides, sides
-    found = objects(boxes, np.zeros((len(sides), 2, 2), np.float32))
-    assert len(pipeline.parts_of(found)) == parts
-    assert len(pipeline.parts_of(replace(found, masks=None))) == 1
+    monkeypatch.setattr(pipeline, "encoder_for", InCompany)
+    with ThreadPoolExecutor(2) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        assert await bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding) == whole
+    assert len(begun) == 3
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
@@ -179,7 +176,7 @@ async def test_deadline_ends_the_wait_for_a_decoder() -> None:
 
 async def test_deadline_ends_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(pipeline, "encode_json", lambda *_: gate.wait())
+    monkeypatch.setattr(JsonEncoder, "encode", lambda *_, **__: gate.wait())
     async with running(Bench()) as bench:
         with pytest.raises(DeadlineExceededError) as raised:
             await bench.pipeline.run(bench.job(seconds=0.5))
@@ -187,13 +184,13 @@ async def test_deadline_ends_the_encoding(monkeypatch: pytest.MonkeyPatch) -> No
     assert raised.value.stage == "encode"
 
 
-async def test_errand_runs_on_the_devices_thread_and_its_error_comes_back_as_it_was() -> None:
+async def test_task_runs_on_the_devices_thread_and_its_error_comes_back_as_it_was() -> None:
     def name_thread() -> None:
         raise ValueError(threading.current_thread().name)
 
     async with running(Bench()) as bench:
         with pytest.raises(ValueError, match="batcher"):
-            await bench.pipeline.run_errand(name_thread)
+            await bench.pipeline.run_on_device_thread(name_thread)
         assert (await bench.pipeline.run(bench.job())).detections == 2
 
 
@@ -220,7 +217,7 @@ async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
     async with running(Bench(batch_policy=policy)) as bench:
         jobs = [bench.job(picture(height=height)) for height in (32, 64)]
         bench.predictor.device_is_free.clear()
-        held = asyncio.create_task(bench.pipeline.run_errand(bench.predictor.device_is_free.wait))
+        held = asyncio.create_task(bench.pipeline.run_on_device_thread(bench.predictor.device_is_free.wait))
         running_jobs = [asyncio.create_task(bench.pipeline.run(job)) for job in jobs]
         while len(bench.pipeline.waiting_pixels("fake@1")) < len(jobs):
             await asyncio.sleep(0)
@@ -259,23 +256,23 @@ class Watched(Progress):
 async def test_job_is_at_risk_from_before_its_header_is_read_and_while_it_is_worked_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def spy(module: Any, name: str) -> None:
-        original = getattr(module, name)
+    def spy(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
         def call(*args: Any, **options: Any) -> Any:
             seen.append((name, progress.threads))
             return original(*args, **options)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     seen: list[tuple[str, int]] = []
     progress = Watched()
     spy(decode, "read_container")
-    spy(pipeline, "encode_json")
+    spy(JsonEncoder, "encode")
     async with running(Bench()) as bench:
         spy(bench.predictor, "predict")
         await bench.pipeline.run(replace(bench.job(), progress=progress))
-        assert (seen, progress.threads) == ([("read_container", 1), ("predict", 1), ("encode_json", 1)], 0)
+        assert (seen, progress.threads) == ([("read_container", 1), ("predict", 1), ("encode", 1)], 0)
         with pytest.raises(InvalidImageError):
             await bench.pipeline.run(replace(bench.job(picture()[:-30]), progress=progress))
         assert progress.threads == 0
@@ -310,10 +307,10 @@ async def test_decoder_that_waits_for_room_is_freed_when_its_caller_goes() -> No
 
 
 async def test_lack_of_memory_while_encoding_is_no_error_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lack_memory(*args: object) -> bytes:
+    def lack_memory(*args: object, **options: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(pipeline, "encode_json", lack_memory)
+    monkeypatch.setattr(JsonEncoder, "encode", lack_memory)
     async with running(Bench()) as bench:
         with pytest.raises(OutOfMemoryError, match="encode"):
             await bench.pipeline.run(bench.job())
