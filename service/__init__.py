@@ -8,6 +8,7 @@ service/
 ├── __main__.py         `python -m service`
 ├── cli.py              the `roiserve` command
 ├── commands/           its subcommands, a file each: words, tables and progress bars
+├── cluster/            the app on Ray Serve: HTTP replicas before detector replicas that the cluster scales
 ├── app.py              create_app(settings): the only place that wires rooms together
 ├── workers/            device workers: processes that run models, supervised, and what is said between them
 ├── pipeline.py         one request: decode, submit, encode
@@ -33,8 +34,9 @@ service/
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli → commands → app | training → api → workers → pipeline → answers → batching | imaging | masks | inference
-    → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores | errors
+    cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
+    | inference → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores
+    | errors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

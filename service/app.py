@@ -41,6 +41,7 @@ def create_app(
     *,
     predictors: Sequence[Predictor] | None = None,
     predictor_factory: PredictorFactory | None = None,
+    detector: Callable[[Metrics], Detector] | None = None,
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
     """Build the service.
@@ -49,16 +50,17 @@ def create_app(
         predictors: what to serve, in this process, instead of the models of the store.
         predictor_factory: loads the models in each worker process, pickled on its way there; None for those of the
             store.
+        detector: makes what runs the models, elsewhere; None for workers of this process.
         registry: for the metrics; a new one if None.
     """
     measures = Metrics(registry or CollectorRegistry())
-    detector = _build_detector(settings, measures, predictors, predictor_factory)
+    runs_models = detector(measures) if detector else _build_detector(settings, measures, predictors, predictor_factory)
     state = ApiState(
         settings=settings,
         keys=Keys(settings),
         metrics=measures,
-        detector=detector,
-        admission=Admission(detector, metrics=measures),
+        detector=runs_models,
+        admission=Admission(runs_models, metrics=measures),
         models=LoadedModels(settings.default_model),
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
@@ -75,7 +77,7 @@ def create_app(
         loading.cancel()
         with suppress(asyncio.CancelledError):
             await loading
-        await detector.stop()
+        await runs_models.stop()
 
     app = FastAPI(
         title="RoIServe",

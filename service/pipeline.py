@@ -113,6 +113,8 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
         observe("stage_duration", (stage, model), seconds)
     observe("batch_size", (model,), len(batch))
     observe("batch_padding_ratio", (model,), predictions[0].padding_ratio)
+    if predictions[0].overflowed:
+        observe("overflowed_batches", (model,), 1)
     return predictions
 
 

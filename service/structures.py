@@ -159,13 +159,17 @@ class Prediction:
     overflowed: bool = False
 
 
+NOT_FINITE = 1e9
+"""A difference beyond all others, for JSON has no infinity."""
+
+
 @dataclass(frozen=True, slots=True)
 class VerifiedValue:
     """How far one kind of answer lies from the plain network's.
 
     Attributes:
-        largest_difference: of boxes in pixels of the pictures, of scores and masks as probabilities; infinite if there
-            was a number that is not finite.
+        largest_difference: of boxes in pixels of the pictures, of scores and masks as probabilities; `NOT_FINITE` if
+            there was a number that is not finite.
         tolerance: the most that passes.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from service.errors import ModelNotFoundError, ModelStoreError, ServiceError
+from service.errors import ModelNotFoundError, ServiceError
 from service.model_store.store import ModelStore
 from service.settings import Settings
 
@@ -55,15 +55,10 @@ def check_models(settings: Settings) -> None:
         ModelNotFoundError: there is none in it, or not those that the settings name.
     """
     store = ModelStore(settings.model_store)
-    try:
-        stored = [store.find(reference) for reference in settings.models] or store.list()
-    except ModelStoreError as error:
-        raise ModelStoreError(f"cannot start: {error}") from None
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(f"cannot start: {error}") from None
-    names = {name for model in stored for name in (model.name, model.key)}
+    stored = [store.find(reference) for reference in settings.models] or store.list()
     if not stored:
-        raise ModelNotFoundError(f"cannot start: there is no model in {store.root.absolute()}; {_HOW_TO_FILL}")
+        raise ModelNotFoundError(f"there is no model in {store.root.absolute()}; {_HOW_TO_FILL}")
+    names = {name for model in stored for name in (model.name, model.key)}
     if settings.default_model is not None and settings.default_model not in names:
         known = ", ".join(model.key for model in stored)
-        raise ModelNotFoundError(f"cannot start: the default model {settings.default_model!r} is not among {known}")
+        raise ModelNotFoundError(f"the default model {settings.default_model!r} is not among {known}")

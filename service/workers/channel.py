@@ -30,6 +30,8 @@ from service.structures import (
     Pixels,
     Source,
     Tensors,
+    Verification,
+    VerifiedValue,
 )
 
 Header = dict[str, Any]
@@ -139,7 +141,20 @@ def form_from(fields: Header) -> Form:
 
 def model_info_from(fields: Header) -> ModelInfo:
     """A model as it came out of a header; `asdict` puts it in."""
-    return ModelInfo(**fields | {"labels": tuple(fields["labels"]), "roi_ops": tuple(fields["roi_ops"])})
+    verification = fields["verification"]
+    return ModelInfo(
+        **fields
+        | {
+            "labels": tuple(fields["labels"]),
+            "roi_ops": tuple(fields["roi_ops"]),
+            "verification": None if verification is None else _verification_from(verification),
+        }
+    )
+
+
+def _verification_from(fields: Header) -> Verification:
+    values = {name: VerifiedValue(**value) for name, value in fields["values"].items()}
+    return Verification(**fields | {"values": values})
 
 
 class WorkerTracebackError(Exception):

@@ -6,10 +6,10 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,9 +22,17 @@ from prometheus_client import CollectorRegistry
 from service import pipeline
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
+from service.answers.tensors import read_tensors
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
-from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
+from service.errors import (
+    AnswerTooLargeError,
+    DeadlineExceededError,
+    InvalidImageError,
+    NotReadyError,
+    OutOfMemoryError,
+    TooLargeError,
+)
 from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
@@ -39,9 +47,12 @@ from service.structures import (
     Image,
     Job,
     Json,
+    MaskFormat,
     Pixels,
     Prediction,
     Progress,
+    Query,
+    Tensors,
 )
 from tests.fakes import FakePredictor, picture
 
@@ -141,6 +152,146 @@ async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypat
     with ThreadPoolExecutor(2) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
         assert await bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding) == whole
     assert len(begun) == 3
+
+
+def many_masks(number: int = 40) -> tuple[Image, Detections]:
+    """Far apart in a large image, so that each is a part of its own."""
+    image = Image(np.zeros((10_000, 10_000, 3), np.uint8))
+    boxes = np.tile(np.array([0, 0, 10_000, 10_000], np.float32), (number, 1))
+    return image, objects(boxes, np.ones((number, 28, 28), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("masks", "advice"), [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none")]
+)
+async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smaller(
+    masks: MaskFormat, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = JsonEncoder.encode
+
+    def count(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        encoded.append(len(part))
+        return encode(encoder, image, part, *args, **options)
+
+    monkeypatch.setattr(JsonEncoder, "encode", count)
+    bench = Bench()
+    bench.pipeline._max_answer_bytes = 1000
+    image, found = many_masks()
+    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        with pytest.raises(AnswerTooLargeError, match=f"more than 1000 bytes; ask for .*{advice}"):
+            await bench.pipeline._encode(bench.job(form=Json(masks)), image, found, holding)
+    # A PNG has a size that is known beforehand; of the others no more is encoded than what was too much.
+    assert sum(encoded) == 0 if masks == "png" else 1 <= sum(encoded) < 40
+
+
+async def test_encoding_stops_when_its_caller_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+    parts: list[int] = []
+
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        parts.append(len(part))
+        begun.set()
+        may_go_on.wait()
+        return b"[]"
+
+    monkeypatch.setattr(JsonEncoder, "encode", encode)
+    bench = Bench()
+    image, found = many_masks()
+    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        running = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding))
+        await asyncio.to_thread(begun.wait)
+        running.cancel()
+        await asyncio.wait([running])
+        may_go_on.set()
+    assert parts == [1]
+
+
+async def test_small_answer_does_not_wait_for_all_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread: what comes while the first part is encoded waits for a few others and not for all forty."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        order.append("large" if image.width == 10_000 else "small")
+        begun.set()
+        may_go_on.wait()
+        return b"[]"
+
+    monkeypatch.setattr(JsonEncoder, "encode", encode)
+    bench = Bench()
+    image, found = many_masks()
+    small = Image(np.zeros((10, 10, 3), np.uint8))
+    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        large = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding))
+        await asyncio.to_thread(begun.wait)
+        other = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), small, found[:1], holding))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        await asyncio.gather(large, other)
+    assert order.index("small") <= 5
+
+
+async def test_pixels_are_taken_as_they_are() -> None:
+    pixels = np.full((48, 64, 3), (200, 0, 0), np.uint8)
+    async with running(Bench()) as bench:
+        sent, encoded = await asyncio.gather(
+            bench.pipeline.run(bench.job(Pixels(pixels))), bench.pipeline.run(bench.job(picture(red=200)))
+        )
+        with pytest.raises(TooLargeError, match="200 x 100 pixels"):
+            await bench.pipeline.run(bench.job(Pixels(np.zeros((100, 200, 3), np.uint8))))
+    assert sent.encoded == encoded.encoded
+
+
+async def test_detections_leave_as_tensors() -> None:
+    async with running(Bench()) as bench:
+        answer = await bench.pipeline.run(bench.job(form=Tensors()))
+    arrays = read_tensors(answer.encoded)
+    assert arrays["labels"].tolist() == [1, 2]
+    assert arrays["masks"].shape == (2, 28, 28)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A plan: the left half of an image and the right one."""
+
+    job: Job
+
+    def split(self, image: Image) -> list[Query]:
+        middle = image.width // 2
+        halves = (image.pixels[:, :middle], image.pixels[:, middle:])
+        return [Query(Image(np.ascontiguousarray(half)), self.job.options) for half in halves]
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        left, right = (prediction.detections.arrays() for prediction in predictions)
+        right["boxes"] = right["boxes"] + np.array([image.width // 2, 0] * 2, np.float32)
+        both = Detections.of({name: np.concatenate([left[name], right[name]]) for name in left})
+        return replace(predictions[0], detections=both)
+
+
+async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs() -> None:
+    async with running(Bench()) as bench:
+        bench.pipeline._plan_for = Halves
+        answer = await bench.pipeline.run(bench.job())
+        found = orjson.loads(answer.encoded)
+    assert [one["box"] for one in found if one["label"] == "cat"] == [[0, 0, 16, 48], [32, 0, 48, 48]]
+    assert (answer.detections, answer.image_size) == (4, (48, 64))
+    assert sum(bench.predictor.batches) == 2
+
+
+async def test_failure_of_one_entry_cancels_the_others_of_its_image() -> None:
+    ended: list[int] = []
+
+    async def work(item: int) -> int:
+        try:
+            await asyncio.sleep(0 if item == 1 else 1000)
+            raise NotReadyError("one of them")
+        finally:
+            ended.append(item)
+
+    with pytest.raises(NotReadyError, match="one of them"):
+        await pipeline.all_of(work, [0, 1, 2])
+    assert sorted(ended) == [0, 1, 2]
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
