@@ -178,9 +178,12 @@ async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smalle
     bench = Bench()
     bench.pipeline._max_answer_bytes = 1000
     image, found = many_masks()
-    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
-        with pytest.raises(AnswerTooLargeError, match=f"more than 1000 bytes; ask for .*{advice}"):
-            await bench.pipeline._encode(bench.job(form=Json(masks)), image, found, holding)
+    with (
+        ThreadPoolExecutor(1) as bench.pipeline._encoders,
+        bench.held_pixels.hold() as holding,
+        pytest.raises(AnswerTooLargeError, match=f"more than 1000 bytes; ask for .*{advice}"),
+    ):
+        await bench.pipeline._encode(bench.job(form=Json(masks)), image, found, holding)
     # A PNG has a size that is known beforehand; of the others no more is encoded than what was too much.
     assert sum(encoded) == 0 if masks == "png" else 1 <= sum(encoded) < 40
 
