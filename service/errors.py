@@ -140,3 +140,13 @@ class DatasetError(ServiceError):
     """A data set that cannot be trained on or evaluated; the message lists every problem."""
 
     code = "dataset_error"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 letters: libraries add the stack of their C++ code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+
+
+_LONGEST_LINE = 200

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 
@@ -186,4 +190,88 @@ async def test_device_that_is_full_is_not_taken_for_dead_though_it_refuses_the_p
     with pytest.raises(OutOfMemoryError):
         await detector.run(job())
     assert failure_of(detector) is None
+    await detector.stop()
+
+
+class Memory:
+    """What a model holds on its device."""
+
+    held: ClassVar[weakref.WeakSet[Memory]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.held.add(self)
+
+
+class Heavy(FakePredictor):
+    """Holds memory, and fails as it warms up with what a C++ library says."""
+
+    def __init__(self, name: str = "heavy") -> None:
+        super().__init__(replace(FAKE_INFO, name=name))
+        self.memory = Memory()
+
+    def warm_up(self) -> None:
+        held = self.memory
+        raise RuntimeError(f"Exception from src/core.cpp:128:\n{held} cannot be had\n" + "at operator()\n" * 99)
+
+
+def held_memory() -> int:
+    gc.collect()
+    return len(Memory.held)
+
+
+async def test_model_that_fails_as_it_warms_up_is_refused_in_a_line_and_gives_its_memory_back() -> None:
+    def factory(settings: Settings) -> Iterator[FakePredictor]:
+        if settings.models:
+            yield Heavy()
+        else:
+            yield Heavy("first")
+            yield FakePredictor()
+            yield Heavy("last")
+
+    freed: list[int] = []
+    release = CpuDevice.release_memory
+
+    def release_memory(device: CpuDevice) -> None:
+        release(device)
+        freed.append(held_memory())
+
+    detector = LocalDetector(Settings(device="cpu"), factory, ignore)
+    with patch.object(CpuDevice, "release_memory", release_memory):
+        assert [info.key for info in await detector.start()] == ["fake@1"]
+        with pytest.raises(ModelStoreError) as refusal:
+            await detector.load("heavy")
+    assert str(refusal.value) == "heavy@1 does not warm up: Exception from src/core.cpp:128:"
+    assert freed[0] == freed[-1] == 0
+    assert (await detector.run(job())).detections == 1  # the others serve
+    await detector.stop()
+
+
+async def test_unloaded_model_is_gone_before_its_memory_is_given_back() -> None:
+    class Held(FakePredictor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = Memory()
+
+    freed: list[int] = []
+    detector = LocalDetector(Settings(device="cpu"), lambda _: iter([Held()]), ignore)
+    await detector.start()
+    await detector.run(job())
+    assert held_memory() == 1
+    with patch.object(CpuDevice, "release_memory", lambda device: freed.append(held_memory())):
+        await detector.unload("fake@1")
+    assert freed == [0]
+    await detector.stop()
+
+
+async def test_model_that_is_loaded_is_not_loaded_again() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def factory(settings: Settings) -> Iterator[FakePredictor]:
+        asked.append(settings.models)
+        return load_fakes(settings)
+
+    detector = LocalDetector(Settings(device="cpu"), factory, ignore)
+    await detector.start()
+    assert (await detector.load("fake@1")).key == "fake@1"
+    assert asked == [()]
     await detector.stop()
