@@ -127,7 +127,7 @@ def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str
     """Why an engine cannot run, in a sentence that says what to do; None if it can."""
     if engine == "openvino":
         if importlib.util.find_spec("openvino") is None:
-            return "engine 'openvino' is not installed: pip install 'roiserve[openvino]'"
+            return "engine 'openvino' is not installed: pip install openvino"
         if device.fastest_engine != "openvino":
             return f"engine 'openvino' runs on the CPU, not on {device.label}"
         if precision not in _OPENVINO_PRECISIONS:
