@@ -14,6 +14,7 @@ import typer
 
 from service.commands._help import plain
 from service.commands._options import DEFAULT_STORE, StoreOption
+from service.commands.verify import verify_model
 from service.model_store.model_toml import Dtype, ProvenanceTable
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ InputFormat = Literal["rgb", "bgr"]
 models_app = typer.Typer(
     name="models", no_args_is_help=True, help="List, show, import and download the models of a model store."
 )
+
+models_app.command("verify")(verify_model)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _MAX_PIXELS = 500_000_000

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch.nn import functional
 
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -44,6 +43,9 @@ class CompiledNetwork:
     """
 
     def __init__(self, model: GeneralizedRCNN, *, backend: str | Backend = "inductor") -> None:
+        # Imported here: it takes a second, which other engines need not wait for.
+        from torch._dynamo.backends.registry import lookup_backend
+
         self._backend = cast(Backend, lookup_backend(backend))
         self._compilations: Counter[str] = Counter()
         own, backbone, rpn_head = model.own_parts(), model.backbone, model.rpn.head

@@ -1,5 +1,5 @@
-"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Called by `loading.py`.
-Compiled parts are kept on disk, so that the next start need not compile; nothing else is written, nothing is sent.
+"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Compiled parts are kept on
+disk, so that the next start need not compile; nothing else is written, and nothing is sent.
 
 Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and gives feature maps channels last, as the kernels of
 `ops` have them, and works on the memory of the tensors themselves.
