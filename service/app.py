@@ -26,6 +26,7 @@ from service.batching.held_bytes import HeldBytes
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracer
 from service.workers.detector import Admission, Detector, PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD, stored_predictors
@@ -65,6 +66,7 @@ def create_app(
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
+        tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint, version=version("roiserve")),
     )
     measures.ready.set_function(lambda: state.is_ready)
     measures.queue_limit_images.set(settings.max_queue_size)
@@ -78,6 +80,8 @@ def create_app(
         with suppress(asyncio.CancelledError):
             await loading
         await runs_models.stop()
+        if state.tracer is not None:
+            await asyncio.to_thread(state.tracer.stop)
 
     app = FastAPI(
         title="RoIServe",

@@ -178,6 +178,12 @@ class Settings(BaseSettings):
     drain_timeout_seconds: float = Field(
         30.0, ge=0, le=3600, description="After that, how long accepted requests may take to finish, in seconds."
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where spans of requests and batches go, by OTLP over HTTP, such as "
+        "http://collector:4318/v1/traces; unset records none. Needs the extra otel.",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines: text or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged: debug, info, warning or error."

@@ -21,6 +21,7 @@ from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, 
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import ModelInfo
+from service.tracing import Tracer
 from service.workers.detector import Admission, Detector
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ class ApiState:
     lifecycle: Lifecycle
     held_bytes: HeldBytes
     changing_models: asyncio.Lock
+    tracer: Tracer | None = None
 
     @property
     def is_ready(self) -> bool:
