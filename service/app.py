@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from service.api import detect, docs, health, metrics, models
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
+from service.api.management import management_server
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
@@ -66,6 +67,7 @@ def create_app(
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
+        quotas=Quotas(settings),
         tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint, version=version("roiserve")),
     )
     measures.ready.set_function(lambda: state.is_ready)
@@ -74,12 +76,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_get_ready(state, app.openapi))
-        yield
-        loading.cancel()
-        with suppress(asyncio.CancelledError):
-            await loading
-        await runs_models.stop()
+        async with management_server(state):
+            loading = asyncio.create_task(_get_ready(state, app.openapi))
+            yield
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+            await runs_models.stop()
         if state.tracer is not None:
             await asyncio.to_thread(state.tracer.stop)
 
@@ -95,7 +98,10 @@ def create_app(
     )
     app.state.api = state
     app.add_middleware(RequestMiddleware, state=state)
-    routers = [resource.router for resource in (detect, models, health, metrics, docs)]
+    resources = [detect, models, health, metrics, docs]
+    if settings.admin_port is not None:
+        resources = [detect, models, docs]
+    routers = [resource.router for resource in resources]
     for router in routers:
         app.include_router(router)
     paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]

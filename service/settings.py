@@ -178,6 +178,22 @@ class Settings(BaseSettings):
     drain_timeout_seconds: float = Field(
         30.0, ge=0, le=3600, description="After that, how long accepted requests may take to finish, in seconds."
     )
+    max_images_per_minute: float | None = Field(
+        None, gt=0, description="Most images that each API key may send in a minute; more get a 429. Unset: no limit."
+    )
+    max_pixels_per_minute: float | None = Field(
+        None,
+        gt=0,
+        description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
+        "Unset: no limit.",
+    )
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port for /metrics, /healthz and /readyz, which then are not on the other one; unset keeps them "
+        "together.",
+    )
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://",

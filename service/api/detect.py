@@ -79,6 +79,7 @@ class _Order(Generic[P]):
 async def _read_order(request: Request, state: ApiState, record: RequestRecord, query: P) -> _Order[P]:
     settings = state.settings
     state.lifecycle.require_serving()
+    state.quotas.require(record.caller)
     try:
         upload = await read_upload(
             request,
@@ -89,6 +90,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     except CancelledRequestError:
         state.metrics.cancelled.labels(record.progress.stage).inc()
         raise
+    state.quotas.charge(record.caller, images=len(upload.images))
     parameters = merge_options(query, upload)
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")

@@ -59,6 +59,7 @@ class RequestRecord:
         notes: for the log line, such as the model.
         status: of the answer, once it has begun.
         batch_id: of the batch that its image was in.
+        caller: the fingerprint of its API key, if keys are needed.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class RequestRecord:
     notes: dict[str, object] = field(default_factory=dict)
     status: int | None = None
     batch_id: str | None = None
+    caller: str | None = None
     resources: ExitStack = field(default_factory=ExitStack)
 
     @property

@@ -16,6 +16,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.keys import Keys
+from service.api.quotas import Quotas
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
 from service.metrics import Metrics
@@ -188,6 +189,7 @@ class ApiState:
     lifecycle: Lifecycle
     held_bytes: HeldBytes
     changing_models: asyncio.Lock
+    quotas: Quotas
     tracer: Tracer | None = None
 
     @property
