@@ -142,6 +142,12 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
     )
+    max_answer_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1,
+        description="Largest JSON of what was found, in bytes, for all images of a request together; more is refused "
+        "with 422 before it is encoded, or when that much has been.",
+    )
     decode_threads: int = Field(
         default_factory=lambda: min(8, available_cores()),
         ge=1,

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 from service import pipeline
+from service.answers.json import JsonEncoder
 from service.devices.cpu import CpuDevice
 from service.errors import InvalidRequestError, ModelStoreError
 from service.imaging.decode import decode_image
@@ -91,14 +93,14 @@ def hang_in_decode(settings: Settings) -> Iterator[FakePredictor]:
 
 def die_in_encode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose encoder dies of what was found in fatal pictures."""
-    encode = pipeline.encode_json
+    encode = JsonEncoder.encode
 
-    def encode_or_die(image: Image, *args: Any) -> bytes:
+    def encode_or_die(encoder: JsonEncoder, image: Image, *args: Any, **options: Any) -> bytes:
         if image.pixels[0, 0, 0] == FATAL:
             die()
-        return encode(image, *args)
+        return encode(encoder, image, *args, **options)
 
-    vars(pipeline).update(encode_json=encode_or_die)
+    patch.object(JsonEncoder, "encode", encode_or_die).start()
     return load_fakes(settings)
 
 

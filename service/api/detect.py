@@ -29,7 +29,7 @@ from service.api.options import (
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
 from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
-from service.structures import Answer, Job, MaskFormat, ModelInfo, PictureType, Progress
+from service.structures import Answer, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
 
 router = APIRouter(
     prefix="/v1",
@@ -51,13 +51,14 @@ class _Order(Generic[P]):
     info: ModelInfo
     wish: Wish
     deadline: float
+    caller: str | None
 
-    def job(self, image: bytes, progress: Progress, output: MaskFormat | PictureType, *, is_bulk: bool = False) -> Job:
+    def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
             model=self.info.key,
-            data=image,
+            source=Encoded(image),
             options=self.wish.options,
-            output=output,
+            form=form,
             deadline=self.deadline,
             progress=progress,
             is_bulk=is_bulk,
@@ -65,6 +66,11 @@ class _Order(Generic[P]):
 
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
         return detections_document(self.info, answer, progress, roi_op=self.wish.options.roi_op)
+
+    def charge(self, state: ApiState, answer: Answer) -> None:
+        """Count the pixels of an image for the quota of the caller's key."""
+        height, width = answer.image_size
+        state.quotas.charge(self.caller, pixels=height * width)
 
     def only_image(self) -> bytes:
         if not self.images:
@@ -100,7 +106,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
     wish = understand(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, wish, deadline)
+    return _Order(upload.images, parameters, info, wish, deadline, record.caller)
 
 
 @router.post(
@@ -118,8 +124,10 @@ async def detect(
     Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, order.wish.mask_format)
+    job = order.job(order.only_image(), record.progress, Json(order.wish.mask_format))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
+    record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
@@ -161,10 +169,11 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
     progress = Progress("decode")
     try:
-        answer = await state.admission.run(order.job(image, progress, order.wish.mask_format, is_bulk=True))
+        answer = await state.admission.run(order.job(image, progress, Json(order.wish.mask_format), is_bulk=True))
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}
+    order.charge(state, answer)
     return order.describe(answer, progress)
 
 
@@ -180,6 +189,7 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, picture_type)
+    job = order.job(order.only_image(), record.progress, Drawing(picture_type))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)

@@ -214,17 +214,18 @@ async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetecto
 async def _detect_file(
     file: Path, detector: LocalDetector, info: ModelInfo, wish: Wish, *, draw: bool
 ) -> _Result | ServiceError:
+    from service.answers import encode
     from service.api.schemas import detections_document
-    from service.pipeline import encode_drawing, encode_json
-    from service.structures import Answer, Job, Progress
+    from service.structures import Answer, Drawing, Encoded, Job, Json, Progress
 
     progress = Progress("decode")
+    form = Json(wish.mask_format)
     try:
         job = Job(
             model=info.key,
-            data=file.read_bytes(),
+            source=Encoded(file.read_bytes()),
             options=wish.options,
-            output=wish.mask_format,
+            form=form,
             deadline=math.inf,
             progress=progress,
         )
@@ -235,9 +236,9 @@ async def _detect_file(
         return error
     progress.enter("encode")
     found = prediction.detections
-    encoded = await asyncio.to_thread(encode_json, image, found, info, wish.mask_format)
+    encoded = await asyncio.to_thread(encode, form, image, found, info)
     progress.enter("done")
-    drawn = await asyncio.to_thread(encode_drawing, image, found, info, "image/png") if draw else None
+    drawn = await asyncio.to_thread(encode, Drawing("image/png"), image, found, info) if draw else None
     answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
     labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
     return _Result(detections_document(info, answer, progress), drawn, labels)

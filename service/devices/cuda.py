@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.backends import cuda, cudnn
 
 from service.devices.device import Clock, Device, Kernels
+from service.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,7 @@ class CudaDevice(Device):
             with self.use():
                 _launch_probe(self.torch_device)
         except Exception as error:  # Many kinds, by what is missing.
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            fields = {"device": self.label, "reason": reason}
+            fields = {"device": self.label, "reason": first_line(error)}
             logger.warning("Triton does not work: PyTorch's kernels, which are slower", extra={"fields": fields})
             return None
         return "triton"

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from service.errors import first_line
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -110,7 +112,7 @@ class Device(ABC):
             with self.use():
                 torch.compile(torch.add)(torch.zeros(2, device=self.torch_device), 1)
         except Exception as error:  # Many kinds, by what is missing.
-            return next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return first_line(error)
         return None
 
 

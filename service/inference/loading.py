@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 
 from service.devices import Device, choose_device
-from service.errors import ModelStoreError, ServiceError
+from service.errors import ModelStoreError, ServiceError, first_line
 from service.inference.engines.choosing import prepare_caches, put_engine
 from service.inference.half import PrecisionError
 from service.inference.predictor import Predictor
@@ -157,16 +157,6 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
         raise ModelStoreError(f"{source}: expected finite weights, got others in {infinite[0]}")
     load_into(model, weights, source=source)
     return model.to(order.device.torch_device).eval()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line of some 200 letters: libraries add the stack of their C++ code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"
-
-
-_LONGEST_REASON = 200
 
 
 def describe(

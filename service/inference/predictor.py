@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from service.devices import device_of
-from service.errors import InferenceError, ModelStoreError, OutOfMemoryError
+from service.errors import InferenceError, ModelStoreError, OutOfMemoryError, first_line
 from service.inference.half import HalfNetwork
 from service.inference.verification import Reference, fixed_pictures
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
@@ -81,7 +81,7 @@ class Predictor:
         except InferenceError as error:
             if self._plan_b is None or isinstance(error, OutOfMemoryError):
                 raise
-            problem = str(error)
+            problem = first_line(error)
         if problem is None:
             self._reference = self._plan_b = None
             return

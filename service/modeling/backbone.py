@@ -345,7 +345,7 @@ def _timm_trunk(model: str) -> Any:
     try:
         import timm
     except ImportError:
-        raise ModelStoreError(f"backbone timm/{model} needs the extra 'timm': pip install 'roiserve[timm]'") from None
+        raise ModelStoreError(f"backbone timm/{model} needs the package timm: pip install timm") from None
     if not timm.is_model(model):
         close = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=3))
         raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))

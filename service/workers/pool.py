@@ -30,7 +30,7 @@ from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo
-from service.workers.channel import Header, error_from, model_info_from, options_to
+from service.workers.channel import Header, error_from, form_to, model_info_from, options_to, source_to
 from service.workers.detector import PredictorFactory
 from service.workers.handle import WorkerHandle
 
@@ -46,9 +46,6 @@ _MAX_DEATHS_ALONE = 2
 _PING_SECONDS = 1.0
 # What a model may take to load, be compiled and warm up, all of them together.
 _START_SECONDS = 900.0
-# Roughly, for photographs as JPEG, before the pixels are known; and what networks resize large ones to.
-_PIXELS_PER_BYTE = 8
-_MOST_GUESSED_PIXELS = 1344 * 1344
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +72,7 @@ class _Ticket:
     @property
     def cost(self) -> int:
         """In pixels, if need be a guess."""
-        return self.padded_pixels or min(_PIXELS_PER_BYTE * len(self.job.data), _MOST_GUESSED_PIXELS)
+        return self.padded_pixels or self.job.likely_pixels
 
     def answer(self, outcome: Answer | ServiceError) -> None:
         """The end of it, if its caller still waits."""
@@ -347,7 +344,7 @@ class WorkerPool:
             return  # its caller has gone
         elif kind == "mark":
             ticket.marks += header["change"]
-            if header["change"] > 0 and header["stage"] not in (None, ticket.job.progress.stage):
+            if header["change"] >= 0 and header["stage"] not in (None, ticket.job.progress.stage):
                 ticket.job.progress.enter(header["stage"])
         elif kind == "queued":
             ticket.padded_pixels = header["pixels"]
@@ -451,17 +448,19 @@ class WorkerPool:
         ticket.worker = worker.handle
         worker.tickets[ticket.id] = ticket
         job = ticket.job
+        source, body = source_to(job.source)
         header = {
             "kind": "job",
             "id": ticket.id,
             "request_id": ticket.request_id,
             "model": job.model,
             "options": options_to(job.options),
-            "output": job.output,
+            "source": source,
+            "form": form_to(job.form),
             "deadline": job.deadline,
             "is_bulk": job.is_bulk,
         }
-        worker.handle.send(header, job.data)
+        worker.handle.send(header, body)
 
     def _forget(self, ticket: _Ticket) -> None:
         """A job is answered, or nobody waits for it any more."""

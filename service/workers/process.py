@@ -25,7 +25,7 @@ from service.logs import configure_logging, request_id_context
 from service.metrics import Observed
 from service.settings import Settings
 from service.structures import Answer, Job, Progress
-from service.workers.channel import BlockingChannel, Header, error_to, options_from
+from service.workers.channel import BlockingChannel, Header, error_to, form_from, options_from, source_from
 from service.workers.detector import PredictorFactory
 from service.workers.local import LocalDetector
 
@@ -47,6 +47,12 @@ class _MarkedProgress(Progress):
         super().__init__(stage)
         self._job_id = job_id
         self._channel = channel
+
+    def enter(self, stage: str) -> None:
+        super().enter(stage)
+        if stage == "encode":
+            # Told at once, so that waiting for an encoder does not pass for inference.
+            self._mark("encode", 0)
 
     def _mark(self, stage: str | None, change: int) -> None:
         self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
@@ -111,9 +117,9 @@ class _Worker:
         progress = _MarkedProgress("received", job_id=header["id"], channel=self._channel)
         job = Job(
             model=header["model"],
-            data=body,
+            source=source_from(header["source"], body),
             options=options_from(header["options"]),
-            output=header["output"],
+            form=form_from(header["form"]),
             deadline=header["deadline"],
             progress=progress,
             is_bulk=header["is_bulk"],
@@ -134,6 +140,7 @@ class _Worker:
             "orientation_applied": answer.orientation_applied,
             "detections": answer.detections,
             "batch_size": answer.batch_size,
+            "batch_id": answer.batch_id,
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from service.cores import available_cores
@@ -50,29 +50,30 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
         words = ", ".join(sorted(names)) or "none"
         raise ModelNotFoundError(f"no default model {settings.default_model!r} among those to load; known: {words}")
 
-    def load_first_good(choice: Sequence[StoredModel]) -> Predictor | None:
+    def load(stored: StoredModel) -> Predictor:
+        logger.info("loading model", extra={"fields": {"model": stored.key}})
+        return load_predictor(
+            stored,
+            device=settings.device,
+            precision=settings.precision,
+            engine=settings.engine,
+            cache_dir=settings.engine_cache_dir,
+            searching=searching,
+        )
+
+    are_all_broken = bool(choices)
+    for choice in choices.values():
         for stored in choice:
-            logger.info("loading model", extra={"fields": {"model": stored.key}})
             try:
-                return load_predictor(
-                    stored,
-                    device=settings.device,
-                    precision=settings.precision,
-                    engine=settings.engine,
-                    cache_dir=settings.engine_cache_dir,
-                    searching=searching,
-                )
+                # Given away without a name here: whoever gets it may want to forget it, and have its memory back.
+                yield load(stored)
             except ServiceError as error:
                 if settings.models:
                     raise
                 logger.error("model is broken", extra={"fields": {"model": stored.key, "reason": str(error)}})
-        return None
-
-    are_all_broken = bool(choices)
-    for choice in choices.values():
-        if (predictor := load_first_good(choice)) is not None:
-            are_all_broken = False
-            yield predictor
+            else:
+                are_all_broken = False
+                break
     if are_all_broken:
         raise ModelStoreError(f"every model in {store.root} is broken")
 

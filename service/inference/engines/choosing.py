@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.devices import Device
-from service.errors import ServiceError
+from service.errors import ServiceError, first_line
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
 from service.inference.half import DTYPES, HalfNetwork
@@ -98,8 +98,7 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     try:
         model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
-        # The first line says it; behind it there may be whole weights.
-        return f"OpenVINO cannot express this network: {str(error).partition(chr(10))[0]}"
+        return f"OpenVINO cannot express this network: {first_line(error)}"
     return None
 
 
@@ -128,7 +127,7 @@ def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str
     """Why an engine cannot run, in a sentence that says what to do; None if it can."""
     if engine == "openvino":
         if importlib.util.find_spec("openvino") is None:
-            return "engine 'openvino' is not installed: pip install 'roiserve[openvino]'"
+            return "engine 'openvino' is not installed: pip install openvino"
         if device.fastest_engine != "openvino":
             return f"engine 'openvino' runs on the CPU, not on {device.label}"
         if precision not in _OPENVINO_PRECISIONS:

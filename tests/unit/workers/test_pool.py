@@ -28,7 +28,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.settings import Settings
-from service.structures import Answer, DetectOptions, Job, Progress
+from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
 from service.workers import pool as pool_module
 from service.workers.channel import Header, error_to
 from service.workers.detector import PredictorFactory
@@ -77,9 +77,9 @@ class Bench:
     ) -> asyncio.Task[Answer]:
         job = Job(
             model=model,
-            data=data or picture(red=red),
+            source=Encoded(data or picture(red=red)),
             options=DetectOptions(score_thresh=0),
-            output="rle",
+            form=Json("rle"),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )
