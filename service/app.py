@@ -22,6 +22,7 @@ from service.api.keys import Keys
 from service.api.management import management_server
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
+from service.api.quotas import Quotas
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
 from service.batching.held_bytes import HeldBytes
 from service.errors import ServiceError

@@ -197,8 +197,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=65535,
-        description="TCP port for /metrics, /healthz and /readyz, which then are not on the other one; unset keeps them "
-        "together.",
+        description="TCP port for /metrics, /healthz and /readyz, which are then not on the other one; unset keeps all "
+        "on one.",
     )
     otlp_endpoint: str | None = Field(
         None,

@@ -1,5 +1,5 @@
-"""What each API key may ask for in a minute: images and pixels. A key that has used up its share gets a 429 that says when
-to come back; others do not notice it.
+"""What each API key may ask for in a minute: images and pixels. A key that has used up its share gets a 429 that says
+when to come back; others do not notice it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ class Bucket:
     """A token bucket: full at first, filled again evenly, and for a moment it may owe.
 
     What something costs is often known only afterwards, such as the pixels of a picture. So anything may begin while
-    the bucket is not empty, and what it took beyond that is waited for by the next.
+    the bucket holds at least 1, and what it took beyond that is waited for by the next.
 
-    Args:
-        per_minute: how much flows in, and the most that it holds.
-        now: seconds of a steady clock.
+    Attributes:
+        per_minute: how much flows in, and the most that it holds, if that is above 1.
+        level: how much it holds.
+        at: when, in seconds of a steady clock.
     """
 
     per_minute: float
@@ -32,7 +33,7 @@ class Bucket:
     def wait_seconds(self, now: float) -> float:
         """How long until something may begin; 0 if it may now."""
         self._fill(now)
-        return 0.0 if self.level > 0 else (1e-9 - self.level) * 60 / self.per_minute
+        return max(0.0, 1 - self.level) * 60 / self.per_minute
 
     def take(self, amount: float, now: float) -> None:
         """Something took this much."""
@@ -40,7 +41,7 @@ class Bucket:
         self.level -= amount
 
     def _fill(self, now: float) -> None:
-        self.level = min(self.per_minute, self.level + (now - self.at) * self.per_minute / 60)
+        self.level = min(max(1.0, self.per_minute), self.level + (now - self.at) * self.per_minute / 60)
         self.at = now
 
 
@@ -82,7 +83,7 @@ class Quotas:
 
     def _bucket(self, caller: str, unit: str) -> Bucket:
         limit = self._limits[unit]
-        return self._buckets.setdefault((caller, unit), Bucket(limit, limit, self._clock()))
+        return self._buckets.setdefault((caller, unit), Bucket(limit, max(1.0, limit), self._clock()))
 
 
 def fingerprint(key: bytes) -> str:

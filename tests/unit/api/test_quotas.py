@@ -27,13 +27,9 @@ def test_a_key_may_send_its_share_at_once_and_then_as_it_flows_in(clock: Clock) 
         quotas.charge("a", images=1)
     with pytest.raises(QuotaError, match="6 images a minute") as refused:
         quotas.require("a")
-    assert refused.value.retry_after_seconds == pytest.approx(0, abs=1e-6)
-    clock.now += 1
+    assert refused.value.retry_after_seconds == pytest.approx(10)
+    clock.now += 10
     quotas.require("a")
-    quotas.charge("a", images=1)
-    with pytest.raises(QuotaError) as refused:
-        quotas.require("a")
-    assert refused.value.retry_after_seconds == pytest.approx(9)
 
 
 def test_what_was_taken_beyond_the_share_is_waited_for(clock: Clock) -> None:
@@ -43,7 +39,7 @@ def test_what_was_taken_beyond_the_share_is_waited_for(clock: Clock) -> None:
     quotas.charge("a", pixels=3_000_000)
     with pytest.raises(QuotaError) as refused:
         quotas.require("a")
-    assert refused.value.retry_after_seconds == pytest.approx(120)
+    assert refused.value.retry_after_seconds == pytest.approx(120, abs=1e-3)
     clock.now += 121
     quotas.require("a")
 
