@@ -105,7 +105,8 @@ def create_app(
     routers = [resource.router for resource in resources]
     for router in routers:
         app.include_router(router)
-    paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    paths = [route.path for route in routes if "{" not in route.path]
     add_error_handlers(app, measures, paths=list(dict.fromkeys(paths)))
     describe_app(app)
     return app

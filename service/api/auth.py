@@ -15,7 +15,7 @@ from service.api.state import State
 _Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 _Header = Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
 _HOW_TO_SEND = "send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`"
-_UNKNOWN = "this server does not know the key that was sent"
+_UNKNOWN = "unknown key: this server does not know the key that was sent"
 
 
 async def require_key(state: State, record: Record, bearer: _Bearer, header: _Header) -> None:

@@ -20,11 +20,11 @@ from service.api.openapi import PICTURE_SCHEMA, describe_answer, describe_errors
 from service.api.options import (
     AnnotateParameters,
     DetectParameters,
-    Wish,
+    ResolvedOptions,
     merge_options,
     read_proposals,
     refuse_repeated_options,
-    understand,
+    resolve_options,
 )
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
@@ -49,7 +49,7 @@ class _Order(Generic[P]):
     images: Sequence[bytes]
     parameters: P
     info: ModelInfo
-    wish: Wish
+    resolved: ResolvedOptions
     deadline: float
     caller: str | None
 
@@ -57,7 +57,7 @@ class _Order(Generic[P]):
         return Job(
             model=self.info.key,
             source=Encoded(image),
-            options=self.wish.options,
+            options=self.resolved.options,
             form=form,
             deadline=self.deadline,
             progress=progress,
@@ -65,7 +65,7 @@ class _Order(Generic[P]):
         )
 
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
-        return detections_document(self.info, answer, progress, roi_op=self.wish.options.roi_op)
+        return detections_document(self.info, answer, progress, roi_op=self.resolved.options.roi_op)
 
     def charge(self, state: ApiState, answer: Answer) -> None:
         """Count the pixels of an image for the quota of the caller's key."""
@@ -105,8 +105,8 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     record.notes["model"] = info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
-    wish = understand(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, wish, deadline, record.caller)
+    resolved = resolve_options(parameters, info, read_proposals(upload))
+    return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
 
 
 @router.post(
@@ -124,7 +124,7 @@ async def detect(
     Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, Json(order.wish.mask_format))
+    job = order.job(order.only_image(), record.progress, Json(order.resolved.mask_format))
     answer = await while_connected(request, state.admission.run(job))
     order.charge(state, answer)
     record.batch_id = answer.batch_id
@@ -146,7 +146,7 @@ async def detect_batch(
     All of them share the request's one deadline (`timeout_ms`).
     """
     order = await _read_order(request, state, record, query)
-    if order.wish.options.proposals is not None:
+    if order.resolved.options.proposals is not None:
         raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")
     if not order.images:
         raise InvalidRequestError("expected multipart fields 'image', got none")
@@ -169,7 +169,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
     progress = Progress("decode")
     try:
-        answer = await state.admission.run(order.job(image, progress, Json(order.wish.mask_format), is_bulk=True))
+        answer = await state.admission.run(order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True))
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}

@@ -134,7 +134,7 @@ class RequestMiddleware:
         self._state.lifecycle.enter(task)
         try:
             if scope["method"] == "POST" and scope["path"] in _ONE_IMAGE_PATHS:
-                self._state.admission.require_place()
+                self._state.admission.require_place(seconds_left=self._state.settings.request_timeout_ms / 1000)
             await self._app(scope, exchange.receive, exchange.send)
             return
         except OverloadedError as refused:
