@@ -51,6 +51,7 @@ class _Order(Generic[P]):
     info: ModelInfo
     resolved: ResolvedOptions
     deadline: float
+    caller: str | None
 
     def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
@@ -66,6 +67,11 @@ class _Order(Generic[P]):
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
         return detections_document(self.info, answer, progress, roi_op=self.resolved.options.roi_op)
 
+    def charge(self, state: ApiState, answer: Answer) -> None:
+        """Count the pixels of an image for the quota of the caller's key."""
+        height, width = answer.image_size
+        state.quotas.charge(self.caller, pixels=height * width)
+
     def only_image(self) -> bytes:
         if not self.images:
             raise InvalidRequestError("expected one image, as the field 'image', got none")
@@ -79,6 +85,7 @@ class _Order(Generic[P]):
 async def _read_order(request: Request, state: ApiState, record: RequestRecord, query: P) -> _Order[P]:
     settings = state.settings
     state.lifecycle.require_serving()
+    state.quotas.require(record.caller)
     try:
         upload = await read_upload(
             request,
@@ -89,6 +96,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     except CancelledRequestError:
         state.metrics.cancelled.labels(record.progress.stage).inc()
         raise
+    state.quotas.charge(record.caller, images=len(upload.images))
     parameters = merge_options(query, upload)
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
@@ -98,7 +106,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
     resolved = resolve_options(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, resolved, deadline)
+    return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
 
 
 @router.post(
@@ -118,6 +126,8 @@ async def detect(
     order = await _read_order(request, state, record, query)
     job = order.job(order.only_image(), record.progress, Json(order.resolved.mask_format))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
+    record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
@@ -155,6 +165,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
         job = order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True)
         try:
             answer = await state.admission.run(job)
+            order.charge(state, answer)
             if size + len(answer.encoded) > max_bytes:
                 raise AnswerTooLargeError(
                     f"the answers to this request's images would have more than {max_bytes} bytes in all; send fewer "
@@ -184,4 +195,5 @@ async def annotate(
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
     job = order.job(order.only_image(), record.progress, Drawing(picture_type))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)
