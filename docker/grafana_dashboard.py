@@ -306,8 +306,8 @@ def rows() -> Sequence[Row]:
                 ),
                 Panel(
                     "Verification",
-                    "Largest difference from eager in float32 when the model was loaded, as a share of what is tolerated. "
-                    "Above 1, a slower engine took the place of the one that was wanted.",
+                    "Largest difference from eager in float32 when the model was loaded, as a share of what is "
+                    "tolerated. Above 1, a slower engine took the place of the one that was wanted.",
                     [Query(_series(_M.model_verification), "{{model}} {{value}}", needs_trouble=True)],
                     width=6,
                 ),
