@@ -19,6 +19,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
     && pip install --constraint constraints.txt --requirement requirements.txt
 
 COPY README.md LICENSE ./
+COPY roiserve roiserve
 COPY service service
 RUN pip install --no-deps .
 

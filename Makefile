@@ -7,6 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 PYTHON ?= python3 python3.13 python3.12 python3.11
 
 .DEFAULT_GOAL := help
@@ -15,7 +16,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 help: ## List the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
 
-setup: $(STAMP) ## Create .venv and install the package with what its tests need
+setup: $(DEV_STAMP) ## Create .venv and install the package with what its tests need
 
 $(BIN)/python:
 	@for python in $(PYTHON); do \
@@ -31,11 +32,15 @@ $(BIN)/python:
 # Made again only when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this downloads about 3 GB, PyTorch with CUDA for the most part"
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,timm]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,timm]'
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,ray,timm]'
 	@touch $@
 
 # A flag only where one was asked for, so that ROISERVE_HOST and the like count.
-serve: setup ## Serve the bundled models on http://127.0.0.1:8000 (HOST=, PORT=, MODEL_STORE=)
+serve: $(STAMP) ## Serve the bundled models on http://127.0.0.1:8000 (HOST=, PORT=, MODEL_STORE=)
 	@exec $(BIN)/roiserve serve $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') \
 		$(if $(MODEL_STORE),--model-store '$(MODEL_STORE)')
 

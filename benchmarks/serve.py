@@ -106,7 +106,7 @@ def running_server(
     models: Sequence[StoredModel], *, workers: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Target]:
     """`roiserve serve` with these models, ready; stopped afterwards."""
-    port = _free_port()
+    port = free_port()
     flags = [] if workers == "default" else ["--workers", workers]
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
     settings = {"ROISERVE_MODEL_STORE": str(BUNDLED), "ROISERVE_MODELS": ",".join(one.key for one in models)}
@@ -114,7 +114,7 @@ def running_server(
         server = subprocess.Popen(command, env={**os.environ, **settings, **environment}, stdout=log, stderr=log)
         try:
             target = Target.of_url(f"http://127.0.0.1:{port}")
-            asyncio.run(_until_ready(target, server))
+            asyncio.run(until_ready(target, server))
             yield target
         except Exception:
             log.seek(0)
@@ -125,14 +125,14 @@ def running_server(
             server.wait(60)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
 
 
-async def _until_ready(target: Target, server: subprocess.Popen[bytes]) -> None:
+async def until_ready(target: Target, server: subprocess.Popen[bytes]) -> None:
     request = target.request("GET", "/readyz")
     async with asyncio.timeout(SECONDS_TO_START), Client(target) as client:
         while True:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -40,6 +41,7 @@ def create_app(
     *,
     predictors: Sequence[Predictor] | None = None,
     predictor_factory: PredictorFactory | None = None,
+    detector: Callable[[Metrics], Detector] | None = None,
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
     """Build the service.
@@ -48,16 +50,17 @@ def create_app(
         predictors: what to serve, in this process, instead of the models of the store.
         predictor_factory: loads the models in each worker process, pickled on its way there; None for those of the
             store.
+        detector: makes what runs the models, elsewhere; None for workers of this process.
         registry: for the metrics; a new one if None.
     """
     measures = Metrics(registry or CollectorRegistry())
-    detector = _build_detector(settings, measures, predictors, predictor_factory)
+    runs_models = detector(measures) if detector else _build_detector(settings, measures, predictors, predictor_factory)
     state = ApiState(
         settings=settings,
         keys=Keys(settings),
         metrics=measures,
-        detector=detector,
-        admission=Admission(detector, metrics=measures),
+        detector=runs_models,
+        admission=Admission(runs_models, metrics=measures),
         models=LoadedModels(settings.default_model),
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
@@ -74,7 +77,7 @@ def create_app(
         loading.cancel()
         with suppress(asyncio.CancelledError):
             await loading
-        await detector.stop()
+        await runs_models.stop()
 
     app = FastAPI(
         title="RoIServe",
@@ -115,6 +118,8 @@ def _build_detector(
 
 async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
     """Prepare the description of the API and load the models; then be ready, or say what failed."""
+    begin = time.monotonic()
+    logger.info("loading models", extra={"fields": {"hint": "the first start compiles kernels, which takes a minute"}})
     try:
         await asyncio.to_thread(describe)
         for info in await state.detector.start():
@@ -129,4 +134,7 @@ async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
     state.lifecycle.has_models = True
     if state.lifecycle.phase is Phase.LOADING:
         state.lifecycle.phase = Phase.READY
-    logger.info("ready")
+    fields = {"models": ",".join(info.key for info in state.models), "seconds": round(time.monotonic() - begin, 1)}
+    url = state.lifecycle.url
+    links = {} if url is None else {"url": url, "docs": f"{url}/docs"}
+    logger.info("ready", extra={"fields": {**links, **fields}})

@@ -4,11 +4,14 @@ imported before a command runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from service.commands._help import plain
 from service.commands.bench import bench
 from service.commands.compare import compare
 from service.commands.detect import detect
@@ -20,42 +23,68 @@ from service.errors import ServiceError
 
 app = typer.Typer(
     name="roiserve",
-    help="Detections from images: serve, train, evaluate and manage models of the R-CNN family.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"roiserve {version('roiserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+@plain
+def roiserve(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Detections from images: serve, train, evaluate and manage models of the R-CNN family."""
+
+
 app.command("serve")(serve_command())
 app.add_typer(models_app)
-app.command("detect")(detect)
-app.command("train")(train)
-app.command("evaluate")(evaluate)
-app.command("compare")(compare)
-app.command("bench")(bench)
+for command in (detect, train, evaluate, compare, bench):
+    app.command(command.__name__)(plain(command))
+
+
+# A disk that is full or may not be written to is nobody's bug, wherever a command meets it.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def let_waiting_threads_sleep() -> None:
     """Have PyTorch's waiting threads leave their cores to others, in this process and those that it starts.
 
-    To be called before torch is imported, for OpenMP reads its variables as it is loaded. A variable that is set stays.
+    Call this before torch is imported: OpenMP reads its variables when its library is loaded. A variable that is set
+    stays.
     """
-    # Threads that wait for PyTorch's next loop would spin for milliseconds on the cores where OpenVINO, our own kernels
-    # and the decoders run meanwhile: OpenVINO's calls take a sixth longer then. Not 0: PyTorch's loops follow closely
-    # on each other, and to wake threads for each costs more than so short a wait.
+    # Threads that wait for PyTorch's next loop would otherwise spin for milliseconds on the cores where OpenVINO, our
+    # own kernels and the decoders run: OpenVINO's calls then take a sixth longer. Not 0: PyTorch's loops follow each
+    # other closely, and waking threads for each costs more than so short a wait.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def import_nothing_from_here() -> None:
-    """Keep the processes that this one starts from importing modules out of the folder that they are started in."""
+    """Keep the processes that this one starts from importing modules from the current folder."""
     os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line and status 1, not a traceback."""
+    """Run the command line; an error of ours, or of the disk, is one line and status 1, not a traceback."""
     let_waiting_threads_sleep()
     import_nothing_from_here()
     try:
         app(prog_name="roiserve")
     except ServiceError as error:
         print(f"roiserve: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"roiserve: {error.filename or 'a file'}: cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)

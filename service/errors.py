@@ -6,6 +6,7 @@
     - UnsupportedImageError   not an image format that we read
     - InvalidImageError       the right format, but the bytes do not decode
     - TooLargeError           more bytes or pixels than the settings allow
+    - AnswerTooLargeError     masks in a form that would take more bytes than the settings allow
     - PoisonousImageError     an image that twice stopped the process that worked on it
     - ModelNotFoundError      no model of that name or version
     - ModelNeededError        a model that must not go
@@ -50,6 +51,12 @@ class TooLargeError(InvalidRequestError):
     """More bytes or pixels than the settings allow; found out before the work is done."""
 
     code = "too_large"
+
+
+class AnswerTooLargeError(InvalidRequestError):
+    """What was found would take more bytes than the settings allow in the form that was asked for."""
+
+    code = "answer_too_large"
 
 
 class PoisonousImageError(InvalidRequestError):
@@ -140,3 +147,13 @@ class DatasetError(ServiceError):
     """A data set that cannot be trained on or evaluated; the message lists every problem."""
 
     code = "dataset_error"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 letters: libraries add the stack of their C++ code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+
+
+_LONGEST_LINE = 200

@@ -1,11 +1,12 @@
 """Compile numeric loops to machine code when they are first called, keep the result on disk, and share threads among
-them. Called by the rooms that loop over pixels or boxes (`masks`, `ops`); knows nothing of what they compute.
+them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Lock
 from typing import Any, TypeVar, cast
@@ -13,18 +14,24 @@ from typing import Any, TypeVar, cast
 import numba
 import torch
 from numba import njit
+from numba.core import caching
+
+logger = logging.getLogger(__name__)
+
+_NumbaCache: Any = caching.FunctionCache
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-# Every model has a thread of its own, and numba ends the process when two threads are in parallel loops at once.
+# numba ends the process when two threads are in parallel loops at once.
 _one_at_a_time = Lock()
 
 
 def compiled(*, parallel: bool = False, divides_by_zero: bool = False) -> Callable[[Function], Function]:
     """Decorate a loop over arrays: machine code, run without the GIL.
 
-    Numba keeps the code in `NUMBA_CACHE_DIR`, else beside the source file, else in the user's cache folder. It looks
-    for changes in the function's own file only, so a compiled function calls compiled functions of that file alone.
+    Numba keeps the code in `NUMBA_CACHE_DIR`, else beside the source file, else in the user's cache folder. A folder
+    that cannot be written, a full disk or a damaged file costs the time to compile, nothing else. Numba looks for
+    changes in the function's own file only, so a compiled function calls compiled functions of that file alone.
 
     Args:
         parallel: share `prange` among threads. Called within `parallel_loops` only.
@@ -34,12 +41,39 @@ def compiled(*, parallel: bool = False, divides_by_zero: bool = False) -> Callab
     compile_it = partial(njit, nogil=True, parallel=parallel, error_model="numpy" if divides_by_zero else "python")
 
     def decorate(function: Function) -> Function:
-        try:
-            return cast(Function, compile_it(cache=True)(function))
-        except RuntimeError:  # None of the three folders can be written: compile anew in each process.
-            return cast(Function, compile_it()(function))
+        dispatcher: Any = compile_it()(function)
+        # None of the three folders can be written: compile anew in each process.
+        with suppress(RuntimeError):
+            dispatcher._cache = _ForgivingCache(function)
+        return cast(Function, dispatcher)
 
     return decorate
+
+
+class _ForgivingCache(_NumbaCache):  # type: ignore[misc]  # numba has no annotations
+    """Numba's own cache on disk, whose failures end the call that compiles."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled code, or None if it is not there or not whole."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # A damaged file makes pickle and numba raise whatever they like.
+            self._report("cannot read a compiled loop, compiling it anew", error)
+            with suppress(OSError):
+                self.flush()  # The index would keep the new code from being kept.
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep the compiled code, if that is possible."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            self._report("cannot keep a compiled loop", error)
+            self.disable()
+
+    def _report(self, event: str, error: Exception) -> None:
+        fields = {"folder": self.cache_path, "reason": repr(error)}
+        logger.warning(event, extra={"fields": fields})
 
 
 @contextmanager

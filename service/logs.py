@@ -1,11 +1,12 @@
-"""Log lines: events with keys, as text or as JSON. `configure_logging` is called by the entry points only; every other
-room uses `logging.getLogger(__name__)` and passes its keys as `extra={"fields": {...}}`. The id of the request that is
-being answered stands on every line that is written for it.
+"""Log lines: events with keys, as text or as JSON. Only entry points call `configure_logging`; every other room uses
+`logging.getLogger(__name__)` and passes its keys as `extra={"fields": {...}}`. Each line that is written for a request
+bears its id.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -15,6 +16,14 @@ import orjson
 
 # Bound by the outermost layer of the HTTP app for as long as a request lasts; copied into its tasks by asyncio.
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+# Longer texts are cut: a caller can send megabytes, and a message may repeat them.
+_MAX_TEXT_LENGTH = 4096
+# What uvicorn says of its own start; we say when the server listens, is ready, drains and has stopped.
+_UVICORNS_NEWS = re.compile(
+    r"(Started|Finished) server process|Waiting for |Application (startup|shutdown) |Shutting down"
+)
 
 
 def configure_logging(*, log_format: Literal["text", "json"], log_level: str) -> None:
@@ -32,8 +41,14 @@ def configure_logging(*, log_format: Literal["text", "json"], log_level: str) ->
     # Debugging is about this package, not about every chunk of every PNG.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger("service").setLevel(level)
+    logging.captureWarnings(True)  # as log lines, so that JSON stays JSON
     # It warns of every damaged form, which is its sender's business.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or not _UVICORNS_NEWS.match(record.getMessage())
 
 
 class JsonFormatter(logging.Formatter):
@@ -54,7 +69,7 @@ class TextFormatter(logging.Formatter):
         """The line."""
         common = _common_fields(record)
         words = [str(common.pop(name)) for name in ("time", "level", "logger", "event")]
-        words += [f"{key}={_text_value(value)}" for key, value in (common | dict(_own_fields(record))).items()]
+        words += [f"{key}={_quoted(value)}" for key, value in (common | dict(_own_fields(record))).items()]
         line = " ".join(words)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -64,8 +79,9 @@ def _common_fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = {
         "time": f"{seconds}.{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
-        "logger": record.name,
-        "event": record.getMessage(),
+        # uvicorn's one logger for all but requests has a name that looks like trouble.
+        "logger": "uvicorn" if record.name == "uvicorn.error" else record.name,
+        "event": _one_line(record.getMessage()),
     }
     if request_id := request_id_context.get():
         fields["request_id"] = request_id
@@ -74,10 +90,19 @@ def _common_fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _own_fields(record: logging.LogRecord) -> Mapping[str, object]:
     fields: Mapping[str, object] = getattr(record, "fields", {})
-    return fields
+    return {key: _one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
 
 
-def _text_value(value: object) -> str:
+def _one_line(text: str) -> str:
+    """A text that any log can hold: cut where it is very long, without line breaks, and valid Unicode."""
+    if len(text) > _MAX_TEXT_LENGTH:
+        text = f"{text[:_MAX_TEXT_LENGTH]}… ({len(text)} characters)"
+    text = re.sub(r"\s*\n\s*", "; ", text.strip())
+    # Also escape sequences, which a terminal would obey, and lone surrogates, which no encoder takes.
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _quoted(value: object) -> str:
     """Quote what would break the line apart, so that a caller cannot write log lines of their own."""
     text = str(value)
     return text if text.isprintable() and " " not in text and '"' not in text else orjson.dumps(text).decode()

@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Literal, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from service.structures import ModelInfo
 
@@ -20,14 +27,14 @@ _RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detections"]
+Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detections", "overflowed_batches"]
 
 
 class Observe(Protocol):
     """Where a device worker's observations go: into the metrics, or to the process that has them."""
 
     def __call__(self, name: Observed, labels: Sequence[str], value: float) -> None:
-        """Count a value in the histogram that `Metrics` calls by this name."""
+        """Count a value in the histogram, or add it to the counter, that `Metrics` calls by this name."""
 
 
 class Metrics:
@@ -39,6 +46,8 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        # A series `…_created` beside each of ours would double them; it holds for the whole process.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # without annotations
         ProcessCollector(registry=registry)
         self.requests = Counter(
             "roiserve_requests_total", "Answered HTTP requests.", ("route", "status"), registry=registry
@@ -111,6 +120,19 @@ class Metrics:
         self.model_ready = Gauge(
             "roiserve_model_ready", "Whether a model is loaded and warmed up.", ("model",), registry=registry
         )
+        self.model_verification = Gauge(
+            "roiserve_model_verification_ratio",
+            "Largest difference of boxes, scores or masks from eager in float32 when the model was loaded, as a share "
+            "of what is tolerated; above 1 another engine took the place of the one that was wanted.",
+            ("model", "value"),
+            registry=registry,
+        )
+        self.overflowed_batches = Counter(
+            "roiserve_overflowed_batches_total",
+            "Batches that half precision could not hold, and that ran again in float32.",
+            ("model",),
+            registry=registry,
+        )
         self.device_memory = Gauge(
             "roiserve_device_memory_bytes",
             "Memory of a device: allocated, reserved and total of a GPU, resident of the workers on a CPU.",
@@ -151,6 +173,10 @@ class Metrics:
         self.model_info.labels(*_info_labels(info)).set(1)
         self.model_ready.labels(info.key).set(1)
         self.images.labels(info.key, "ok")
+        self.overflowed_batches.labels(info.key)
+        if info.verification is not None:
+            for name, value in info.verification.values.items():
+                self.model_verification.labels(info.key, name).set(value.largest_difference / value.tolerance)
         self.queue_depth.labels(info.key).set_function(queue_depth)
         self.queue_pixels.labels(info.key).set_function(queue_pixels)
 
@@ -159,11 +185,16 @@ class Metrics:
         self.model_info.remove(*_info_labels(info))
         for gauge in (self.model_ready, self.queue_depth, self.queue_pixels):
             gauge.remove(info.key)
+        for name in () if info.verification is None else info.verification.values:
+            self.model_verification.remove(info.key, name)
 
     def observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
         """See `Observe`."""
-        histogram: Histogram = getattr(self, name)
-        histogram.labels(*labels).observe(value)
+        metric: Histogram | Counter = getattr(self, name)
+        if isinstance(metric, Counter):
+            metric.labels(*labels).inc(value)
+        else:
+            metric.labels(*labels).observe(value)
 
     def set_device_memory(self, sizes: Mapping[tuple[str, str], float]) -> None:
         """Replace the memory of all devices: bytes by device and kind."""

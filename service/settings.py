@@ -19,6 +19,9 @@ from service.cores import available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
+Engine = Literal["auto", "eager", "compiled", "openvino"]
+Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16"]
+
 OTHER_VARIABLES = frozenset(
     {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
 )
@@ -47,19 +50,19 @@ class Settings(BaseSettings):
     device: str = Field(
         "auto", description="Where models run: auto, cpu, cuda or cuda:N; auto takes CUDA where there is one."
     )
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+    precision: Precision = Field(
         "auto",
-        description="Number format of the network: auto, float32, float16 or bfloat16; auto is float16 on CUDA, except "
-        "with the engine eager, and float32 on the CPU.",
+        description="Number format of the network: auto, float32, tf32 (CUDA only), float16 or bfloat16; auto is "
+        "float16 on CUDA, except with the engine eager, and float32 on the CPU.",
     )
-    engine: Literal["auto", "eager", "compiled", "openvino"] = Field(
+    engine: Engine = Field(
         "auto",
         description="What runs the network: auto, eager (PyTorch as it is), compiled (torch.compile) or openvino (for "
         "the CPU); auto takes the fastest there is.",
     )
     engine_cache_dir: Path | None = Field(
         None,
-        description="Folder where an engine keeps what it compiled, for the next start; unset takes .cache/roiserve in "
+        description="Folder where engines keep what they compiled, for the next start; unset takes .cache/roiserve in "
         "the user's home.",
     )
 
@@ -138,6 +141,12 @@ class Settings(BaseSettings):
     )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
+    )
+    max_answer_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1,
+        description="Largest JSON of what was found, in bytes, for all images of a request together; more is refused "
+        "with 422 before it is encoded, or when that much has been.",
     )
     decode_threads: int = Field(
         default_factory=lambda: min(8, available_cores()),

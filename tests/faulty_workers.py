@@ -10,14 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 from service import pipeline
+from service.answers.json import JsonEncoder
+from service.devices.cpu import CpuDevice
 from service.errors import InvalidRequestError, ModelStoreError
 from service.imaging import decode
 from service.imaging.decode import decode_image
 from service.settings import Settings
 from service.structures import Image
-from service.workers import devices
+from service.workers import local, process
 from tests.fakes import FakePredictor, load_fakes
 
 # A picture whose top left pixel has this red value makes a stage fail, if a factory says so.
@@ -38,6 +41,17 @@ def hang() -> None:
     threading.Event().wait()
 
 
+class Lost(CpuDevice):
+    """A device with which something happens as soon as it is asked how it is."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__("cpu")
+        self._happens = happens
+
+    def probe(self) -> None:
+        self._happens()
+
+
 class OnGpus:
     """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models, or
     say that it cannot.
@@ -50,7 +64,8 @@ class OnGpus:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        vars(devices).update(count_gpus=lambda: self.gpus, probe=lambda device: None, memory=lambda device: {})
+        vars(process).update(count_gpus=lambda: self.gpus)
+        vars(local).update(device_named=CpuDevice)  # by the GPU's name
 
     def __call__(self, settings: Settings) -> Iterator[FakePredictor]:
         if settings.device == self.dead:
@@ -69,13 +84,13 @@ def die_while_starting(settings: Settings) -> Iterator[FakePredictor]:
 
 def die_when_asked(settings: Settings) -> Iterator[FakePredictor]:
     """A worker that dies at its first probe, right after it was ready."""
-    vars(devices).update(probe=lambda device: die())
+    vars(local).update(device_named=lambda label: Lost(die))
     return load_fakes(settings)
 
 
 def hang_when_asked(settings: Settings) -> Iterator[FakePredictor]:
     """A worker that never answers a probe."""
-    vars(devices).update(probe=lambda device: hang())
+    vars(local).update(device_named=lambda label: Lost(hang))
     return load_fakes(settings)
 
 
@@ -106,14 +121,14 @@ def hang_in_decode(settings: Settings) -> Iterator[FakePredictor]:
 
 def die_in_encode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose encoder dies of what was found in fatal pictures."""
-    encode = pipeline.encode_json
+    encode = JsonEncoder.encode
 
-    def encode_or_die(image: Image, *args: Any) -> bytes:
+    def encode_or_die(encoder: JsonEncoder, image: Image, *args: Any, **options: Any) -> bytes:
         if image.pixels[0, 0, 0] == FATAL:
             die()
-        return encode(image, *args)
+        return encode(encoder, image, *args, **options)
 
-    vars(pipeline).update(encode_json=encode_or_die)
+    patch.object(JsonEncoder, "encode", encode_or_die).start()
     return load_fakes(settings)
 
 

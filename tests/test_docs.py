@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic.fields import FieldInfo
 
+from docs.list_licences import installed
 from service.api.options import DetectParameters
 from service.metrics import Metrics
 from service.settings import OTHER_VARIABLES, Settings
@@ -84,6 +85,11 @@ def test_table_is_what_the_code_says(page: str, table: object, request: pytest.F
         f'docs/{page} is behind the code: make test ARGS="tests/test_docs.py --update-docs"'
     )
     assert "<!-- table -->\n| " in fresh
+
+
+def test_every_package_of_the_image_stands_among_the_licences() -> None:
+    rows = re.findall(r"^\| ([\w.-]+) \| .+ \|$", (ROOT / "docs/licences.md").read_text(), flags=re.MULTILINE)
+    assert set(installed()) <= set(rows), "python -m docs.list_licences"
 
 
 def test_every_option_of_a_detection_stands_in_the_readme() -> None:

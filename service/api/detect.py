@@ -29,7 +29,7 @@ from service.api.options import (
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
 from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
-from service.structures import Answer, Job, MaskFormat, ModelInfo, PictureType, Progress
+from service.structures import Answer, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
 
 router = APIRouter(
     prefix="/v1",
@@ -52,12 +52,12 @@ class _Order(Generic[P]):
     wish: Wish
     deadline: float
 
-    def job(self, image: bytes, progress: Progress, output: MaskFormat | PictureType, *, is_bulk: bool = False) -> Job:
+    def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
             model=self.info.key,
-            data=image,
+            source=Encoded(image),
             options=self.wish.options,
-            output=output,
+            form=form,
             deadline=self.deadline,
             progress=progress,
             is_bulk=is_bulk,
@@ -116,7 +116,7 @@ async def detect(
     Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, order.wish.mask_format)
+    job = order.job(order.only_image(), record.progress, Json(order.wish.mask_format))
     answer = await while_connected(request, state.admission.run(job))
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
@@ -159,7 +159,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
     progress = Progress("decode")
     try:
-        answer = await state.admission.run(order.job(image, progress, order.wish.mask_format, is_bulk=True))
+        answer = await state.admission.run(order.job(image, progress, Json(order.wish.mask_format), is_bulk=True))
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}
@@ -178,6 +178,6 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, picture_type)
+    job = order.job(order.only_image(), record.progress, Drawing(picture_type))
     answer = await while_connected(request, state.admission.run(job))
     return Response(answer.encoded, media_type=picture_type)

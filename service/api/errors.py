@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -57,6 +57,36 @@ class SlowBodyError(InvalidRequestError):
     code = "body_timeout"
 
 
+class MalformedRequestError(InvalidRequestError):
+    """What came is not HTTP/1.1, or proxies might read it differently than we do."""
+
+    code = "malformed_request"
+
+
+class SlowHeadError(InvalidRequestError):
+    """The request's headers did not arrive in time."""
+
+    code = "headers_timeout"
+
+
+class HeadTooLargeError(InvalidRequestError):
+    """The request line and the headers are too long, or too many."""
+
+    code = "headers_too_large"
+
+
+class UnsupportedTransferCodingError(InvalidRequestError):
+    """The body comes in a transfer coding other than `chunked`."""
+
+    code = "unsupported_transfer_coding"
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is of a kind that this route does not take."""
+
+    code = "unsupported_media_type"
+
+
 class MissingKeyError(InvalidRequestError):
     """API keys are configured and the request bears none."""
 
@@ -71,6 +101,7 @@ class KeyNotAllowedError(InvalidRequestError):
 
 # The most specific class counts. 499 is what proxies log for a caller that has gone: nobody receives it.
 ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
+    MalformedRequestError: (400, "Not a valid HTTP request"),
     MissingKeyError: (401, "An API key is needed"),
     KeyNotAllowedError: (403, "This API key is not allowed"),
     RouteNotFoundError: (404, "No such route"),
@@ -79,27 +110,46 @@ ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
     ModelStoreError: (409, "The model cannot be loaded"),
     MethodNotAllowedError: (405, "Method not allowed"),
     SlowBodyError: (408, "The body came too slowly"),
+    SlowHeadError: (408, "The headers came too slowly"),
     TooLargeError: (413, "Too large"),
     UnsupportedImageError: (415, "Not an image format that is read"),
+    UnsupportedMediaTypeError: (415, "Not a kind of body that is read"),
     InvalidRequestError: (422, "The request cannot be accepted"),
     OverloadedError: (429, "Too many requests"),
+    HeadTooLargeError: (431, "The headers are too large"),
     CancelledRequestError: (499, "The caller has gone"),
     ServiceError: (500, "An error of the service"),
+    UnsupportedTransferCodingError: (501, "Not a transfer coding that is read"),
     NotReadyError: (503, "Not ready"),
     InferenceError: (503, "The model failed"),
     DeadlineExceededError: (504, "The deadline passed"),
     OutOfMemoryError: (507, "Not enough memory for this image"),
 }
 
-# Their no is an answer and refuses nobody.
+# In characters: an answer stays below 8 KiB however they are escaped, and the names of COCO's 80 classes fit.
+_MAX_DETAIL_LENGTH = 1200
+# How many of a request's mistakes an answer names.
+MAX_MISTAKES = 3
+# A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
-# What is refused before any work was done on it.
+# What is rejected before any work was done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
 
 
 def status_of(error: ServiceError) -> tuple[int, str]:
     """The HTTP status of an error and its title."""
     return next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
+
+
+def detail_of(error: ServiceError) -> str:
+    """What an error says, for its answer and its log line: cut, for it may repeat what a caller sent, on one line, and
+    valid Unicode.
+    """
+    # One more, so that what was cut can be told from what fits.
+    text = str(error)[: _MAX_DETAIL_LENGTH + 1]
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return text if len(text) <= _MAX_DETAIL_LENGTH else f"{text[:_MAX_DETAIL_LENGTH]}…"
 
 
 def problem(error: ServiceError) -> dict[str, object]:
@@ -109,7 +159,7 @@ def problem(error: ServiceError) -> dict[str, object]:
         "type": f"urn:roiserve:error:{error.code}",
         "title": title,
         "status": status,
-        "detail": str(error),
+        "detail": detail_of(error),
         "code": error.code,
         "request_id": request_id_context.get(),
     }
@@ -146,7 +196,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
     """
 
     def answer(request: Request, error: ServiceError) -> Response:
-        request.state.record.notes |= {"code": error.code, "detail": str(error)}
+        request.state.record.notes |= {"code": error.code, "detail": detail_of(error)}
         if request.url.path not in _PROBES:
             report(error, metrics)
         return problem_response(error)
@@ -178,9 +228,15 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
     app.add_exception_handler(HTTPException, on_http_exception)
 
 
-def describe_option_errors(errors: Iterable[Mapping[str, Any]]) -> str:
-    """Say of each option that pydantic refused which it is, what was expected and what came."""
-    return "; ".join(_describe(error) for error in errors)
+def describe_option_errors(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Say of the first options that pydantic refused which they are, what was expected and what came."""
+    words = [_describe(error) for error in errors[:MAX_MISTAKES]]
+    return "; ".join([*words, *and_more(len(errors))])
+
+
+def and_more(count: int) -> list[str]:
+    """What to add to the first few of so many mistakes."""
+    return [f"and {count - MAX_MISTAKES} more"] if count > MAX_MISTAKES else []
 
 
 def _describe(error: Mapping[str, Any]) -> str:

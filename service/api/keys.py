@@ -65,6 +65,11 @@ class Keys:
         logger.info("API keys", extra={"fields": fields})
 
     @property
+    def have_files(self) -> bool:
+        """Whether there is anything to read again."""
+        return (self._settings.api_keys_file or self._settings.admin_keys_file) is not None
+
+    @property
     def are_needed(self) -> bool:
         """Whether `/v1` wants a key."""
         return bool(self._users)

@@ -38,8 +38,9 @@ _SMALL_BODY_BYTES = 64 * 1024
 # would be reset, and a caller that is still sending would never see the answer.
 _LINGER_SECONDS = 2.0
 _CLIENT_CLOSED_REQUEST = 499
-# Probes and scrapes come every few seconds and say nothing when they succeed.
-_QUIET_ROUTES = ("/healthz", "/readyz", "/metrics")
+# Probes and scrapes come every few seconds. What makes a probe say no is logged where it happens; a scrape that fails
+# is not.
+_PROBES = ("/healthz", "/readyz")
 
 
 @dataclass(slots=True)
@@ -139,7 +140,7 @@ class RequestMiddleware:
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
         self._state.metrics.request_duration.labels(route).observe(record.seconds)
-        is_quiet = route in _QUIET_ROUTES and status < 400
+        is_quiet = route in _PROBES or (route == "/metrics" and status < 400)
         logger.log(
             logging.DEBUG if is_quiet else logging.INFO,
             "request",

@@ -5,12 +5,13 @@ our own output is not validated on its way out, a test holds the two together.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.structures import Answer, ModelInfo, Progress
+from service.structures import Answer, ModelInfo, Progress, Verification
 
 
 class ImageFrame(BaseModel):
@@ -91,6 +92,25 @@ class BatchAnswer(BaseModel):
     results: list[ImageDetections | ImageProblem]
 
 
+class VerifiedDifference(BaseModel):
+    """How far one kind of answer lies from the plain network's."""
+
+    largest_difference: float = Field(description="Of boxes in pixels, of scores and masks as probabilities.")
+    tolerance: float = Field(description="The most that passes.")
+
+
+class ModelVerification(BaseModel):
+    """An engine's answers to two fixed pictures, held to `eager` in float32 on the same device when it was loaded."""
+
+    passed: bool = Field(description="If not, another engine took the place of this one.")
+    engine: str
+    precision: str
+    seconds: float
+    boxes: VerifiedDifference
+    scores: VerifiedDifference
+    masks: VerifiedDifference | None = Field(None, description="Null for a model without masks.")
+
+
 class ModelDescription(BaseModel):
     """A loaded model."""
 
@@ -108,6 +128,9 @@ class ModelDescription(BaseModel):
     engine: str
     precision: str
     device: str
+    verification: ModelVerification | None = Field(
+        None, description="Null for eager in float32, which the others are held to."
+    )
 
 
 class ModelList(BaseModel):
@@ -151,8 +174,20 @@ def detections_document(
 def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
     """A loaded model, as `ModelDescription` describes it."""
     return {name: getattr(info, name) for name in ModelDescription.model_fields if name != "default"} | {
-        "default": is_default
+        "default": is_default,
+        "verification": None if info.verification is None else verification_document(info.verification),
     }
+
+
+def verification_document(verification: Verification) -> dict[str, object]:
+    """What came of a verification, as `ModelVerification` describes it."""
+    values = {name: verification.values.get(name) for name in ("boxes", "scores", "masks")}
+    return {
+        "passed": verification.has_passed,
+        "engine": verification.engine,
+        "precision": verification.precision,
+        "seconds": round(verification.seconds, 3),
+    } | {name: value and asdict(value) for name, value in values.items()}
 
 
 def json_response(document: object) -> Response:

@@ -41,6 +41,7 @@ class Lifecycle:
         failure: what ended the loading of models; the server is to stop.
         gave_up: whether the time for finishing requests is up.
         has_models: whether they have been loaded; a service that is told to stop before that never gets any.
+        url: where it listens, as soon as it does.
     """
 
     def __init__(self) -> None:
@@ -48,12 +49,18 @@ class Lifecycle:
         self.failure: BaseException | None = None
         self.gave_up = False
         self.has_models = False
+        self.url: str | None = None
         self._tasks: set[asyncio.Task[object]] = set()
 
     def require_serving(self) -> None:
         """Raise NotReadyError while the models are loading."""
         if not self.has_models:
             raise NotReadyError("the models are still loading")
+
+    @property
+    def requests_under_way(self) -> int:
+        """Requests that have come and are not answered yet."""
+        return len(self._tasks)
 
     def enter(self, task: asyncio.Task[object]) -> None:
         """A request begins in this task."""

@@ -314,8 +314,8 @@ class Batcher(Generic[T, R]):
         failure: BaseException | None = None
         try:
             self._wait_for_work()
-            while batch := self._next_batch():
-                self._run(batch)
+            while self._run_next():
+                pass
         except BaseException as error:
             # Nobody may be left waiting; `stop` raises it.
             failure = error
@@ -325,6 +325,13 @@ class Batcher(Generic[T, R]):
         with self._condition:
             self._condition.wait_for(lambda: self._is_woken, timeout_seconds)
             self._is_woken = False
+
+    def _run_next(self) -> bool:
+        """Wait for a batch and run it; whether there was one. It holds nothing of it while it waits for the next."""
+        batch = self._next_batch()
+        if batch:
+            self._run(batch)
+        return bool(batch)
 
     def _next_batch(self) -> list[Entry[T]]:
         """Wait for a batch; empty when there will be none any more."""

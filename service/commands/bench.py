@@ -1,5 +1,5 @@
 """`roiserve bench`: load on a server that runs, from a folder of pictures. Words, tables and progress only; the work is
-done by `service/load`.
+`service/load`'s.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 _PROGRESS_SECONDS = 0.2
+# The 99th percentile of fewer is their slowest.
+_ENOUGH_REQUESTS = 100
 _INTERRUPTED = 130
 # Answers that will be no other for another picture.
 _HOPELESS_STATUSES = (401, 403, 404, 405)
@@ -168,7 +170,9 @@ class _Level:
 
 
 def _name(mode: str, value: float) -> str:
-    return f"{value:g} callers" if mode == "closed" else f"{value:.3g} / s"
+    if mode == "open":
+        return f"{value:.3g} / s"
+    return "1 caller" if value == 1 else f"{value:g} callers"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -307,12 +311,26 @@ def _print_report(report: _Report) -> None:
         _print_levels(console, report.levels)
     if report.steps:
         _print_levels(console, sorted(report.steps, key=lambda level: level.value))
+    if hint := _hint_at_few([*report.levels, *report.steps]):
+        console.print(hint, soft_wrap=True)
     if report.knee is not None:
         bent = "" if report.knee.bent_at is None else f"; at {report.knee.bent_at:.3g} {report.knee.reason}"
-        console.print(f"knee: {report.knee.rate:.3g} requests a second{bent}", soft_wrap=True)
+        console.print(f"knee: {report.knee.rate:.3g} answers a second{bent}", soft_wrap=True)
     if report.suggestion is not None:
         flags = "  ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(report.suggestion).items())
         console.print(f"suggested: {flags}", soft_wrap=True)
+
+
+def _hint_at_few(levels: Sequence[_Level]) -> str | None:
+    """What to say of loads whose p99 is the luck of a few requests."""
+    few = [level.summary for level in levels if level.summary.requests < _ENOUGH_REQUESTS]
+    if not few:
+        return None
+    slowest = max(summary.seconds / max(summary.requests, 1) for summary in few)
+    return (
+        f"{len(few)} of {len(levels)} loads had fewer than {_ENOUGH_REQUESTS} requests, so their p99 is the slowest of "
+        f"a few; --seconds {math.ceil(_ENOUGH_REQUESTS * slowest)} would be enough"
+    )
 
 
 def _print_levels(console: Any, levels: Sequence[_Level]) -> None:
@@ -347,4 +365,7 @@ def _write_json(report: _Report, file: Path) -> None:
     if file == Path("-"):
         typer.echo(text)
     else:
-        file.write_text(f"{text}\n", encoding="utf-8")
+        try:
+            file.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise InvalidRequestError(f"{file}: cannot be written: {error.strerror}") from None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._options import DEFAULT_STORE, StoreOption
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -39,7 +41,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as bars into this SVG file.")] = None,
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine_cache_dir: Annotated[
         Path | None,
@@ -171,7 +173,7 @@ def _retrain_each(
     runs_dir: Path,
     progress: Progress,
 ) -> Iterator[Run]:
-    from service.inference.loading import choose_device
+    from service.devices import choose_device
     from service.training.comparing import measure, retrain
     from service.training.loop import Progress as TrainingProgress
 
@@ -189,7 +191,7 @@ def _retrain_each(
                 train=train,
                 val=val,
                 state_path=runs_dir / f"{name}-{op}-{train_config.seed}" / "state.pt",
-                device=choose_device(device),
+                device=choose_device(device).torch_device,
                 on_step=on_step,
             )
             yield measure(predictor, val, roi_op=op, proposals=proposals)

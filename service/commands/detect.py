@@ -1,5 +1,5 @@
-"""`roiserve detect`: the server's own pipeline over files, without a server. Words, progress and files only; the
-work is done by the rooms that the server uses, too.
+"""`roiserve detect`: the server's own pipeline over files, without a server. Words, progress and files only; the rooms
+that the server uses do the work.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._options import DEFAULT_STORE, StoreOption
 from service.errors import InvalidRequestError, ServiceError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 """What is taken from a folder; a file that is named itself may be called anything."""
 FILES_IN_FLIGHT = 16
+_DRAWN = ".drawn.png"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +48,8 @@ class _Result:
 def detect(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures, and folders of pictures.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the drawn pictures and a JSON file for each; made if missing.")
+        Path | None,
+        typer.Option(help="Folder for NAME.json and NAME.drawn.png of each picture; made if missing."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of a summary.")] = False,
     model: Annotated[
@@ -56,11 +59,13 @@ def detect(
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Keep at most so many, best first.")
     ] = None,
-    labels: Annotated[list[str] | None, typer.Option("--label", help="Keep only this label; may be repeated.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", "--labels", help="Keep only this label; may be repeated.")
+    ] = None,
     masks: Annotated[
         Literal["rle", "polygons", "png", "crop", "none"] | None, typer.Option(help="Form of the masks in the JSON.")
     ] = None,
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
+    store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[
         Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
@@ -68,18 +73,25 @@ def detect(
 ) -> None:
     """Detect objects in files, with the answers that the server would give.
 
+    A file that cannot be read or is no picture is named, the others are answered, and the exit status is 1.
+
     Example: roiserve detect photo.jpg more/ --out drawn/
     """
-    pictures = _pictures(files)
-    if out is not None:
-        _refuse_to_overwrite(pictures, out)
-    # Imported here, so that `roiserve --help` need not wait for torch.
-    from service.api.options import DetectParameters
+    from service.commands._preflight import check_models
     from service.commands.serve import read_settings
 
     settings = read_settings(
         {"model_store": store, "models": (model,) if model else (), "device": device, "engine": engine}
     )
+    pictures = _pictures(files)
+    if out is not None:
+        _refuse_to_overwrite(pictures, out)
+    check_models(settings)
+    if out is not None:
+        _make_folder(out)
+    # Imported here, so that `roiserve --help`, and what is wrong so far, need not wait for torch.
+    from service.api.options import DetectParameters
+
     parameters = DetectParameters(score_thresh=score_thresh, max_detections=max_detections, labels=labels, masks=masks)
     failed = asyncio.run(_detect_files(pictures, settings, parameters, out=out, as_json=json))
     if failed:
@@ -89,7 +101,7 @@ def detect(
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A file, and where what is made of it goes below `--out`: there with `.png` and `.json` added."""
+    """A file, and where what is made of it goes below `--out`: there with `.drawn.png` and `.json` added."""
 
     file: Path
     target: Path
@@ -102,28 +114,49 @@ def _refuse_to_overwrite(pictures: Sequence[_Picture], out: Path) -> None:
     for picture in pictures:
         if (other := taken.setdefault(picture.target, picture.file)) != picture.file:
             raise InvalidRequestError(
-                f"{other} and {picture.file} would both be written to {out / picture.target}; give them one --out each"
+                f"{other} and {picture.file} would both be written to {out / picture.target}.json; "
+                "give them one --out each"
             )
 
 
 def _pictures(files: Sequence[Path]) -> list[_Picture]:
-    """The files themselves, and of folders all pictures below them, by name.
+    """The files themselves, also those that are not there, and of folders all pictures below them, by name.
 
     Raises:
-        InvalidRequestError: something is not there, or there are no pictures.
+        InvalidRequestError: none of them is there, or there are no pictures.
     """
-    if missing := [str(file) for file in files if not file.exists()]:
-        raise InvalidRequestError(f"no such file: {', '.join(missing)}")
-    pictures: list[_Picture] = []
+    if not any(file.exists() for file in files):
+        raise InvalidRequestError(f"no such file: {', '.join(map(str, files))}")
+    found: list[tuple[Path, Path]] = []
     for file in files:
         if file.is_dir():
-            found = sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES)
-            pictures += [_Picture(one, one.relative_to(file)) for one in found]
+            below = sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES)
+            # What an earlier run has drawn into this folder is no question.
+            found += [(one, one.relative_to(file)) for one in below if not one.name.endswith(_DRAWN)]
         else:
-            pictures.append(_Picture(file, Path(file.name)))
-    if not pictures:
+            found.append((file, Path(file.name)))
+    if not found:
         raise InvalidRequestError(f"no pictures in {', '.join(map(str, files))}")
-    return pictures
+    # a.jpg becomes a.json; where a.png is there too, each keeps its suffix.
+    bare = Counter(name.with_suffix("") for name in {name for _, name in found})
+    return [_Picture(file, name.with_suffix("") if bare[name.with_suffix("")] == 1 else name) for file, name in found]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequestError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file; on a full disk leave none rather than a part of one."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise InvalidRequestError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 async def _detect_files(
@@ -181,17 +214,18 @@ async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetecto
 async def _detect_file(
     file: Path, detector: LocalDetector, info: ModelInfo, wish: Wish, *, draw: bool
 ) -> _Result | ServiceError:
+    from service.answers import encode
     from service.api.schemas import detections_document
-    from service.pipeline import encode_drawing, encode_json
-    from service.structures import Answer, Job, Progress
+    from service.structures import Answer, Drawing, Encoded, Job, Json, Progress
 
     progress = Progress("decode")
+    form = Json(wish.mask_format)
     try:
         job = Job(
             model=info.key,
-            data=file.read_bytes(),
+            source=Encoded(file.read_bytes()),
             options=wish.options,
-            output=wish.mask_format,
+            form=form,
             deadline=math.inf,
             progress=progress,
         )
@@ -202,9 +236,9 @@ async def _detect_file(
         return error
     progress.enter("encode")
     found = prediction.detections
-    encoded = await asyncio.to_thread(encode_json, image, found, info, wish.mask_format)
+    encoded = await asyncio.to_thread(encode, form, image, found, info)
     progress.enter("done")
-    drawn = await asyncio.to_thread(encode_drawing, image, found, info, "image/png") if draw else None
+    drawn = await asyncio.to_thread(encode, Drawing("image/png"), image, found, info) if draw else None
     answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
     labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
     return _Result(detections_document(info, answer, progress), drawn, labels)
@@ -220,11 +254,10 @@ def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | No
     else:
         document = {"file": str(file), **result.document}
         if out is not None and result.drawn is not None:
-            # Suffixes are added, not replaced, so that a.jpg and a.png do not meet.
             target = out / picture.target
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{target}.png").write_bytes(result.drawn)
-            Path(f"{target}.json").write_bytes(orjson.dumps(document))
+            _make_folder(target.parent)
+            _write(Path(f"{target}{_DRAWN}"), result.drawn)
+            _write(Path(f"{target}.json"), orjson.dumps(document))
     if as_json:
         typer.echo(orjson.dumps(document))
     elif isinstance(result, _Result):

@@ -6,9 +6,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from service.commands._options import (
+    DEFAULT_STORE,
+    DeviceOption,
+    EngineCacheOption,
+    EngineOption,
+    PrecisionOption,
+    StoreOption,
+)
 
 if TYPE_CHECKING:
     from service.structures import ModelInfo
@@ -18,19 +27,11 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
     data: Annotated[Path, typer.Option(help="COCO-format annotation file, such as DIR/val.json.")],
-    store: Annotated[Path, typer.Option(envvar="ROISERVE_MODEL_STORE", help="The model store.")] = Path("model_store"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[
-        Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
-    ] = "auto",
-    precision: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"],
-        typer.Option(help="Number format of the network; auto: float16 on CUDA, else float32."),
-    ] = "auto",
-    engine_cache_dir: Annotated[
-        Path | None,
-        typer.Option(envvar="ROISERVE_ENGINE_CACHE_DIR", help="Where an engine keeps what it compiled, for next time."),
-    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    device: DeviceOption = "auto",
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    engine_cache_dir: EngineCacheOption = None,
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
     ] = None,

@@ -1,5 +1,5 @@
-"""`roiserve models`: what is in a model store, and how models get into it. Mounted by `cli.py`. Only words and tables
-here; the work is done by `service/model_store`, imported when a command runs, so that `--help` need not wait for torch.
+"""`roiserve models`: what is in a model store, and how models get into it. Only words and tables here; the work is done
+by `service/model_store`, imported when a command runs, so that `--help` need not wait for torch.
 """
 
 from __future__ import annotations
@@ -8,28 +8,33 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._help import plain
+from service.commands._options import DEFAULT_STORE, StoreOption
+from service.commands.verify import verify_model
 from service.model_store.model_toml import Dtype, ProvenanceTable
 
 if TYPE_CHECKING:
+    from service.model_store.importing import ImportedModel
     from service.model_store.store import StoredModel
+
+InputFormat = Literal["rgb", "bgr"]
 
 models_app = typer.Typer(
     name="models", no_args_is_help=True, help="List, show, import and download the models of a model store."
 )
 
-StoreOption = Annotated[
-    Path,
-    typer.Option("--store", envvar="ROISERVE_MODEL_STORE", help="Folder that holds <name>/<version>/model.toml."),
-]
+models_app.command("verify")(verify_model)
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DEFAULT_STORE = Path("model_store")
+_MAX_PIXELS = 500_000_000
 
 
 @models_app.command("list")
+@plain
 def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the models of a store, broken ones with what is wrong with them.
 
@@ -58,6 +63,7 @@ def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) ->
 
 
 @models_app.command("show")
+@plain
 def show_model(
     model: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
     store: StoreOption = DEFAULT_STORE,
@@ -85,11 +91,15 @@ def show_model(
 
 
 @models_app.command("import")
+@plain
 def import_model(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", exists=True, dir_okay=False, help="A .pth, .safetensors or detectron2's .pkl file."
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="A .pth, .safetensors or detectron2's .pkl file, or the index.json of several shards.",
         ),
     ],
     name: Annotated[str, typer.Option("--name", help="What to call it: a-z, 0-9, '.', '_' and '-'.")],
@@ -103,14 +113,18 @@ def import_model(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", metavar="FILE", help="A class name on each line, background left out."),
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="The class names: one on each line, or JSON, YAML or a COCO file; background left out.",
+        ),
     ] = None,
     model_config: Annotated[
         Path | None,
         typer.Option(
             "--model-config",
             metavar="FILE",
-            help="A model.toml that describes the network, instead of --architecture and --labels.",
+            help="What the weights do not tell, as model.toml says it: some keys of it, or the whole network.",
         ),
     ] = None,
     norm_eps: Annotated[
@@ -120,6 +134,34 @@ def import_model(
             min=0,
             help="Epsilon of the backbone's batch norms: 0 for what was fine-tuned from torchvision's published "
             "fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn, else 1e-5, the default.",
+        ),
+    ] = None,
+    input_format: Annotated[
+        InputFormat | None,
+        typer.Option(
+            "--input-format",
+            help="The order in which the first convolution reads the colours; left out, as the file says or its "
+            "family has it: rgb for torchvision and mmdetection, bgr for detectron2.",
+        ),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check",
+            metavar="PICTURE",
+            exists=True,
+            dir_okay=False,
+            help="Store the model only if it finds in this picture what --expect says.",
+        ),
+    ] = None,
+    expect: Annotated[
+        Path | None,
+        typer.Option(
+            "--expect",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="JSON of what torchvision, detectron2 or mmdetection has found in the picture of --check.",
         ),
     ] = None,
     averaged: Annotated[
@@ -134,31 +176,71 @@ def import_model(
     ] = "float32",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Bring a torchvision or detectron2 checkpoint into a store. Nothing in the file is run.
+    """Bring a checkpoint of torchvision, detectron2 or mmdetection into a store. Nothing in the file is run.
+
+    Says what the weights do not tell and what was assumed for it.
 
     Example: roiserve models import best.pth --name parts --architecture fasterrcnn_resnet50_fpn --labels parts.txt
     """
-    from service.model_store.importing import import_checkpoint, import_with_config, read_labels, store_imported
-    from service.model_store.model_toml import read_model_config
-    from service.model_store.store import ModelStore
+    from service.model_store.importing import find_same, import_checkpoint, store_imported
+    from service.model_store.labels import read_labels
+    from service.model_store.model_toml import read_network_tables
+    from service.model_store.store import ModelStore, check_name
 
-    if model_config is None:
-        names = read_labels(labels) if labels else None
-        imported = import_checkpoint(
-            file, labels=names, architecture=architecture, norm_eps=norm_eps, averaged=averaged
-        )
-    elif (architecture, labels, norm_eps) == (None, None, None):
-        imported = import_with_config(file, read_model_config(model_config), averaged=averaged)
-    else:
-        raise typer.BadParameter("describes the whole network: give nothing else", param_hint="--model-config")
-    provenance = ProvenanceTable(command=_command_line(), created=datetime.now(UTC).replace(microsecond=0))
-    stored = store_imported(
-        ModelStore(store), imported, name=name, provenance=provenance, source=file.name, dtype=dtype
+    check_name(name, "1")
+    if (check is None) != (expect is None):
+        raise typer.BadParameter("--check and --expect go together: a picture, and what was found in it")
+    given = read_network_tables(model_config) if model_config else {}
+    if architecture is not None and "backbone" in given:
+        raise typer.BadParameter("describes the network: give nothing else", param_hint="--model-config")
+    imported = import_checkpoint(
+        file,
+        labels=read_labels(labels) if labels else None,
+        architecture=architecture,
+        given=given,
+        norm_eps=norm_eps,
+        averaged=averaged,
+        input_format=input_format,
     )
+    if check is not None and expect is not None and not _answers_alike(imported, check, expect):
+        _tell_findings(imported)
+        raise typer.Exit(1)
+    model_store = ModelStore(store)
+    if same := find_same(model_store, imported, name=name, dtype=dtype):
+        typer.echo(f"{same.key} has these weights and settings already, in {same.path}: nothing was stored")
+        return
+    provenance = ProvenanceTable(command=_command_line(), created=datetime.now(UTC).replace(microsecond=0))
+    stored = store_imported(model_store, imported, name=name, provenance=provenance, source=file.name, dtype=dtype)
     _tell_stored(stored)
+    _tell_findings(imported)
+
+
+def _tell_findings(imported: ImportedModel) -> None:
+    """What else its owner should know, and every setting that decides the answers, with where it is from."""
+    for note in imported.notes:
+        typer.echo(f"note: {note}")
+    rows = [("setting", "value", "from"), *imported.rows]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, source in rows:
+        typer.echo(f"  {key:{widths[0]}}  {value:{widths[1]}}  {source}")
+    if any(source.startswith("assumed") for _, _, source in imported.rows):
+        typer.echo("No weight tells what is assumed: give what differs in a --model-config, and prove it with --check.")
+
+
+def _answers_alike(imported: ImportedModel, picture: Path, expected: Path) -> bool:
+    """Compare with the source's own answer, and tell how far they agree."""
+    from service.imaging.decode import ImageLimits, decode_image
+    from service.model_store.checking import answer_of, compare, read_answer, told
+
+    pixels = decode_image(picture.read_bytes(), limits=ImageLimits(max_image_pixels=_MAX_PIXELS)).pixels
+    comparison = compare(read_answer(expected), answer_of(imported, pixels))
+    for line in told(comparison):
+        typer.secho(line, fg=None if comparison.agrees else "red", err=not comparison.agrees)
+    return comparison.agrees
 
 
 @models_app.command("pull")
+@plain
 def pull(
     architecture: Annotated[str, typer.Argument(metavar="NAME", help="torchvision's name of the network.")],
     name: Annotated[str | None, typer.Option("--name", help="What to call it; left out, the same.")] = None,

@@ -65,7 +65,7 @@ def train(
     """
     import torch
 
-    from service.inference.loading import choose_device
+    from service.devices import choose_device
     from service.model_store.model_toml import read_model_config
     from service.training.dataset import load_coco
     from service.training.export import export_model, load_initial_weights, target_of
@@ -83,7 +83,7 @@ def train(
         for split in ("train", "val")
     }
     if precision == "auto":
-        precision = "bfloat16" if target_device.type == "cuda" else "float32"
+        precision = "bfloat16" if target_device.runs_ahead else "float32"
     trainer = Trainer(
         model_config=config,
         train_config=_train_config(
@@ -103,7 +103,7 @@ def train(
         train=sets["train"],
         val=sets["val"],
         state_path=target.state_path,
-        device=target_device,
+        device=target_device.torch_device,
         initial_weights=None if start_from is None else load_initial_weights(start_from, config),
     )
     best = _run_with_progress(trainer)

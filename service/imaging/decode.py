@@ -65,6 +65,24 @@ class ImageLimits:
     max_side_pixels: int = 32_768
     max_aspect_ratio: float = 200.0
 
+    def check(self, image_size: tuple[int, int]) -> None:
+        """Refuse an image of this (height, width).
+
+        Raises:
+            InvalidImageError: it has no pixels.
+            TooLargeError: it is over one of the limits.
+        """
+        height, width = image_size
+        if height <= 0 or width <= 0:
+            raise InvalidImageError(f"the image is {width} x {height} pixels")
+        long, short = max(image_size), min(image_size)
+        if height * width > self.max_image_pixels:
+            raise TooLargeError(f"{width} x {height} pixels; at most {self.max_image_pixels} in all are accepted")
+        if long > self.max_side_pixels:
+            raise TooLargeError(f"{width} x {height} pixels; at most {self.max_side_pixels} a side are accepted")
+        if long > short * self.max_aspect_ratio:
+            raise TooLargeError(f"{width} x {height} pixels; a side may be {self.max_aspect_ratio:g} times the other")
+
 
 def decode_image(
     data: bytes, *, limits: ImageLimits, before_decoding: Callable[[int], None] = lambda pixels: None
@@ -87,25 +105,12 @@ def decode_image(
     image_format = sniff_format(data)
     with _as_invalid_image(image_format):
         container = read_container(data, image_format)
-        _check_size(container.image_size, limits)
+        limits.check(container.image_size)
     height, width = container.image_size
     before_decoding(height * width)
     with _as_invalid_image(image_format):
         pixels = _decode(container, image_format)
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
-
-
-def _check_size(image_size: tuple[int, int], limits: ImageLimits) -> None:
-    height, width = image_size
-    if height <= 0 or width <= 0:
-        raise InvalidImageError(f"the image is {width} x {height} pixels")
-    long, short = max(image_size), min(image_size)
-    if height * width > limits.max_image_pixels:
-        raise TooLargeError(f"{width} x {height} pixels; at most {limits.max_image_pixels} in all are accepted")
-    if long > limits.max_side_pixels:
-        raise TooLargeError(f"{width} x {height} pixels; at most {limits.max_side_pixels} a side are accepted")
-    if long > short * limits.max_aspect_ratio:
-        raise TooLargeError(f"{width} x {height} pixels; a side may be {limits.max_aspect_ratio:g} times the other")
 
 
 def _decode(container: Container, image_format: ImageFormat) -> UInt8Array:

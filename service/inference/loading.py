@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from service.errors import ServiceError
-from service.inference.engines.choosing import put_engine
+from service.devices import Device, choose_device
+from service.errors import ModelStoreError, ServiceError, first_line
+from service.inference.engines.choosing import prepare_caches, put_engine
+from service.inference.half import PrecisionError
 from service.inference.predictor import Predictor
+from service.inference.verification import Reference
 from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
 from service.model_store.weights import check_fits, load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
+from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.structures import ModelInfo
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
 
 
 def load_predictor(
@@ -33,35 +40,123 @@ def load_predictor(
 
     Args:
         stored: the model's folder.
-        device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
-        precision: `float32`, or `float16` or `bfloat16` for convolutions and matrix products; see `choose_precision`
-            for `auto`.
+        device: see `choose_device`.
+        precision: `float32`; `tf32`, `float16` or `bfloat16` for convolutions and matrix products; see
+            `choose_precision` for `auto`.
         engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
         cache_dir: where an engine keeps what it compiled, for the next start; the user's cache folder if None.
         searching: whether a network that is given its proposals by the caller finds them itself where it gets none.
 
     Raises:
-        ModelStoreError: the folder, its configuration or its weights are not as they must be.
+        ModelStoreError: the folder, its configuration or its weights are not as they must be, or there is not enough
+            memory for the network, or it computes infinities or NaN.
         ServiceError: the device or the engine is not there.
     """
-    config: ModelConfig = stored.model_toml.searching() if searching else stored.model_toml
     target = choose_device(device)
-    precision = choose_precision(precision, engine=engine, device=target)
+    order = _Order(
+        stored=stored,
+        device=target,
+        precision=choose_precision(precision, engine=engine, device=target),
+        engine=engine,
+        cache_dir=cache_dir,
+        searching=searching,
+    )
+    # Nothing is left to take the place of an engine or a precision that was asked for by name.
+    plan_b = None
+    if engine == "auto":
+        plan_b = replace(order, engine="eager", precision="float32" if precision == "auto" else order.precision)
+    prepare_caches(cache_dir)
+    try:
+        with target.use():
+            try:
+                return _load(order, plan_b=None if plan_b == order else plan_b)
+            except PrecisionError as error:
+                if plan_b is None or precision != "auto":
+                    raise
+                fields = {"model": stored.key, "precision": plan_b.precision, "reason": str(error)}
+                logger.warning("half precision cannot hold this model", extra={"fields": fields})
+                return _load(plan_b, plan_b=None)
+    except ServiceError:
+        raise
+    except Exception as error:
+        # Whatever one model does, it is that model's: the message is for whoever asked for it, the rest for the log.
+        logger.info("a model cannot be loaded", extra={"fields": {"model": stored.key}}, exc_info=error)
+        if target.is_out_of_memory(error):
+            raise ModelStoreError(f"{stored.key}: not enough memory for its network") from error
+        raise ModelStoreError(f"{stored.key}: cannot be loaded: {first_line(error)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What to load, and how. `precision` is none that is still to be chosen."""
+
+    stored: StoredModel
+    device: Device
+    precision: str
+    engine: str
+    cache_dir: Path | None
+    searching: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.stored.model_toml.searching() if self.searching else self.stored.model_toml
+
+
+def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
+    """Build, load, and put the engine in place.
+
+    Args:
+        order: what is wanted.
+        plan_b: what to load instead if this turns out to compute something else than it should; None if nothing.
+    """
+    config, device, precision = order.config, order.device, order.precision
+    if precision not in device.precisions:
+        raise ServiceError(f"precision {precision!r} is not for {device.label}: it has {', '.join(device.precisions)}")
+    model = _build_and_fill(order)
+    try:
+        reference = Reference(model, config=config, device=device)
+        placed = put_engine(
+            model,
+            engine=order.engine,
+            device=device,
+            precision=precision,
+            key=config.model_dump_json(),
+            cache_dir=order.cache_dir,
+        )
+    except ModelStoreError as error:
+        raise type(error)(f"{order.stored.key}: {error}") from error
+    info = describe(
+        config,
+        name=order.stored.name,
+        version=order.stored.version,
+        engine=placed.engine,
+        precision=precision,
+        device=device.label,
+    )
+    return Predictor(
+        model,
+        info=info,
+        device=device.torch_device,
+        half=placed.half,
+        reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
+        find_problem=placed.find_problem,
+        plan_b=None if plan_b is None else partial(_load, plan_b, plan_b=None),
+    )
+
+
+def _build_and_fill(order: _Order) -> GeneralizedRCNN:
+    """The network with its weights, on its device."""
+    stored, config, source = order.stored, order.config, str(order.stored.path)
     # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
     with torch.device("meta"):
-        check_fits(build_model(config), check_safetensors(stored.weights_path), source=str(stored.path))
+        check_fits(build_model(config), check_safetensors(stored.weights_path), source=source)
     model = build_model(config)
-    load_into(model, stored.load_weights(), source=str(stored.path))
-    model = model.to(target).eval()
-    engine = put_engine(
-        model, engine=engine, device=target, precision=precision, key=config.model_dump_json(), cache_dir=cache_dir
-    )
-    info = describe(
-        config, name=stored.name, version=stored.version, engine=engine, precision=precision, device=str(target)
-    )
-    # OpenVINO's own parts are in this precision already; what lies between them stays in float32.
-    autocast_dtype = None if engine == "openvino" else DTYPES.get(precision)
-    return Predictor(model, info=info, device=target, autocast_dtype=autocast_dtype)
+    weights = stored.load_weights()
+    infinite = [name for name, value in weights.items() if not value.isfinite().all()]
+    if infinite:
+        raise ModelStoreError(f"{source}: expected finite weights, got others in {infinite[0]}")
+    load_into(model, weights, source=source)
+    return model.to(order.device.torch_device).eval()
 
 
 def describe(
@@ -97,8 +192,8 @@ def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
     return tuple(op for op in patch_ops if not (op == "roi_warp" and is_adaptive))
 
 
-def choose_precision(precision: str, *, engine: str, device: torch.device) -> str:
-    """What `auto` means: float16 on CUDA, whose matrix units have it; float32 on the CPU and by `eager`.
+def choose_precision(precision: str, *, engine: str, device: Device) -> str:
+    """What `auto` means: the device's half precision if it multiplies faster in it; float32 by `eager`.
 
     Args:
         precision: as a setting has it.
@@ -107,21 +202,4 @@ def choose_precision(precision: str, *, engine: str, device: torch.device) -> st
     """
     if precision != "auto":
         return precision
-    return "float16" if device.type == "cuda" and engine != "eager" else "float32"
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that a setting means.
-
-    Raises:
-        ServiceError: it is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ServiceError(f"expected the device auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ServiceError(f"no device {device!r}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return target
+    return "float32" if engine == "eager" else device.half_precision

@@ -1,25 +1,27 @@
-"""`Predictor`: one network on one device, called with decoded images and answering in their own pixels. Called by the
-batcher's thread and by offline commands; one call at a time. Knows nothing of HTTP, queues or files.
+"""`Predictor`: one network on one device, called with decoded images and answering in their own pixels. One call at a
+time. Knows nothing of HTTP, queues or files.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from service.errors import InferenceError, OutOfMemoryError
-from service.inference.memory import is_out_of_memory, release_memory
-from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections, StageTimer
+from service.devices import device_of
+from service.errors import InferenceError, ModelStoreError, OutOfMemoryError, first_line
+from service.inference.half import HalfNetwork
+from service.inference.verification import Reference, fixed_pictures
+from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
 from service.modeling.roi_heads import Selection
-from service.ops.devices import upload
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
 
-WARM_UP_SIZE = (256, 352)
-"""(height, width) of the pictures that `warm_up` runs. No square: code compiled for it would fit squares only."""
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -29,7 +31,10 @@ class Predictor:
         model: the network with its weights, on `device`.
         info: what callers may know of it, with its default thresholds.
         device: where the network is.
-        autocast_dtype: run convolutions and matrix products in this type; None for float32 throughout.
+        half: what cast the network to half precision; None if it is in float32.
+        reference: what its answers are held to as it warms up; None if nothing.
+        find_problem: called when it has warmed up: why its engine does not do what its name says; None if it does.
+        plan_b: loads what takes its place if it does not pass; None if that is an error.
     """
 
     def __init__(
@@ -38,13 +43,19 @@ class Predictor:
         *,
         info: ModelInfo,
         device: torch.device,
-        autocast_dtype: torch.dtype | None = None,
+        half: HalfNetwork | None = None,
+        reference: Reference | None = None,
+        find_problem: Callable[[], str | None] = lambda: None,
+        plan_b: Callable[[], Predictor] | None = None,
     ) -> None:
-        # oneDNN's convolutions are about twice as fast on channels-last memory.
+        # Convolutions are about twice as fast on channels-last memory.
         self._model = model.eval().to(memory_format=torch.channels_last)
         self.info = info
-        self._device = device
-        self._autocast_dtype = autocast_dtype
+        self._device = device_of(device)
+        self._half = half
+        self._reference = reference
+        self._find_problem = find_problem
+        self._plan_b = plan_b
         self._may_compile = True
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -54,18 +65,35 @@ class Predictor:
         return self._model.transform.padded_size(image_size)
 
     def warm_up(self) -> None:
-        """Run blank pictures through every part, so that the first request does not pay for first-time work.
+        """Run pictures through every part, so that the first request does not pay for first-time work, and hold what
+        they give to the reference.
 
         The engine `compiled` compiles nothing after that: in a batch it could take minutes, and pass for a device that
         hangs.
+
+        Raises:
+            ModelStoreError: the network computes something else than it should, and nothing can take its place.
+            InferenceError: it fails.
         """
-        blank = Image(np.zeros((*WARM_UP_SIZE, 3), dtype=np.uint8))
-        proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
-        query = Query(blank, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
-        self.predict([query])
-        if self.info.engine == "compiled":
-            self.predict([query] * 2)
-            self._may_compile = False
+        try:
+            self._run_warm_up_pictures()
+            problem = self._verify() or self._find_problem()
+        except InferenceError as error:
+            if self._plan_b is None or isinstance(error, OutOfMemoryError):
+                raise
+            problem = first_line(error)
+        if problem is None:
+            self._reference = self._plan_b = None
+            return
+        if self._plan_b is None:
+            raise ModelStoreError(f"{self.info.key}: {problem}")
+        info, verification = self.info, self.info.verification
+        self._become(self._plan_b())
+        fields = {"model": info.key, "engine": info.engine, "precision": info.precision, "reason": problem}
+        logger.warning("another engine takes the place of one that does not do as it should", extra={"fields": fields})
+        self.warm_up()
+        if self.info.verification is None:
+            self.info = replace(self.info, verification=verification)
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Detect objects in a batch of images, each by its own options.
@@ -81,37 +109,83 @@ class Predictor:
             InferenceError: the network failed; OutOfMemoryError if for lack of memory.
             ValueError: their `roi_op` differ.
         """
-        stage_seconds: dict[str, float] = {}
         images = [query.image for query in queries]
         roi_ops = {query.options.roi_op for query in queries}
         if len(roi_ops) > 1:
             raise ValueError(f"expected one roi_op for the whole batch, got {roi_ops}")
         try:
-            with self._compiling_nothing(), self._autocast():
-                found = self._model.detect(
-                    [upload(torch.from_numpy(image.pixels), self._device) for image in images],
-                    [self._selection(query.options) for query in queries],
-                    with_masks=[query.options.with_masks for query in queries],
-                    proposals=[self._proposals(query.options) for query in queries],
-                    roi_op=roi_ops.pop(),
-                    timed=self._timer(stage_seconds),
-                )
+            with self._device.use(self.info.precision):
+                return self._predict(queries)
         except (RuntimeError, MemoryError) as error:
             sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
-            if is_out_of_memory(error):
+            if self._device.is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"{self.info.key} had not enough memory for a batch of {len(images)} ({sizes}): {error}"
                 ) from error
             raise InferenceError(f"{self.info.key} failed on a batch of {len(images)} ({sizes}): {error}") from error
-        padding_ratio = self._padding_ratio(images)
-        return [
-            Prediction(one, stage_seconds, batch_size=len(images), padding_ratio=padding_ratio)
-            for one in _to_host(found)
-        ]
 
     def release_memory(self) -> None:
         """Free what the device holds in reserve, after a lack of memory."""
-        release_memory()
+        self._device.release_memory()
+
+    def _run_warm_up_pictures(self) -> None:
+        # No square: code compiled for it would fit squares only.
+        picture = Image(fixed_pictures()[0])
+        proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
+        query = Query(picture, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
+        self.predict([query])
+        if self.info.engine == "compiled":
+            self.predict([query] * 2)
+            self._may_compile = False
+
+    def _verify(self) -> str | None:
+        """Hold the network to its reference; what is wrong if it does not pass."""
+        if self._reference is None:
+            return None
+        info = self.info
+        with self._compiling_nothing():
+            verification = self._reference.hold(self._model, engine=info.engine, precision=info.precision)
+        if self._half is not None:
+            self._half.take_check()
+        self.info = replace(info, verification=verification)
+        logger.info(
+            "model verified" if verification.has_passed else "model does not pass its verification",
+            extra={"fields": {"model": info.key, "engine": info.engine, "differences": str(verification)}},
+        )
+        if verification.has_passed:
+            return None
+        return f"engine {info.engine!r} in {info.precision} differs from eager in float32: {verification}"
+
+    def _become(self, other: Predictor) -> None:
+        """Take over what another one has; this one's network is forgotten."""
+        vars(self).update(vars(other))
+
+    def _predict(self, queries: Sequence[Query]) -> list[Prediction]:
+        images = [query.image for query in queries]
+        clock, half = self._device.clock(), self._half
+        uploaded = [self._device.upload(torch.from_numpy(image.pixels)) for image in images]
+
+        def detect(model: GeneralizedRCNN) -> list[ImageDetections]:
+            return model.detect(
+                uploaded,
+                [self._selection(query.options) for query in queries],
+                with_masks=[query.options.with_masks for query in queries],
+                proposals=[self._proposals(query.options) for query in queries],
+                roi_op=queries[0].options.roi_op,
+                timed=clock.stage,
+            )
+
+        with self._compiling_nothing():
+            found = detect(self._model)
+        detections, overflowed = _to_host(found, None if half is None else half.take_check())
+        if overflowed:
+            assert half is not None
+            detections, _ = _to_host(detect(half.in_float32()))
+        stage_seconds, padding_ratio = clock.seconds(), self._padding_ratio(images)
+        return [
+            Prediction(one, stage_seconds, batch_size=len(images), padding_ratio=padding_ratio, overflowed=overflowed)
+            for one in detections
+        ]
 
     def _selection(self, options: DetectOptions) -> Selection:
         info = self.info
@@ -121,7 +195,7 @@ class Predictor:
             labels=options.label_ids,
         )
 
-    def _proposals(self, options: DetectOptions) -> torch.Tensor | None:
+    def _proposals(self, options: DetectOptions) -> Tensor | None:
         if options.proposals is None:
             return None
         # In float64, which holds every number of JSON, until they are clipped.
@@ -130,22 +204,6 @@ class Predictor:
     def _compiling_nothing(self) -> AbstractContextManager[object]:
         return nullcontext() if self._may_compile else torch.compiler.set_stance("eager_on_recompile")
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._autocast_dtype)
-
-    def _timer(self, stage_seconds: dict[str, float]) -> StageTimer:
-        @contextmanager
-        def timed(stage: str) -> Iterator[None]:
-            started = time.perf_counter()
-            yield
-            # On CUDA this is the time to launch a stage's work, not to finish it: waiting here would slow the device.
-            # A stage may come twice: Fast R-CNN's search and its proposals are both `rpn`.
-            stage_seconds[stage] = stage_seconds.get(stage, 0.0) + time.perf_counter() - started
-
-        return timed
-
     def _padding_ratio(self, images: Sequence[Image]) -> float:
         resized = [self._model.transform.resized_size(image.size) for image in images]
         padded = [self.group_key(image.size) for image in images]
@@ -153,8 +211,16 @@ class Predictor:
         return 1 - sum(h * w for h, w in resized) / (len(images) * height * width)
 
 
-def _to_host(found: Sequence[ImageDetections]) -> list[Detections]:
-    """All answers of a batch in one copy, for on CUDA each one waits for the device."""
+def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) -> tuple[list[Detections], bool]:
+    """All answers of a batch in one copy, for on CUDA each one waits for the device.
+
+    Args:
+        found: in each image.
+        is_finite: () float32, 0 if the network computed infinities or NaN, which comes along in the same copy.
+
+    Returns:
+        The answers, and whether there were any such numbers.
+    """
     # float32 holds the labels exactly: there are far fewer than 2^24.
     columns = [
         values
@@ -162,9 +228,11 @@ def _to_host(found: Sequence[ImageDetections]) -> list[Detections]:
         for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks)
         if values is not None
     ]
+    if is_finite is not None:
+        columns.append(is_finite)
     flat = torch.cat([values.flatten() for values in columns]).cpu().split([values.numel() for values in columns])
-    copies = (values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True))
-    return [
+    copies = iter([values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True)])
+    detections = [
         Detections(
             boxes=next(copies),
             labels=next(copies).astype(np.int64),
@@ -173,3 +241,4 @@ def _to_host(found: Sequence[ImageDetections]) -> list[Detections]:
         )
         for one in found
     ]
+    return detections, is_finite is not None and not next(copies)

@@ -1,5 +1,5 @@
 """Where a server bends: the highest rate at which answers still come as fast as at rest, and the settings that follow
-from it. Called by the command `bench`. Knows figures only: whoever calls it sends the load.
+from it. Knows figures only: its caller sends the load.
 
 Rates are in requests a second.
 """
@@ -20,9 +20,9 @@ _GROWTH = 1.4
 _REFINEMENTS = 2
 _MOST_STEPS = 40
 
-# More at once is not worth the wait when it brings less than this part of the best throughput.
+# More at once is not worth the wait when fewer bring this part of the best throughput.
 _WORTHWHILE = 0.95
-# How long a queue may make a caller wait if nobody says: so many times the p99 at rest.
+# How long a queue may make a caller wait unless it is given: so many times the p99 at rest.
 _WAIT = 10.0
 _TIMEOUT_RESERVE = 2.0
 
@@ -32,8 +32,9 @@ class Knee:
     """Where a server bends.
 
     Attributes:
-        rate: the highest that was borne; 0.0 if none was.
-        bent_at: the lowest that was not; None if all were.
+        rate: the highest rate of answers among the loads that were sustained, 0.0 if none was. Not the intended rate:
+            arrivals are random, and a short load may have far fewer.
+        bent_at: the lowest intended rate that was not sustained; None if all were.
         reason: what happened there, in words.
     """
 
@@ -61,27 +62,28 @@ async def find_knee(measure: Callable[[float], Awaitable[Summary]], *, first_rat
     rest = await measure(first_rate)
     if reason := bend(rest, rest):
         return Knee(0.0, first_rate, reason)
-    borne, bent, why = first_rate, None, "no rate that was tried bent it"
+    sustained, answered = first_rate, rest.throughput_per_second
+    bent, why = math.inf, "no rate that was tried bent it"
     for _ in range(_MOST_STEPS):
-        rate = borne * _GROWTH
-        if reason := bend(await measure(rate), rest):
+        summary = await measure(rate := sustained * _GROWTH)
+        if reason := bend(summary, rest):
             bent, why = rate, reason
             break
-        borne = rate
-    if bent is None:
-        return Knee(borne, None, why)
+        sustained, answered = rate, max(answered, summary.throughput_per_second)
+    if bent == math.inf:
+        return Knee(answered, None, why)
     for _ in range(_REFINEMENTS):
-        rate = math.sqrt(borne * bent)
-        if reason := bend(await measure(rate), rest):
+        summary = await measure(rate := math.sqrt(sustained * bent))
+        if reason := bend(summary, rest):
             bent, why = rate, reason
         else:
-            borne = rate
-    return Knee(borne, bent, why)
+            sustained, answered = rate, max(answered, summary.throughput_per_second)
+    return Knee(answered, bent, why)
 
 
 def bend(summary: Summary, rest: Summary) -> str | None:
-    """Why this is more than the server bears, or None. One that cannot keep up shows it in the p99, for its answers
-    come later and later as long as the load lasts.
+    """Why this is more than the server sustains, or None. A server that cannot keep up shows it in its p99, since its
+    answers come later and later as long as the load lasts.
 
     Args:
         rest: the figures at a rate at which requests hardly meet.
@@ -100,18 +102,19 @@ def bend(summary: Summary, rest: Summary) -> str | None:
 def suggest(closed: Mapping[int, Summary], knee: Knee, *, max_p99_ms: float | None = None) -> Suggestion:
     """Settings for the server.
 
-    * `max_batch_size`: the least number of callers at once that brings nearly the best throughput; a larger batch makes
-      each of its members wait for the others and brings nothing.
+    * `max_batch_size`: the least number of callers at once that brings nearly the best throughput of all closed loops;
+      a larger batch makes each of its members wait for the others and brings nothing.
     * `max_queue_size`: Little's law, rate x wait: so many that the last one admitted is still answered within
       `max_p99_ms` (unset: ten times the p99 at rest).
-    * `request_timeout_ms`: twice what a request waits that is admitted last, in whole seconds.
+    * `request_timeout_ms`: twice what the last request admitted waits, in whole seconds.
 
     Args:
         closed: the closed loops by concurrency; needs concurrency 1, with answers.
     """
-    best_rate = max(max(summary.throughput_per_second for summary in closed.values()), knee.rate)
-    worthwhile = [n for n, one in closed.items() if one.throughput_per_second >= _WORTHWHILE * best_rate]
-    max_batch_size = min(worthwhile, default=max(closed))
+    # Only closed loops tell what a batch of some size brings; the open ones may count for the rate.
+    best_of_closed = max(summary.throughput_per_second for summary in closed.values())
+    max_batch_size = min(n for n, one in closed.items() if one.throughput_per_second >= _WORTHWHILE * best_of_closed)
+    best_rate = max(best_of_closed, knee.rate)
     at_rest_seconds = closed[1].latency_ms["p99"] / 1000
     wait_seconds = _WAIT * at_rest_seconds if max_p99_ms is None else max_p99_ms / 1000
     batch_seconds = max_batch_size / best_rate

@@ -1,13 +1,15 @@
-"""Reads the checkpoints that people have into one plain state dict: safetensors, PyTorch's `.pth` and detectron2's
-`.pkl`, wrapped and prefixed as training scripts leave them. Called by `importing.py`. Runs no code from the file.
+"""Reads the checkpoints that people have into one plain state dict: safetensors, whole or in shards, PyTorch's `.pth`
+and detectron2's `.pkl`, wrapped and prefixed as training scripts leave them. Runs no code from the file.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,111 +18,342 @@ import torch
 from torch import Tensor
 
 from service.errors import ModelStoreError
-from service.model_store.pickle_reader import read_pickle
+from service.model_store.pickle_reader import Unread, array_of, described, read_pickle
+from service.model_store.torch_reader import LEGACY_START, read_torch_legacy, read_torch_zip, tensor_of
 from service.model_store.weights import read_safetensors
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-_AVERAGED = ("model_ema", "ema", "state_dict_ema", "ema_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 _ZIP = b"PK\x03\x04"
-# What `torch.save` wrote before it wrote zip archives begins with this pickled number.
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PICKLE = b"\x80"
+_WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "detector",
+    "module",
+)
+"""Keys that are preferred where several hold weights; those of any other name are found too."""
+_AVERAGED = re.compile(
+    r"(?:^|[._-])(?:ema|averaged?|avg|swa|teacher|polyak|shadow)(?:$|[._-])|^module_ema|_ema$", re.IGNORECASE
+)
+# Names by which a detector is known, whatever stands before them: torchvision's and detectron2's, and mmdetection's.
+_DETECTOR = re.compile(
+    r"(?:^|\.)((?:roi_heads\.box_predictor\.(?:\d+\.)?cls_score|(?:roi_head\.)?bbox_head\.(?:\d+\.)?fc_cls)\.(?:weight|bias))$"
+)
+_ROOTS = frozenset(
+    {
+        "backbone",
+        "rpn",
+        "roi_heads",
+        "transform",
+        "proposal_generator",
+        "pixel_mean",
+        "pixel_std",
+        "anchor_generator",
+        "neck",
+        "rpn_head",
+        "roi_head",
+        "bbox_head",
+        "mask_head",
+        "data_preprocessor",
+    }
+)
+"""First parts of the names of a detector's weights; what else lies beside them is not the detector's."""
+_LABEL_KEYS = ("classes", "class_names", "labels", "label_names", "names", "categories", "thing_classes", "id2label")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin|pth?)$")
+_KINDS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, such as Keras and Matterport's Mask R-CNN write"),
+    (b"\x1f\x8b", "a file compressed by gzip: unpack it first"),
+    (b"version https://git-lfs", "a pointer of Git LFS: the weights themselves were not fetched (git lfs pull)"),
+    (b"\x93NUMPY", "a NumPy array: only PyTorch's weights are read"),
+    (b"<", "an HTML or XML page: the download was probably answered with an error"),
+)
+_SAMPLE_BYTES = 512
 
 
-def read_checkpoint(path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """The weights in a checkpoint by name, floating-point tensors as float32, on the CPU.
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """What a file holds.
 
-    `{"model": …}` and its like are unwrapped, the prefixes `module.`, `_orig_mod.` and `model.` taken off.
+    Attributes:
+        weights: by name, floating-point tensors as float32, on the CPU; prefixes taken off.
+        found_at: the keys and the prefix under which they were found, `""` where they lie openly.
+        left_out: names of tensors beside the detector's, which are not its own.
+        labels: class names that the file holds beside the weights, in every list that may be one.
+        config_text: the configuration as mmdetection writes it into its files; empty if there is none.
+    """
+
+    weights: dict[str, Tensor]
+    found_at: str = ""
+    left_out: tuple[str, ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
+    config_text: str = field(default="", repr=False)
+
+
+def read_checkpoint(path: Path, *, averaged: bool = False) -> Checkpoint:
+    """Read the weights in a file, under whichever keys and behind whichever prefix they lie.
 
     Args:
         averaged: take the weights averaged over training, `model_ema` and its like. Those are also taken where there
             are no others.
 
     Raises:
-        ModelStoreError: missing, empty, of no kind that we read, damaged, with Python objects other than weights, or
-            without the averaged weights that were asked for.
+        ModelStoreError: missing, empty, of no kind that we read, damaged, without weights, with those of several
+            detectors, or without the averaged weights that were asked for.
     """
+    content = _content_of(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_LEGACY_TORCH))
-    except OSError as error:
-        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
-    if not start:
-        raise ModelStoreError(f"{path}: expected a checkpoint, got an empty file")
-    if start.startswith(_ZIP) or start == _LEGACY_TORCH:
-        content = _read_torch(path)
-    elif start.startswith(_PICKLE):
-        content = _read_pickle(path)
-    else:
-        content = read_safetensors(path)
-    return _without_prefixes(_state_dict(path, content, averaged=averaged))
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        # torchvision's reference scripts save their command line, an `argparse.Namespace`, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"{named[1]}, which was not run" if named else "other Python objects"
-        raise ModelStoreError(
-            f"{path}: expected a checkpoint of tensors, got {found}; save `model.state_dict()` alone"
-        ) from error
-    except Exception as error:  # torch raises a RuntimeError, EOFError, KeyError, … by where the file is damaged
-        if "TorchScript" in str(error):
-            raise ModelStoreError(
-                f"{path}: expected a checkpoint of tensors, got a TorchScript program; save `model.state_dict()` alone"
-            ) from error
-        raise ModelStoreError(f"{path}: damaged, or no checkpoint: {_first_line(error)}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return read_pickle(path.read_bytes())
+        return _found_in(content, averaged=averaged)
     except ModelStoreError as error:
         raise ModelStoreError(f"{path}: {error}") from error
 
 
-def _state_dict(path: Path, content: Any, *, averaged: bool) -> dict[str, Tensor]:
-    if averaged and _wrapped(content, _AVERAGED) is None:
-        raise ModelStoreError(f"{path}: expected averaged weights as one of {', '.join(_AVERAGED)}, got none")
-    first, second = (_AVERAGED, _WRAPPERS) if averaged else (_WRAPPERS, _AVERAGED)
-    while (inner := _wrapped(content, (*first, *second))) is not None:
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise ModelStoreError(f"{path}: expected weights by name, got {type(content).__name__}")
+def _content_of(path: Path) -> Any:
+    """What is in the file, tensors not yet made of it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_SAMPLE_BYTES)
+    except OSError as error:
+        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    if not start:
+        raise ModelStoreError(f"{path}: expected a checkpoint, got an empty file")
+    if start[8:9] == b"{":
+        _refuse_a_shard(path)
+        return read_safetensors(path)
+    try:
+        if start.startswith(_ZIP):
+            return read_torch_zip(path)
+        if start.startswith(LEGACY_START):
+            with path.open("rb") as file:
+                return read_torch_legacy(file)
+        if start.startswith(_PICKLE):
+            with path.open("rb") as file:
+                return read_pickle(file)
+        if start.lstrip()[:1] == b"{":
+            return _read_shards(path)
+    except ModelStoreError as error:
+        raise ModelStoreError(f"{path}: {error}") from error
+    raise ModelStoreError(
+        f"{path}: expected a checkpoint (.pth, .safetensors or detectron2's .pkl), got {_kind(path, start)}"
+    )
+
+
+def _kind(path: Path, start: bytes) -> str:
+    """What a file is that is no checkpoint, in a few words."""
+    for magic, words in _KINDS:
+        if start.lstrip().startswith(magic):
+            return words
+    if path.suffix == ".onnx" or (start[:1] == b"\x08" and re.search(rb"pytorch|onnx|tf2onnx", start[:64])):
+        return "an ONNX program: import the weights that it was made of"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if all(byte >= 0x20 or byte in b"\t\n\r" for byte in start):
+        return "a text"
+    return "something else, or only a part of one"
+
+
+def _refuse_a_shard(path: Path) -> None:
+    if _SHARD.search(path.name):
+        stem = _SHARD.sub("", path.name)
+        raise ModelStoreError(
+            f"{path}: expected whole weights, got one of several shards; give the file that lists them, such as "
+            f"{stem}{path.suffix}.index.json"
+        )
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """The weights of an index `{"weight_map": {name: file}}`, whose files lie beside it."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelStoreError('expected an index of shards, {"weight_map": {…}}, got another JSON text') from error
+    outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+    if outside:
+        raise ModelStoreError(f"expected shards beside the index, got {outside[0]!r:.80}")
+    weights: dict[str, Any] = {}
+    for file in files:
+        shard = path.with_name(file)
+        if not shard.exists():
+            raise ModelStoreError(f"the shard {file} is not beside the index")
+        content = read_safetensors(shard) if shard.suffix == ".safetensors" else _content_of(shard)
+        if not isinstance(content, Mapping):
+            raise ModelStoreError(f"the shard {file} holds no weights by name")
+        weights |= {key: value for key, value in content.items() if weight_map.get(key) == file}
+    missing = [key for key in weight_map if key not in weights]
+    if missing:
+        raise ModelStoreError(f"the shards lack what the index promises: {', '.join(missing[:10])}")
+    return weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """Weights somewhere in a file.
+
+    Attributes:
+        path: the keys that lead to the mapping.
+        prefix: what stands before the names, with a dot at the end, or nothing.
+    """
+
+    content: Mapping[Any, Any]
+    path: tuple[str, ...]
+    prefix: str
+
+    @property
+    def is_averaged(self) -> bool:
+        return any(_AVERAGED.search(part) for part in (*self.path, *self.prefix.split(".")))
+
+    @property
+    def place(self) -> str:
+        return ".".join((*self.path, self.prefix)).strip(".")
+
+    def rank(self) -> tuple[int, ...]:
+        """Which of several is taken: under well-known keys rather than others, further out rather than further in."""
+        known = [_WRAPPERS.index(key) if key in _WRAPPERS else len(_WRAPPERS) for key in self.path]
+        return (len(known), *known)
+
+
+def _found_in(content: Any, *, averaged: bool) -> Checkpoint:
+    mappings = list(_mappings(content))
+    detectors = [
+        _Candidate(mapping, path, prefix) for path, mapping in mappings for prefix in _detector_prefixes(mapping)
+    ]
+    chosen = _chosen(detectors, averaged=averaged) if detectors else _of_something_else(content, mappings, averaged)
+    weights, left_out = {}, []
+    for key, value in chosen.content.items():
+        if not isinstance(key, str):
+            continue
+        name = key[len(chosen.prefix) :] if key.startswith(chosen.prefix) else None
+        if name is None or (detectors and name.partition(".")[0] not in _ROOTS):
+            left_out.append(key)
+        else:
+            weights[name] = _weight(key, value)
+    return Checkpoint(
+        weights=weights,
+        found_at=chosen.place,
+        left_out=tuple(left_out),
+        labels=tuple(_label_lists(mappings)),
+        config_text=_config_text(mappings),
+    )
+
+
+def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """All dicts by the keys that lead there, the outermost first; one that is held twice comes once."""
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen: set[int] = set()
+    while waiting:
+        path, value = waiting.popleft()
+        inner = value.items if isinstance(value, Unread) else value
+        if not isinstance(inner, Mapping) or id(inner) in seen or len(path) > _DEEPEST:
+            continue
+        seen.add(id(inner))
+        yield path, inner
+        waiting += [((*path, str(key)), item) for key, item in inner.items() if isinstance(item, Mapping | Unread)]
+
+
+_DEEPEST = 20
+"""Of dicts in dicts; nobody wraps weights so often."""
+
+
+def _detector_prefixes(mapping: Mapping[Any, Any]) -> list[str]:
+    """What stands before a detector's names, once for each detector in the mapping."""
+    prefixes: dict[str, None] = {}
+    for key, value in mapping.items():
+        if isinstance(key, str) and (match := _DETECTOR.search(key)) and _may_be_a_weight(value):
+            prefixes[key[: match.start(1)]] = None
+    return list(prefixes)
+
+
+def _chosen(candidates: Sequence[_Candidate], *, averaged: bool) -> _Candidate:
+    wanted = [one for one in candidates if one.is_averaged is averaged]
+    if not wanted and averaged:
+        raise ModelStoreError(
+            "expected averaged weights under a key such as model_ema, ema or state_dict_ema, got none"
+        )
+    ranked = sorted(wanted or candidates, key=_Candidate.rank)
+    ties = [one for one in ranked if one.rank() == ranked[0].rank()]
+    if len(ties) > 1:
+        places = ", ".join(one.place or "no key" for one in ties)
+        raise ModelStoreError(f"expected one detector, got {len(ties)}, under {places}: save one of them alone")
+    return ranked[0]
+
+
+def _of_something_else(
+    content: Any, mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]], averaged: bool
+) -> _Candidate:
+    """Weights that are no detector's: the whole of the mapping that has the most, its common prefix taken off."""
+    counted = [
+        (sum(isinstance(key, str) and _may_be_a_weight(value) for key, value in mapping.items()), path, mapping)
+        for path, mapping in mappings
+        if not any("optim" in key for key in path)
+    ]
+    found = [_Candidate(mapping, path, _common_prefix(mapping)) for count, path, mapping in counted if count]
+    if not found:
+        raise ModelStoreError(_why_no_weights(content))
+    if len(found) == 1 and not averaged:
+        return found[0]
+    return _chosen(found, averaged=averaged)
+
+
+def _why_no_weights(content: Any) -> str:
+    inner = content
+    for _ in range(_DEEPEST):
+        if isinstance(inner, Mapping) and len(inner) == 1:
+            inner = next(iter(inner.values()))
+    if isinstance(inner, Unread):
+        return f"expected weights by name, got {described(inner)}; save `model.state_dict()` alone"
+    if isinstance(inner, Mapping) and inner:
+        some = ", ".join(f"{key} ({described(value)})" for key, value in list(inner.items())[:10])
+        return f"expected nothing but weights by name, got {some}"
+    return f"expected weights by name, got {type(content).__name__}"
+
+
+def _common_prefix(mapping: Mapping[Any, Any]) -> str:
+    names = [key for key, value in mapping.items() if isinstance(key, str) and _may_be_a_weight(value)]
     # `torch.optim.swa_utils.AveragedModel` counts what it has averaged.
-    content = {key: value for key, value in content.items() if key != "n_averaged"}
-    others = [f"{key} ({type(value).__name__})" for key, value in content.items() if not _is_weight(key, value)]
-    if others:
-        raise ModelStoreError(f"{path}: expected nothing but weights by name, got {', '.join(others[:10])}")
-    return {key: _tensor(value) for key, value in content.items()}
+    shared = os.path.commonprefix([name for name in names if name != "n_averaged"])  # noqa: RUF071  # no paths
+    return shared[: shared.rfind(".") + 1]
 
 
-def _wrapped(content: Any, keys: Sequence[str]) -> Mapping[Any, Any] | None:
-    """What the first of the keys that there is holds."""
-    if not isinstance(content, Mapping):
-        return None
-    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
+def _may_be_a_weight(value: Any) -> bool:
+    match value:
+        case Tensor() | np.ndarray():
+            return True
+        case Unread(name=name):
+            return name.startswith(("torch._utils._rebuild_", "numpy.core.multiarray._re", "numpy.core.numeric._from"))
+        case _:
+            return False
 
 
-def _is_weight(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor | np.ndarray)
+def _weight(key: str, value: Any) -> Tensor:
+    try:
+        tensor = tensor_of(value)
+        if tensor is not None:
+            return tensor
+        array = array_of(value)
+    except ModelStoreError as error:
+        raise ModelStoreError(f"{key}: {error}") from error
+    if array is None:
+        raise ModelStoreError(f"expected nothing but weights by name, got {key} ({described(value)})")
+    numbers = torch.from_numpy(array)
+    return numbers.float() if numbers.is_floating_point() else numbers
 
 
-def _tensor(value: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _label_lists(mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]]) -> Iterator[tuple[str, ...]]:
+    """Lists of names beside the weights that may be the classes'."""
+    for _, mapping in mappings:
+        for key, value in mapping.items():
+            if isinstance(key, str) and key.lower() in _LABEL_KEYS:
+                names = list(value.values()) if isinstance(value, Mapping) else value
+                if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                    yield tuple(names)
 
 
-def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state_dict)), None)
-    if prefix is None:
-        return state_dict
-    return _without_prefixes({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _config_text(mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]]) -> str:
+    texts = [
+        mapping[key] for path, mapping in mappings if path == ("meta",) for key in ("config", "cfg") if key in mapping
+    ]
+    return next((text for text in texts if isinstance(text, str)), "")

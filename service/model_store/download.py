@@ -1,105 +1,180 @@
-"""Downloads one file over HTTP: goes on where it stopped, and lets it stay only if its hash is right. Called by
-`pull.py`.
+"""Downloads one file over HTTP whose size and sha256 are known: goes on where it stopped, takes no more than that size
+from any server, and keeps the file only if its hash is right. What a server says is never printed as it came.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from http.client import HTTPException
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from io import FileIO
 from pathlib import Path
-from ssl import SSLError
+from typing import IO
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from service.errors import ModelStoreError
 from service.model_store.files import sha256_of
 
-OnProgress = Callable[[int, int | None], None]
-"""Is told the bytes that are there and the bytes that there will be, None where the server does not say."""
+OnProgress = Callable[[int, int], None]
+"""Is told the bytes that are there and the bytes that there will be."""
 
 _CHUNK_BYTES = 1 << 18
 _RANGE_NOT_SATISFIABLE = 416
+_MAX_REASON_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a server is waited for.
+
+    Attributes:
+        tries: how often a broken connection is opened again.
+        timeout_seconds: for how long a server may say nothing, until the connection counts as broken.
+        period_seconds: the time in which at least `least_bytes` have to come, or it counts as broken, too.
+    """
+
+    tries: int = 5
+    timeout_seconds: float = 30.0
+    period_seconds: float = 60.0
+    least_bytes: int = 64 * 1024
 
 
 def download(
-    url: str,
-    path: Path,
-    *,
-    sha256_prefix: str,
-    on_progress: OnProgress,
-    tries: int = 5,
-    timeout_seconds: float = 30.0,
+    url: str, path: Path, *, sha256: str, size: int, on_progress: OnProgress, patience: Patience = Patience()
 ) -> None:
     """Download a file, or the rest of it if a part lies at `path` already.
 
     Args:
+        url: `http://` or `https://`; redirects lead to no other schemes.
         path: a file with the right hash is left alone; a part is kept when the download fails, and thrown away when it
             turns out to be of something else.
-        sha256_prefix: the first digits of the whole file's sha256.
-        tries: how often a broken connection is opened again.
-        timeout_seconds: for how long a server may say nothing, until the connection counts as broken.
+        sha256: of the whole file, in hexadecimal.
+        size: of the whole file, in bytes.
 
     Raises:
         ModelStoreError: refused by the server, still incomplete after all tries, or not what it should be.
     """
     if not url.startswith(("http://", "https://")):
-        raise ModelStoreError(f"expected a URL with http:// or https://, got {url}")
-    if path.exists() and sha256_of(path).startswith(sha256_prefix):
+        raise ModelStoreError(f"expected a URL with http:// or https://, got {_printable(url)}")
+    if path.exists() and sha256_of(path) == sha256:
         return
+    source = _printable(url)
     problem = ""
-    for _ in range(tries):
+    for _ in range(patience.tries):
         try:
-            _fetch_rest(url, path, on_progress, timeout_seconds)
+            _fetch_rest(url, path, size, on_progress, patience)
             break
         except HTTPError as error:
+            error.close()
+            problem = f"{error.code} {_printable(str(error.reason))}"
             if error.code < 500:
-                raise ModelStoreError(f"{url}: refused by the server: {error.code} {error.reason}") from error
-            problem = f"{error.code} {error.reason}"
-        except (URLError, HTTPException, ConnectionError, TimeoutError, SSLError) as error:
-            problem = str(error)
-        except OSError as error:
-            raise ModelStoreError(f"{path}: cannot be written: {error.strerror}") from error
+                raise ModelStoreError(f"{source}: refused by the server: {problem}") from None
+        except (URLError, HTTPException, OSError) as error:
+            problem = _printable(str(error))
     else:
-        raise ModelStoreError(f"{url}: not complete after {tries} tries, the last: {problem}. Run it again to go on")
-    _check(url, path, sha256_prefix)
+        raise ModelStoreError(
+            f"{source}: not complete after {patience.tries} tries, the last: {problem}. Run it again to go on"
+        )
+    _check(source, path, sha256)
 
 
-def _fetch_rest(url: str, path: Path, on_progress: OnProgress, timeout_seconds: float) -> None:
+def _fetch_rest(url: str, path: Path, size: int, on_progress: OnProgress, patience: Patience) -> None:
     """Append what the file lacks; all of it where the server does not do parts.
 
     Raises:
-        ConnectionError: the connection ended early.
-        HTTPError, URLError, HTTPException, OSError: as `urlopen` and files do.
+        ModelStoreError: the server has another file, or this one cannot be written.
+        ConnectionError: the connection ended early, or little came of it.
+        HTTPError, URLError, HTTPException, OSError: as an opener of urllib does.
     """
     present = path.stat().st_size if path.exists() else 0
+    if present >= size:
+        return  # the hash will tell whether it is the right thing
     headers = {"User-Agent": "roiserve"} | ({"Range": f"bytes={present}-"} if present else {})
     try:
-        response = urlopen(Request(url, headers=headers), timeout=timeout_seconds)
+        response = _opener().open(Request(url, headers=headers), timeout=patience.timeout_seconds)
     except HTTPError as error:
-        if error.code == _RANGE_NOT_SATISFIABLE:
-            return  # nothing is left to fetch; the hash will tell whether it is the right thing
-        raise
+        if error.code != _RANGE_NOT_SATISFIABLE:
+            raise
+        error.close()
+        return
     with response:
         is_rest = str(response.headers.get("Content-Range", "")).startswith(f"bytes {present}-")
         present = present if is_rest else 0
-        length = response.headers.get("Content-Length")
-        total = present + int(length) if length else None
-        with path.open("ab" if is_rest else "wb") as file:
-            while chunk := response.read1(_CHUNK_BYTES):
-                file.write(chunk)
-                present += len(chunk)
-                on_progress(present, total)
-    if total is not None and present < total:
-        raise ConnectionError(f"the connection ended after {present:,} of {total:,} bytes")
+        length = str(response.headers.get("Content-Length", ""))
+        # Whatever else a server says of the length means nothing.
+        if length.isdecimal() and present + int(length) != size:
+            page = ", a web page" if response.read1(1) == b"<" else ""
+            path.unlink(missing_ok=True)
+            raise ModelStoreError(
+                f"{_printable(url)}: another file: expected {size:,} bytes, got {present + int(length):,}{page}"
+            )
+        try:
+            # Without a buffer, whose last bytes a full disk would refuse only when it is closed.
+            with path.open("ab" if is_rest else "wb", buffering=0) as file:
+                _copy(response, file, present, size, on_progress, patience)
+        except _WriteError as error:
+            raise ModelStoreError(f"{path}: cannot be written: {error}") from error
 
 
-def _check(url: str, path: Path, sha256_prefix: str) -> None:
-    sha256 = sha256_of(path)
-    if not sha256.startswith(sha256_prefix):
+class _WriteError(Exception):
+    """The disk's errors, which are told apart from the network's."""
+
+
+def _copy(
+    response: HTTPResponse, file: FileIO, present: int, size: int, on_progress: OnProgress, patience: Patience
+) -> None:
+    began_at, began_with = time.monotonic(), present
+    while present < size and (chunk := response.read1(min(_CHUNK_BYTES, size - present))):
+        _write_all(file, chunk)
+        present += len(chunk)
+        on_progress(present, size)
+        if (now := time.monotonic()) - began_at > patience.period_seconds:
+            if present - began_with < patience.least_bytes:
+                raise ConnectionError(f"only {present - began_with:,} bytes came in {now - began_at:.0f} seconds")
+            began_at, began_with = now, present
+    if present < size:
+        raise ConnectionError(f"the connection ended after {present:,} of {size:,} bytes")
+
+
+def _write_all(file: FileIO, chunk: bytes) -> None:
+    rest = memoryview(chunk)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise _WriteError(error.strerror) from error
+
+
+def _check(source: str, path: Path, sha256: str) -> None:
+    found = sha256_of(path)
+    if found != sha256:
         with path.open("rb") as file:
             page = ", a web page instead of a file" if file.read(1) == b"<" else ""
         path.unlink()
         raise ModelStoreError(
-            f"{url}: corrupted: expected a sha256 that starts with {sha256_prefix}, got {sha256}{page}. "
-            "What came was deleted"
+            f"{source}: corrupted: expected the sha256 {sha256}, got {found}{page}. What came was deleted"
         )
+
+
+class _WebOnly(HTTPRedirectHandler):
+    """Follows redirects to http and https alone; urllib would go on to ftp."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        """The request for the new address."""
+        if not newurl.startswith(("http://", "https://")):
+            raise HTTPError(req.full_url, code, f"a redirect to neither http:// nor https://: {newurl}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> OpenerDirector:
+    return build_opener(_WebOnly)
+
+
+def _printable(text: str) -> str:
+    """What a server or a caller said, so that no terminal obeys it and no line is endless."""
+    text = text if len(text) <= _MAX_REASON_LENGTH else f"{text[:_MAX_REASON_LENGTH]}…"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

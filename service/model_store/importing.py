@@ -1,147 +1,187 @@
 """From a checkpoint that somebody has to a model of ours: read it, find out which network it is of, name its classes,
-and prove that every weight has its place. Called by `roiserve models import` and by `pull.py`.
+and prove that every weight has its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from service.errors import ModelStoreError
-from service.model_store.checkpoint import read_checkpoint
-from service.model_store.detectron2_layout import detectron2_config, is_detectron2, with_torchvision_names
+from service.model_store import detectron2_layout, mmdetection_layout
+from service.model_store.checkpoint import Checkpoint, read_checkpoint
 from service.model_store.files import sha256_of
+from service.model_store.findings import Findings
+from service.model_store.labels import Labels
 from service.model_store.model_card import model_card
 from service.model_store.model_toml import Dtype, ProvenanceTable
-from service.model_store.published import category_labels, find_published
+from service.model_store.published import find_published
 from service.model_store.store import ModelStore, StoredModel
 from service.model_store.torchvision_layout import (
-    builder_config,
-    inferred_config,
+    builder_findings,
+    inferred,
     num_labels,
+    tell_norm,
+    with_class_specific_outputs,
     with_current_names,
-    with_norm_of,
 )
-from service.model_store.weights import load_into
+from service.model_store.weights import check_fits, load_into, serialised_sha256
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
+
+Given = Mapping[str, Any]
+"""A document of `model.toml`, or a part of one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImportedModel:
-    """A checkpoint's network and its weights under our names, as `ModelStore.write_model` takes them."""
+    """A checkpoint's network and its weights under our names, as `ModelStore.write_model` takes them.
+
+    Attributes:
+        rows: the settings that decide what it answers: key, value, and where the value is from.
+        notes: what else its owner should know.
+    """
 
     config: ModelConfig
     state_dict: Mapping[str, Tensor]
+    rows: Sequence[tuple[str, str, str]] = ()
+    notes: Sequence[str] = field(default=())
 
 
 def import_checkpoint(
     path: Path,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Labels | Sequence[str] | None = None,
     architecture: str | None = None,
+    given: Given | None = None,
     norm_eps: float | None = None,
     averaged: bool = False,
+    input_format: str | None = None,
 ) -> ImportedModel:
-    """Read a checkpoint, of torchvision's layout or detectron2's, into the network that it is of.
+    """Read a checkpoint of torchvision's, detectron2's or mmdetection's layout into the network that it is of.
 
     A file that torchvision has published is known by its hash and needs no words.
 
     Args:
-        labels: class names without the background, in the order of the weights.
+        labels: class names, in the order of the weights; None takes those that the file or `given` has.
         architecture: a torchvision builder's name; None infers it from the weights.
+        given: what the weights do not tell, as a `model.toml` or a part of one says it.
         norm_eps: of the trunk's norms, which nothing in the weights tells; None is 1e-5.
         averaged: take the weights averaged over training that the file has beside the others.
+        input_format: the order in which the first convolution reads the colours, `rgb` or `bgr`; None for what the
+            file says or its family has.
 
     Raises:
-        ModelStoreError: the checkpoint cannot be read, or does not fit the network and the labels key by key.
+        ModelStoreError: the checkpoint cannot be read, leaves open what the network is, or does not fit the network
+            and the labels key by key.
     """
-    original = read_checkpoint(path, averaged=averaged)
+    checkpoint = read_checkpoint(path, averaged=averaged)
+    given = dict(given or {})
     if published := find_published(sha256_of(path)):
         labels, architecture = labels or published.labels, architecture or published.builder
         norm_eps = published.norm_eps if norm_eps is None else norm_eps
+    if norm_eps is not None:
+        given["backbone"] = {**given.get("backbone", {}), "norm_eps": norm_eps}
     try:
-        state_dict = _in_torchvision_layout(original)
-        labels = _checked_labels(labels, num_labels(state_dict))
-        if is_detectron2(original):
-            config = _detectron2_config(original, labels, architecture, norm_eps)
-        else:
-            config = _torchvision_config(state_dict, labels, architecture, 1e-5 if norm_eps is None else norm_eps)
+        state_dict, repeated = with_class_specific_outputs(_in_torchvision_layout(checkpoint, input_format))
+        count = num_labels(state_dict)
+        if labels is not None or "labels" not in given:
+            given["labels"] = _labels(labels, checkpoint, count)
+        found = _findings(checkpoint, state_dict, architecture, given, input_format)
+        config = found.answered(given)
     except ModelStoreError as error:
         raise ModelStoreError(f"{path}: {error}") from error
-    return _fitted(path, config, state_dict)
+    notes = [*_notes(checkpoint), *repeated, *found.notes]
+    return _fitted(path, config, state_dict, rows=list(found.rows(config, given)), notes=notes)
 
 
-def import_with_config(path: Path, config: ModelConfig, *, averaged: bool = False) -> ImportedModel:
-    """Read a checkpoint, of torchvision's layout or detectron2's, into the network that `config` describes.
-
-    Raises:
-        ModelStoreError: as `import_checkpoint`.
-    """
-    original = read_checkpoint(path, averaged=averaged)
-    return _fitted(path, config, _in_torchvision_layout(original))
-
-
-def _in_torchvision_layout(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return with_torchvision_names(original) if is_detectron2(original) else with_current_names(original)
-
-
-def _detectron2_config(
-    original: Mapping[str, Tensor], labels: Sequence[str], architecture: str | None, norm_eps: float | None
-) -> ModelConfig:
-    if architecture is not None or norm_eps is not None:
-        raise ModelStoreError("a detectron2 checkpoint tells its architecture itself: leave out what describes it")
-    return detectron2_config(original, labels)
-
-
-def _torchvision_config(
-    state_dict: Mapping[str, Tensor], labels: Sequence[str], architecture: str | None, norm_eps: float
-) -> ModelConfig:
-    if architecture is None:
-        config = inferred_config(state_dict, labels, norm_eps=norm_eps)
-    else:
-        config = builder_config(architecture, labels, norm_eps=norm_eps)
-    return with_norm_of(state_dict, config)
-
-
-def _checked_labels(labels: Sequence[str] | None, num_labels: int) -> Sequence[str]:
-    if labels is None:
-        raise ModelStoreError(f"the weights know {num_labels} classes: name them with --labels, background left out")
-    if len(labels) != num_labels:
-        hint = "; leave the background out" if len(labels) == num_labels + 1 else ""
-        raise ModelStoreError(
-            f"wrong class count: the weights know {num_labels} classes, got {len(labels)} labels{hint}"
+def _in_torchvision_layout(checkpoint: Checkpoint, input_format: str | None) -> dict[str, Tensor]:
+    weights = checkpoint.weights
+    if detectron2_layout.is_detectron2(weights):
+        return detectron2_layout.with_torchvision_names(weights, input_format=input_format)
+    if mmdetection_layout.is_mmdetection(weights):
+        return mmdetection_layout.with_torchvision_names(
+            weights, config_text=checkpoint.config_text, input_format=input_format
         )
-    return labels
+    renamed = with_current_names(weights)
+    first = renamed.get("backbone.body.conv1.weight")
+    if input_format == "bgr" and first is not None:
+        renamed["backbone.body.conv1.weight"] = first.flip(1)
+    return renamed
 
 
-def _fitted(path: Path, config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ImportedModel:
+def _findings(
+    checkpoint: Checkpoint,
+    state_dict: Mapping[str, Tensor],
+    architecture: str | None,
+    given: Given,
+    input_format: str | None,
+) -> Findings:
+    """What is known of the network; nothing where `given` describes it whole."""
+    weights = checkpoint.weights
+    if {"architecture", "backbone"} <= given.keys() and "name" in given["backbone"]:
+        return Findings(family="given")
+    if detectron2_layout.is_detectron2(weights):
+        _refuse_a_builder(architecture, "detectron2")
+        return detectron2_layout.detectron2_findings(weights, input_format=input_format)
+    if mmdetection_layout.is_mmdetection(weights):
+        _refuse_a_builder(architecture, "mmdetection")
+        return mmdetection_layout.mmdetection_findings(
+            weights, config_text=checkpoint.config_text, input_format=input_format
+        )
+    if architecture is None:
+        return inferred(state_dict)
+    found = builder_findings(architecture)
+    tell_norm(found, state_dict)
+    return found
+
+
+def _refuse_a_builder(architecture: str | None, family: str) -> None:
+    if architecture is not None:
+        raise ModelStoreError(f"a {family} checkpoint tells its architecture itself: leave --architecture out")
+
+
+def _labels(labels: Labels | Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
+    if labels is not None:
+        return (labels if isinstance(labels, Labels) else Labels(tuple(labels))).fitted(count)
+    for names in checkpoint.labels:
+        try:
+            return Labels(names).fitted(count)
+        except ModelStoreError:  # a list of something else
+            continue
+    raise ModelStoreError(f"the weights know {count} classes: name them with --labels, background left out")
+
+
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    notes = []
+    if checkpoint.found_at:
+        notes.append(f"the weights lie under {checkpoint.found_at[:200]}")
+    if checkpoint.left_out:
+        some = ", ".join(key[:100] for key in checkpoint.left_out[:10])
+        more = f" and {len(checkpoint.left_out) - 10} more" if len(checkpoint.left_out) > 10 else ""
+        notes.append(f"left out, as they are not the detector's: {some}{more}")
+    return notes
+
+
+def _fitted(
+    path: Path,
+    config: ModelConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    rows: Sequence[tuple[str, str, str]],
+    notes: Sequence[str],
+) -> ImportedModel:
+    # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
+    with torch.device("meta"):
+        check_fits(build_model(config), {key: tuple(one.shape) for key, one in state_dict.items()}, source=str(path))
     network = build_model(config)
     load_into(network, state_dict, source=str(path))
-    return ImportedModel(config, network.state_dict())
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """The labels in a file: one on each line, empty lines at the end left out.
-
-    torchvision's own list of COCO's categories is understood too: `__background__` on its first line is left out, and
-    the ids that it calls `N/A` get the names that `published_weights` gives them.
-
-    Raises:
-        ModelStoreError: not readable, not UTF-8, or with an empty line in between.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except OSError as error:
-        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ModelStoreError(f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x}") from error
-    if "" in lines:
-        raise ModelStoreError(f"{path}: expected a label on each line, got none on line {lines.index('') + 1}")
-    return category_labels(lines[1:] if lines[:1] == ["__background__"] else lines)
+    return ImportedModel(config, network.state_dict(), rows=rows, notes=notes)
 
 
 def store_imported(
@@ -168,7 +208,31 @@ def store_imported(
         config=imported.config,
         state_dict=imported.state_dict,
         provenance=provenance,
-        readme=model_card(name, imported.config, provenance),
+        readme=model_card(name, imported.config, provenance, rows=imported.rows),
         dtype=dtype,
         source=source,
+    )
+
+
+def find_same(store: ModelStore, imported: ImportedModel, *, name: str, dtype: Dtype = "float32") -> StoredModel | None:
+    """The version of `name` that has these weights and this configuration, if there is one.
+
+    Raises:
+        ModelStoreError: a weight is not a finite number, or does not fit `dtype`.
+    """
+    versions = [
+        one for one in (store.list() if store.root.exists() else []) if one.name == name and one.problem is None
+    ]
+    if not versions:
+        return None
+    digest = serialised_sha256(imported.state_dict, dtype=dtype, source=name)
+    fields = set(ModelConfig.model_fields)
+    return next(
+        (
+            one
+            for one in reversed(versions)
+            if one.model_toml.weights.sha256 == digest
+            and one.model_toml.model_dump(include=fields) == imported.config.model_dump(include=fields)
+        ),
+        None,
     )

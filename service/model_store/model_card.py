@@ -1,15 +1,21 @@
-"""The model card of an imported model: its `README.md`, from what is known of it. Called by `roiserve models import`
-and by `pull.py`; whoever trains writes more.
-"""
+"""The model card of an imported model: its `README.md`, from what is known of it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from service.model_store.model_toml import ProvenanceTable
 from service.modeling.config import ModelConfig
 
 
-def model_card(name: str, config: ModelConfig, provenance: ProvenanceTable) -> str:
-    """Markdown."""
+def model_card(
+    name: str, config: ModelConfig, provenance: ProvenanceTable, *, rows: Sequence[tuple[str, str, str]] = ()
+) -> str:
+    """Markdown.
+
+    Args:
+        rows: the settings that decide what it answers: key, value, and where the value is from.
+    """
     facts = {
         "architecture": f"`{config.architecture}` on `{config.backbone.name}`, RoI head `{config.roi.op}`",
         "labels": f"{len(config.labels)}: {', '.join(config.labels[:10])}{', …' if len(config.labels) > 10 else ''}",
@@ -20,5 +26,9 @@ def model_card(name: str, config: ModelConfig, provenance: ProvenanceTable) -> s
         "made by": provenance.command and f"`{provenance.command}`",
         "notes": provenance.notes,
     }
-    rows = [f"| {fact} | {value} |" for fact, value in facts.items() if value]
-    return "\n".join([f"# {name}", "", "| | |", "|---|---|", *rows, ""])
+    lines = [f"# {name}", "", "| | |", "|---|---|"]
+    lines += [f"| {fact} | {value} |" for fact, value in facts.items() if value]
+    if rows:
+        lines += ["", "## What the import took for granted", "", "| setting | value | from |", "|---|---|---|"]
+        lines += [f"| `{key}` | {value} | {source} |" for key, value, source in rows]
+    return "\n".join([*lines, ""])

@@ -92,16 +92,23 @@ def read_model_toml(path: Path) -> ModelToml:
     return validated(str(path), _read_document(path), ModelToml)
 
 
+def read_network_tables(path: Path) -> dict[str, Any]:
+    """The network's part of a `model.toml`, or of a piece of one, as it is written; not yet checked.
+
+    Raises:
+        ModelStoreError: not readable, or not TOML.
+    """
+    document = _read_document(path)
+    return {key: document[key] for key in document.keys() - {"weights", "provenance"}}
+
+
 def read_model_config(path: Path) -> ModelConfig:
     """Read the network's part of a `model.toml`, with or without `[weights]` and `[provenance]`.
 
     Raises:
         ModelStoreError: as `read_model_toml`.
     """
-    document = _read_document(path)
-    return validated(
-        str(path), {key: document[key] for key in document.keys() - {"weights", "provenance"}}, ModelConfig
-    )
+    return validated(str(path), read_network_tables(path), ModelConfig)
 
 
 def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:

@@ -1,71 +1,159 @@
-"""Reads a pickle of NumPy arrays without running it, for detectron2's `.pkl` checkpoints. Called by `checkpoint.py`.
+"""Reads the data in a pickle without running it.
 
-A pickle is a program: unpickling calls whatever functions it names. Here its instructions are walked one by one and
-only data comes of it: what it wants called is noted as a `Call`, and the few calls by which NumPy writes arrays are
-recognised and done by our own hands. Everything else is refused by name. (A restricted `pickle.Unpickler` would still
-call NumPy's own `__setstate__`, which trusts its input with raw memory.)
+A pickle is a program: unpickling calls whatever functions it names. Here its instructions are walked one by one, and
+whatever it wants called is noted as an `Unread` instead. The few calls by which NumPy writes arrays are recognised by
+`array_of` and done by our own code. (A restricted `pickle.Unpickler` would still call NumPy's own `__setstate__`, which
+trusts its input with raw memory.) Time and memory grow with the length of the pickle and with nothing that it says.
 """
 
 from __future__ import annotations
 
 import pickletools
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import ModelStoreError
 
-_PUSHES_ITS_ARGUMENT = re.compile(
-    r"INT|BININT[12]?|LONG[14]?|(BIN)?FLOAT|(SHORT_)?BINSTRING|STRING|UNICODE|(SHORT_)?BINUNICODE8?|(SHORT_)?BINBYTES8?"
-    r"|BYTEARRAY8"
+_PUSHES_ITS_ARGUMENT = frozenset(
+    {
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "UNICODE",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    }
 )
 _PUSHES_A_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _NUMBERS = frozenset(f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)) - {"f1"} | {"b1"}
+_DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
 _MARK = object()
+# Modules whose functions do something when an ordinary reader calls them. What such a file does elsewhere is its
+# owner's business, but a checkpoint that calls them is a program and not worth serving.
+_PROGRAMS = frozenset(
+    {
+        "os",
+        "posix",
+        "nt",
+        "sys",
+        "subprocess",
+        "shutil",
+        "socket",
+        "pty",
+        "runpy",
+        "importlib",
+        "ctypes",
+        "code",
+        "codeop",
+        "marshal",
+        "pickle",
+        "_pickle",
+        "operator",
+        "webbrowser",
+        "multiprocessing",
+        "asyncio",
+        "urllib",
+        "http",
+        "platform",
+        "commands",
+        "popen2",
+        "timeit",
+        "pdb",
+        "bdb",
+    }
+)
+_HARMLESS_BUILTINS = frozenset(
+    {
+        "set",
+        "frozenset",
+        "slice",
+        "range",
+        "complex",
+        "bytearray",
+        "bytes",
+        "list",
+        "dict",
+        "tuple",
+        "int",
+        "float",
+        "str",
+        "bool",
+        "object",
+        "type",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
-class _Global:
+class Global:
     """A class or function that the pickle names; never looked up."""
 
     name: str
 
 
-@dataclass(slots=True)
-class _Call:
-    """What the pickle wants called, and the state that it gives to the result; never called."""
+@dataclass(slots=True, eq=False)
+class Unread:
+    """What the pickle wants built by calling something; never called.
+
+    Attributes:
+        name: of the class or function, with its module.
+        arguments: what it is called with.
+        items: what is put into the result by key.
+        state: the attributes given to the result.
+    """
 
     name: str
     arguments: tuple[Any, ...]
+    items: dict[Any, Any] = field(default_factory=dict)
     state: Any = None
 
 
-def read_pickle(data: bytes) -> Any:
-    """The data in a pickle: dicts, lists, tuples, strings, numbers and NumPy arrays of numbers.
+def read_pickle(file: IO[bytes] | bytes, *, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The data in a pickle: dicts, lists, tuples, strings, numbers, and `Unread` for whatever else is in there.
+
+    Args:
+        file: read up to the end of the pickle, from where it stands.
+        persistent: what stands for something that the pickle keeps outside of itself, by its id.
 
     Raises:
-        ModelStoreError: it names any other class or function, or is no pickle.
+        ModelStoreError: it is no pickle, or a program that does more than build data.
     """
     try:
-        return _resolve(_Machine().run(data), {})
+        return _Machine(persistent).run(file)
     except ModelStoreError:
         raise
-    except Exception as error:  # whatever a broken program leads to: an empty stack, an unknown memo, a key of a list
-        raise ModelStoreError(f"not a pickle that can be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever a broken program leads to: an empty stack, an unknown memo, a cut end
+        raise ModelStoreError(f"not a pickle that can be read: {type(error).__name__}") from error
 
 
 class _Machine:
     """The pickle machine without its calls: a stack, and a memo of what is used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.persistent = persistent
 
-    def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
+    def run(self, file: IO[bytes] | bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
                 return self.stack.pop()
             self._step(opcode.name, argument)
@@ -73,7 +161,7 @@ class _Machine:
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
-        if _PUSHES_ITS_ARGUMENT.fullmatch(name):
+        if name in _PUSHES_ITS_ARGUMENT:
             stack.append(argument)
             return
         if name in _PUSHES_A_CONSTANT:
@@ -84,11 +172,11 @@ class _Machine:
                 pass
             case "MARK":
                 stack.append(_MARK)
-            case "EMPTY_LIST":
+            case "EMPTY_LIST" | "EMPTY_SET":
                 stack.append([])
             case "EMPTY_DICT":
                 stack.append({})
-            case "LIST":
+            case "LIST" | "FROZENSET":
                 stack.append(self._since_mark())
             case "TUPLE":
                 stack.append(tuple(self._since_mark()))
@@ -97,17 +185,19 @@ class _Machine:
             case "DICT":
                 stack.append(_pairs(self._since_mark()))
             case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = self._since_mark()
-                stack[-1].extend(items)
+                _extend(stack, [stack.pop()])
+            case "APPENDS" | "ADDITEMS":
+                _extend(stack, self._since_mark())
             case "SETITEM":
-                items = self._pop(2)
-                stack[-1].update(_pairs(items))
+                _update(stack, self._pop(2))
             case "SETITEMS":
-                items = self._since_mark()
-                stack[-1].update(_pairs(items))
+                _update(stack, self._since_mark())
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._since_mark()
+            case "DUP":
+                stack.append(stack[-1])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 self.memo[int(argument)] = stack[-1]
             case "MEMOIZE":
@@ -115,17 +205,24 @@ class _Machine:
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(self.memo[int(argument)])
             case "GLOBAL":
-                stack.append(_Global(argument.replace(" ", ".")))
+                stack.append(_harmless(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack.append(_Global(".".join(self._pop(2))))
+                stack.append(_harmless(".".join(self._pop(2))))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = self._pop(2)
                 stack.append(_noted_call(function, arguments))
+            case "NEWOBJ_EX":
+                function, arguments, _ = self._pop(3)
+                stack.append(_noted_call(function, arguments))
             case "BUILD":
                 state = stack.pop()
-                stack[-1].state = state
+                _set_state(stack[-1], state)
+            case "BINPERSID":
+                if self.persistent is None:
+                    raise ModelStoreError("expected a pickle that holds its data itself, got one that points elsewhere")
+                stack.append(self.persistent(stack.pop()))
             case _:
-                raise ModelStoreError(f"expected a pickle of arrays, got the instruction {name}")
+                raise ModelStoreError(f"expected a pickle of data, got the instruction {name}")
 
     def _pop(self, count: int) -> list[Any]:
         popped = [self.stack.pop() for _ in range(count)]
@@ -138,49 +235,85 @@ class _Machine:
         return items[::-1]
 
 
+def _extend(stack: list[Any], items: list[Any]) -> None:
+    if isinstance(stack[-1], list):
+        stack[-1].extend(items)
+    elif not isinstance(stack[-1], Unread):
+        raise TypeError("a list")
+
+
+def _update(stack: list[Any], items: list[Any]) -> None:
+    target = stack[-1].items if isinstance(stack[-1], Unread) else stack[-1]
+    if not isinstance(target, dict):
+        raise TypeError("a dict")
+    target.update(_pairs(items))
+
+
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    return dict(zip(items[::2], items[1::2], strict=True))
+    # Only plain keys: to hash a tuple of tuples of tuples … takes as long as its author wishes.
+    return {
+        key: value
+        for key, value in zip(items[::2], items[1::2], strict=True)
+        if isinstance(key, str | int | float | bytes | None)
+    }
 
 
-def _noted_call(function: _Global, arguments: tuple[Any, ...]) -> Any:
+def _harmless(name: str) -> Global:
+    """What is named, unless it is there to do something."""
+    module, _, rest = name.partition(".")
+    if module in _PROGRAMS or (module in ("builtins", "__builtin__") and rest not in _HARMLESS_BUILTINS):
+        raise ModelStoreError(f"expected a checkpoint of tensors, got {name}, which was not run")
+    return Global(name)
+
+
+def _noted_call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, Global) or not isinstance(arguments, tuple):
+        raise ModelStoreError("expected a pickle of data, got one that calls what a call gave it")
     # NumPy 2 has renamed its private modules.
     name = function.name.replace("numpy._core.", "numpy.core.")
-    if name == "collections.OrderedDict":
-        return dict(*arguments)
+    if name in ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"):
+        # How objects of ordinary classes are written; the class itself is the first argument.
+        name = arguments[0].name if arguments and isinstance(arguments[0], Global) else name
+    if name in _DICTS:
+        return _dict_of(arguments)
     if name == "_codecs.encode" and len(arguments) == 2 and arguments[1] == "latin1":
         return arguments[0].encode("latin-1")  # how protocol 2 writes bytes
-    return _Call(name, arguments)
+    return Unread(name, arguments)
 
 
-def _resolve(value: Any, done: dict[int, Any]) -> Any:
-    """Arrays for the calls by which NumPy writes them, in nested containers.
+def _dict_of(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """Of what `OrderedDict`, `defaultdict` and `Counter` are called with: a factory, a dict, or a list of pairs."""
+    given = arguments[-1] if arguments else None
+    if isinstance(given, dict):
+        return dict(given)
+    return _pairs([item for pair in given for item in pair]) if isinstance(given, list) else {}
 
-    Args:
-        done: what came of values by their id, so that one that is held many times is worked through once.
+
+def _set_state(target: Any, state: Any) -> None:
+    # Dicts get attributes too: `state_dict()` notes the versions of its modules so.
+    if isinstance(target, Unread):
+        target.state = state
+    elif not isinstance(target, dict):
+        raise ModelStoreError("expected a pickle of data, got one that changes what it names")
+
+
+def array_of(value: Any) -> NDArray[Any] | None:
+    """The array that NumPy has written as this value, None if it is no array of numbers.
+
+    Raises:
+        ModelStoreError: it is one of Python objects, or is not what it says.
     """
-    if id(value) not in done:
-        done[id(value)] = _resolve_new(value, done)
-    return done[id(value)]
-
-
-def _resolve_new(value: Any, done: dict[int, Any]) -> Any:
-    match value:
-        case dict():
-            return {key: _resolve(item, done) for key, item in value.items()}
-        case list():
-            return [_resolve(item, done) for item in value]
-        case tuple():
-            return tuple(_resolve(item, done) for item in value)
-        case _Call(name="numpy.core.multiarray._reconstruct", state=(_, shape, dtype, bool(fortran), data)):
-            return _array(data, dtype, shape, order="F" if fortran else "C")
-        case _Call(name="numpy.core.numeric._frombuffer", arguments=(data, dtype, shape, str(order))):
-            return _array(data, dtype, shape, order=order)
-        case _Call(name="numpy.core.multiarray.scalar", arguments=(dtype, data)):
-            return _array(data, dtype, (), order="C")
-        case _Call(name=name) | _Global(name=name):
-            raise ModelStoreError(f"expected a pickle of arrays, got {name}, which was not run")
-        case _:
-            return value
+    try:
+        match value:
+            case Unread(name="numpy.core.multiarray._reconstruct", state=(_, shape, dtype, bool(fortran), data)):
+                return _array(data, dtype, shape, order="F" if fortran else "C")
+            case Unread(name="numpy.core.numeric._frombuffer", arguments=(data, dtype, shape, str(order))):
+                return _array(data, dtype, shape, order=order)
+            case Unread(name="numpy.core.multiarray.scalar", arguments=(dtype, data)):
+                return _array(data, dtype, (), order="C")
+    except (ValueError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        raise ModelStoreError("expected an array of numbers, got one whose data do not fit its shape") from error
+    return None
 
 
 def _array(data: Any, dtype: Any, shape: Any, *, order: str) -> NDArray[Any]:
@@ -192,7 +325,22 @@ def _array(data: Any, dtype: Any, shape: Any, *, order: str) -> NDArray[Any]:
 
 def _dtype(value: Any) -> np.dtype[Any]:
     match value:
-        case _Call(name="numpy.dtype", arguments=(str(code), *_), state=(_, str(byte_order), *_)) if code in _NUMBERS:
+        case Unread(name="numpy.dtype", arguments=(str(code), *_), state=(_, str(byte_order), *_)) if code in _NUMBERS:
             return np.dtype(f"{byte_order}{code}")
         case _:
-            raise ModelStoreError(f"expected an array of numbers, got one of {value!r}")
+            raise ModelStoreError(f"expected an array of numbers, got one of {described(value)}")
+
+
+def described(value: Any) -> str:
+    """A value in a few words, however large or deep it is."""
+    match value:
+        case Unread(name="numpy.dtype", arguments=(str(code), *_)):
+            return f"dtype {code[:20]}"
+        case Unread(name=name):
+            return f"{name}, which was not run"
+        case Global(name=name):
+            return name
+        case Mapping():
+            return f"dict of {len(value)}"
+        case _:
+            return type(value).__name__

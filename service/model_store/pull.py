@@ -1,12 +1,11 @@
-"""Puts one of torchvision's published detectors into a model store: download, check, import, write. Called by
-`roiserve models pull`.
-"""
+"""Puts one of torchvision's published detectors into a model store: download, check, import, write."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from service.errors import ModelStoreError
 from service.model_store.download import OnProgress, download
 from service.model_store.importing import import_checkpoint, store_imported
 from service.model_store.model_toml import ProvenanceTable
@@ -43,14 +42,17 @@ def pull_model(
         base_url: of a mirror that has torchvision's files by their names; None is torchvision's own place.
 
     Raises:
-        ModelStoreError: the download failed (run again, it goes on where it stopped), or the file is not what it
-            should be.
+        ModelStoreError: the download failed (run again, it goes on where it stopped), the file is not what it should
+            be, or the store cannot be written.
     """
     url = f"{base_url.rstrip('/')}/{weights.file_name}" if base_url else weights.url
     folder = store.root / _DOWNLOADS
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelStoreError(f"{folder}: cannot be written: {error.strerror}") from error
     path = folder / weights.file_name
-    download(url, path, sha256_prefix=weights.sha256_prefix, on_progress=on_progress)
+    download(url, path, sha256=weights.sha256, size=weights.size, on_progress=on_progress)
     imported = import_checkpoint(path, labels=weights.labels, architecture=weights.builder, norm_eps=weights.norm_eps)
     provenance = ProvenanceTable(
         data="COCO train2017",
@@ -59,7 +61,8 @@ def pull_model(
         command=command,
         created=datetime.now(UTC).replace(microsecond=0),
         metrics=dict(weights.metrics),
-        notes=f"torchvision's `{weights.builder}`, COCO_V1; the metrics are torchvision's, on COCO val2017, in percent",
+        notes=f"torchvision's `{weights.builder}`, COCO_V1, from a file with the sha256 {weights.sha256}; the "
+        "metrics are torchvision's, on COCO val2017, in percent",
     )
     stored = store_imported(store, imported, name=name, provenance=provenance, source=url)
     path.unlink()

@@ -33,13 +33,29 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], *, dtype: Dtype =
     Raises:
         ModelStoreError: a weight is not a finite number, or does not fit `dtype`.
     """
+    data = _serialised(state_dict, dtype=dtype, source=str(path))
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def serialised_sha256(state_dict: Mapping[str, Tensor], *, dtype: Dtype, source: str) -> str:
+    """The sha256 of the file that `save_weights` would write.
+
+    Args:
+        source: what the weights came from, for the message.
+
+    Raises:
+        ModelStoreError: as `save_weights`.
+    """
+    return hashlib.sha256(_serialised(state_dict, dtype=dtype, source=source)).hexdigest()
+
+
+def _serialised(state_dict: Mapping[str, Tensor], *, dtype: Dtype, source: str) -> bytes:
     tensors = {key: _stored(tensor, getattr(torch, dtype)) for key, tensor in state_dict.items()}
     infinite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if infinite:
-        raise ModelStoreError(f"{path}: expected finite weights that fit {dtype}, got others in {_listing(infinite)}")
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+        raise ModelStoreError(f"{source}: expected finite weights that fit {dtype}, got others in {_listing(infinite)}")
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Anchors as detectron2 lays them. Called by `build.py`; torchvision's own generator is used as it is."""
+"""Anchors as detectron2 and mmdetection lay them; torchvision's own generator is used as it is."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 
-class Detectron2AnchorGenerator(AnchorGenerator):
+class UnroundedAnchorGenerator(AnchorGenerator):
     """torchvision's generator without its two roundings: of the anchors' corners to whole pixels, and of the maps'
     strides, which it takes as image size // map size (800 // 13 = 61 for the coarsest map, whose stride is 64).
 
-    The anchors of a place come size by size, each in all ratios; torchvision's come ratio by ratio. It is the order of
-    the RPN head's channels.
+    The anchors of a place come size by size, each in all ratios; torchvision's and mmdetection's come ratio by ratio.
+    It is the order of the RPN head's channels.
 
     Args:
+        by_ratio: whether they come ratio by ratio.
         sizes: for every feature map the square roots of the anchors' areas, in pixels of the resized image.
         aspect_ratios: for every feature map height / width.
         strides: of every feature map.
@@ -28,8 +29,10 @@ class Detectron2AnchorGenerator(AnchorGenerator):
         aspect_ratios: Sequence[Sequence[float]],
         *,
         strides: Sequence[int],
+        by_ratio: bool = False,
     ) -> None:
         self.strides = strides
+        self.by_ratio = by_ratio
         super().__init__(sizes, aspect_ratios)  # type: ignore[no-untyped-call]  # torchvision has no annotation
 
     def generate_anchors(
@@ -42,8 +45,9 @@ class Detectron2AnchorGenerator(AnchorGenerator):
         """(len(scales) * len(aspect_ratios), 4) anchors about the origin."""
         half_sides = torch.tensor(scales, dtype=dtype, device=device)[:, None] / 2
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
-        half_widths, half_heights = (half_sides / roots).flatten(), (half_sides * roots).flatten()
-        return torch.stack([-half_widths, -half_heights, half_widths, half_heights], dim=1)
+        half_widths, half_heights = half_sides / roots, half_sides * roots
+        corners = torch.stack([-half_widths, -half_heights, half_widths, half_heights], dim=2)
+        return (corners.transpose(0, 1) if self.by_ratio else corners).flatten(end_dim=1)
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
         """The anchors of every feature map, (height * width * anchors per place, 4).

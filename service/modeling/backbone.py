@@ -1,35 +1,48 @@
-"""Backbones: a trunk and its feature pyramid, if it has one, with torchvision's attribute names (`body`, `fpn`). Called
-by `build.py`.
-Knows convolutions and strides; knows nothing of boxes.
+"""Backbones: a trunk and its feature pyramid, if it has one, with torchvision's attribute names (`body`, `fpn`). Knows
+convolutions and strides; knows nothing of boxes.
+
+Shapes: N images, C channels of the pictures (3 for RGB), H x W their size.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import mobilenet, resnet, vgg
+from torchvision.models._api import get_model, list_models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    FeaturePyramidNetwork,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from service.errors import ModelStoreError
 from service.modeling.config import BackboneConfig, Norm
 
 NormLayer = Callable[[int], nn.Module]
+_GROUPS = 32
+"""Of group norms (Wu and He 2018), as torchvision's users and detectron2 have them."""
+_FAMILIES_WITH_FEATURES = ("alexnet", "convnext", "densenet", "efficientnet", "mobilenet", "squeezenet", "vgg")
 
 
 class Backbone(NamedTuple):
     """A trunk with its pyramid, if any, and where the RoI heads may pool.
 
     Attributes:
-        module: (N, 3, H, W) -> feature maps by name, finest first.
+        module: (N, C, H, W) -> feature maps by name, finest first.
         pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
         strides: stride of each map that the RPN sees, finest first.
         out_channels: of every map.
@@ -57,7 +70,7 @@ class SingleMap(nn.Module):
         self.body = IntermediateLayerGetter(trunk, return_layers={last: "0"})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the one map, as `0`."""
+        """(N, C, H, W) -> the one map, as `0`."""
         return self.body(x)  # type: ignore[no-any-return]  # nn.Module's call
 
 
@@ -80,7 +93,7 @@ class NarrowResNet18(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, 8 * width, H / 32, W / 32)."""
+        """(N, C, H, W) -> (N, 8 * width, H / 32, W / 32)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]  # nn.Module's call
 
@@ -89,7 +102,7 @@ class TimmWithFPN(nn.Module):
     """A trunk of timm with a feature pyramid over some of its maps.
 
     Args:
-        trunk: (N, 3, H, W) -> a list of feature maps.
+        trunk: (N, C, H, W) -> a list of feature maps.
         channels_last: whether these are (N, H', W', C), not (N, C, H', W').
         in_channels: of each map to use, by its place in that list, finest first.
         out_channels: of every map of the pyramid.
@@ -114,21 +127,34 @@ class TimmWithFPN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the maps from `0`, finest first, and an extra one, `pool`."""
+        """(N, C, H, W) -> the maps from `0`, finest first, and an extra one, `pool`."""
         maps = self.body(x)
         if self.channels_last:
             maps = [one.permute(0, 3, 1, 2) for one in maps]
         return self.fpn(OrderedDict((str(level), maps[place]) for level, place in enumerate(self.places)))  # type: ignore[no-any-return]  # nn.Module's call
 
 
-def build_backbone(config: BackboneConfig) -> Backbone:
+def build_backbone(config: BackboneConfig, *, in_channels: int = 3) -> Backbone:
     """Build the trunk, and pyramid if any, that `config` names, with random weights.
 
+    Args:
+        in_channels: of the pictures.
+
     Raises:
-        ModelStoreError: a trunk of timm that it does not have or that gives no feature maps; or there is no timm.
+        ModelStoreError: a trunk that torchvision or timm does not have or that gives no feature maps; or there is no
+            timm.
     """
+    backbone = _build_three_channels(config)
+    if in_channels != 3:
+        _read_channels(backbone.module, in_channels)
+    return backbone
+
+
+def _build_three_channels(config: BackboneConfig) -> Backbone:
     if config.timm_model is not None:
         return _timm_fpn(config.timm_model, config)
+    if config.torchvision_model is not None:
+        return _torchvision_features(config.torchvision_model, config)
     if config.name == "vgg16":
         return _vgg16()
     trunk_norm = norm_layer(config.norm, eps=config.norm_eps)
@@ -136,14 +162,40 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         return _mobilenet_fpn(trunk_norm, config)
     if config.width is not None:
         return _from_resnet(NarrowResNet18(width=config.width, norm_layer=trunk_norm), 8 * config.width, config)
-    trunk: resnet.ResNet = getattr(resnet, config.name.split("_")[0])(weights=None, norm_layer=trunk_norm)
+    trunk = _resnet(config.name.rpartition("_")[0], trunk_norm)
     if config.stride_in_1x1:
         _stride_in_1x1(trunk)
     return _from_resnet(trunk, trunk.inplanes, config)
 
 
+def _resnet(name: str, trunk_norm: NormLayer) -> resnet.ResNet:
+    if name == "resnext101_32x4d":  # mmdetection's, which torchvision has no builder for
+        layers = [3, 4, 23, 3]
+        return resnet.ResNet(resnet.Bottleneck, layers, groups=32, width_per_group=4, norm_layer=trunk_norm)
+    trunk: resnet.ResNet = getattr(resnet, name)(weights=None, norm_layer=trunk_norm)
+    return trunk
+
+
+def _read_channels(module: nn.Module, in_channels: int) -> None:
+    """Put a convolution for another number of channels in the place of the network's first."""
+    name, first = next((name, one) for name, one in module.named_modules() if isinstance(one, nn.Conv2d))
+    parent, _, child = name.rpartition(".")
+    other = nn.Conv2d(
+        in_channels,
+        first.out_channels,
+        kernel_size=first.kernel_size,  # type: ignore[arg-type]  # a pair, as torch keeps it
+        stride=first.stride,  # type: ignore[arg-type]  # likewise
+        padding=first.padding,  # type: ignore[arg-type]  # likewise
+        bias=first.bias is not None,
+    )
+    _initialise(other)
+    setattr(module.get_submodule(parent), child, other)
+
+
 def norm_layer(norm: Norm, *, eps: float = 1e-5) -> NormLayer:
     """The norm that the configuration names, as a function of its channels."""
+    if norm == "group_norm":
+        return partial(nn.GroupNorm, _GROUPS, eps=eps)
     return partial(FrozenBatchNorm2d if norm == "frozen_batch_norm" else nn.BatchNorm2d, eps=eps)
 
 
@@ -155,20 +207,94 @@ def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -
         return Backbone(module, {"0": 16}, strides=(16,), out_channels=last_channels // 2, res5=res5)
     if config.name.endswith("_c5"):
         return Backbone(SingleMap(trunk, last="layer4"), {"0": 32}, strides=(32,), out_channels=last_channels)
+    stages = config.returned_layers
+    # A stage halves the map and doubles the channels.
+    channels = [last_channels >> (4 - stage) for stage in stages]
     module = BackboneWithFPN(
         trunk,
-        return_layers={f"layer{stage}": str(stage - 1) for stage in (1, 2, 3, 4)},
-        in_channels_list=[last_channels // factor for factor in (8, 4, 2, 1)],
+        return_layers={f"layer{stage}": str(level) for level, stage in enumerate(stages)},
+        in_channels_list=channels,
         out_channels=config.out_channels,
-        extra_blocks=LastLevelMaxPool(),
+        extra_blocks=_extra_blocks(config, channels[-1]),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
-    return Backbone(
-        module,
-        {"0": 4, "1": 8, "2": 16, "3": 32},
-        strides=(4, 8, 16, 32, 64),
-        out_channels=config.out_channels,
-    )
+    if config.extra_blocks == "none":
+        module.fpn.extra_blocks = None  # torchvision puts its own in the place of none
+    pooled = {str(level): 2 << stage for level, stage in enumerate(stages)}
+    coarsest = 2 << stages[-1]
+    extra = {"pool": (2 * coarsest,), "none": ()}.get(config.extra_blocks, (2 * coarsest, 4 * coarsest))
+    return Backbone(module, pooled, strides=(*pooled.values(), *extra), out_channels=config.out_channels)
+
+
+def _extra_blocks(config: BackboneConfig, trunk_channels: int) -> ExtraFPNBlock | None:
+    """The coarser maps on top of the pyramid."""
+    match config.extra_blocks:
+        case "pool":
+            return LastLevelMaxPool()
+        case "none":
+            return None
+        case "p6p7":
+            return LastLevelP6P7(config.out_channels, config.out_channels)
+        case "p6p7_on_c5":
+            if trunk_channels == config.out_channels:
+                raise ModelStoreError(
+                    f"expected out_channels other than the trunk's {trunk_channels} with extra_blocks = 'p6p7_on_c5': "
+                    "torchvision tells P5 from C5 by them"
+                )
+            return LastLevelP6P7(trunk_channels, config.out_channels)
+
+
+def torchvision_features(model: str) -> nn.Sequential:
+    """The `.features` of one of torchvision's classifiers, with random weights.
+
+    Raises:
+        ModelStoreError: there is no such classifier, or it has no `.features` that give a map.
+    """
+    if model not in models_with_features():
+        close = difflib.get_close_matches(model, models_with_features(), n=3)
+        hint = (
+            f"; did you mean one of: {', '.join(close)}?" if close else f"; known: {', '.join(models_with_features())}"
+        )
+        raise ModelStoreError(f"torchvision has no classifier {model!r} whose features are one map{hint}")
+    features = get_model(model, weights=None).features
+    assert isinstance(features, nn.Sequential)
+    return features
+
+
+@cache
+def models_with_features() -> tuple[str, ...]:
+    """Names of torchvision's classifiers that make their map in a module of the name `features`."""
+    return tuple(name for name in list_models(module=torchvision.models) if name.startswith(_FAMILIES_WITH_FEATURES))
+
+
+@cache
+def _channels_and_stride(model: str, stop: int | None) -> tuple[int, int]:
+    """Of the map of the first parts of `torchvision_features`, found out on shapes alone."""
+    with torch.device("meta"):
+        shape = torchvision_features(model)[:stop].eval()(torch.zeros(1, 3, 1024, 1024)).shape
+    # Poolings without padding lose a cell or two, which does not make another stride of it.
+    return shape[1], 1 << round(math.log2(1024 / shape[2]))
+
+
+def _torchvision_features(model: str, config: BackboneConfig) -> Backbone:
+    trunk = torchvision_features(model)[: config.features_stop]
+    if not len(trunk):
+        raise ModelStoreError(
+            f"expected features_stop to leave some of the parts of {model}, got {config.features_stop}"
+        )
+    if config.norm == "frozen_batch_norm":
+        _freeze_norms(trunk)
+    channels, stride = _channels_and_stride(model, config.features_stop)
+    module = SingleMap(trunk, last=[name for name, _ in trunk.named_children()][-1])
+    return Backbone(module, {"0": stride}, strides=(stride,), out_channels=channels)
+
+
+def _freeze_norms(trunk: nn.Module) -> None:
+    """Put norms that keep their statistics in the place of those that update them."""
+    for parent in list(trunk.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm) is nn.BatchNorm2d:
+                setattr(parent, name, FrozenBatchNorm2d(norm.num_features, eps=norm.eps))
 
 
 def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
@@ -219,7 +345,7 @@ def _timm_trunk(model: str) -> Any:
     try:
         import timm
     except ImportError:
-        raise ModelStoreError(f"backbone timm/{model} needs the extra 'timm': pip install 'roiserve[timm]'") from None
+        raise ModelStoreError(f"backbone timm/{model} needs the package timm: pip install timm") from None
     if not timm.is_model(model):
         close = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=3))
         raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))

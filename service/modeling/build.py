@@ -1,5 +1,5 @@
-"""`build_model`: the whole network as one nested expression, from torchvision's parts. Called by `inference` and
-`training`. Names of parts are torchvision's, so its published state dicts load with `strict=True`.
+"""`build_model`: the whole network as one nested expression, from torchvision's parts. Names of parts are
+torchvision's, so its published state dicts load with `strict=True`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 
 from service.errors import ModelStoreError
-from service.modeling.anchors import Detectron2AnchorGenerator
+from service.modeling.anchors import UnroundedAnchorGenerator
 from service.modeling.backbone import Backbone, build_backbone, norm_layer
-from service.modeling.config import AnchorsConfig, ModelConfig, RoIConfig
+from service.modeling.config import NUM_CHANNELS, AnchorsConfig, ModelConfig, RoIConfig
 from service.modeling.fast_rcnn import FastRCNN, NoRPN
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.heads import DropoutMLPHead, Res5BoxHead, Res5MaskHead
@@ -32,7 +32,7 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
     Raises:
         ModelStoreError: see `build_backbone`, or anchors that do not fit the maps of a trunk of timm.
     """
-    backbone = build_backbone(config.backbone)
+    backbone = build_backbone(config.backbone, in_channels=NUM_CHANNELS[config.transform.channels])
     if not config.has_rpn:
         return FastRCNN(
             backbone=WholeImage() if config.architecture == "rcnn" else backbone.module,
@@ -75,10 +75,10 @@ def _build_rpn(config: ModelConfig, backbone: Backbone) -> RegionProposalNetwork
 
 
 def _build_anchor_generator(anchors: AnchorsConfig, strides: Sequence[int]) -> AnchorGenerator:
-    aspect_ratios = (anchors.aspect_ratios,) * len(anchors.sizes)
-    if anchors.style == "detectron2":
-        return Detectron2AnchorGenerator(anchors.sizes, aspect_ratios, strides=strides)
-    return AnchorGenerator(anchors.sizes, aspect_ratios)
+    if anchors.style == "torchvision":
+        return AnchorGenerator(anchors.sizes, anchors.ratios_by_level)
+    by_ratio = anchors.style == "mmdetection"
+    return UnroundedAnchorGenerator(anchors.sizes, anchors.ratios_by_level, strides=strides, by_ratio=by_ratio)
 
 
 def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:

@@ -19,16 +19,33 @@ BackboneName = Literal[
     "resnet34_fpn",
     "resnet50_fpn",
     "resnet101_fpn",
+    "resnet152_fpn",
+    "resnext50_32x4d_fpn",
+    "resnext101_32x4d_fpn",
+    "resnext101_32x8d_fpn",
+    "resnext101_64x4d_fpn",
+    "wide_resnet50_2_fpn",
+    "wide_resnet101_2_fpn",
     "narrow_resnet18_fpn",
     "mobilenet_v3_large_fpn",
     "resnet50_c4",
     "resnet101_c4",
+    "resnet152_c4",
+    "resnet18_c5",
+    "resnet34_c5",
     "resnet50_c5",
     "resnet101_c5",
+    "resnet152_c5",
+    "resnext50_32x4d_c5",
+    "resnext101_32x8d_c5",
     "narrow_resnet18_c5",
     "vgg16",
 ]
-Norm = Literal["batch_norm", "frozen_batch_norm"]
+Norm = Literal["batch_norm", "frozen_batch_norm", "group_norm"]
+ExtraBlocks = Literal["pool", "p6p7", "p6p7_on_c5", "none"]
+ColourChannels = Literal["rgb", "grey", "rgba"]
+NUM_CHANNELS: Mapping[ColourChannels, int] = {"rgb": 3, "grey": 1, "rgba": 4}
+"""How many numbers a pixel has that the network reads."""
 PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
 RoIOp = Literal[PatchOp, "spp", "crop"]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -36,15 +53,16 @@ Pixels = Annotated[int, Field(ge=1, le=8192)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
-Triple = tuple[float, float, float]
+Scale = Annotated[float, Field(gt=0, le=1000)]
+Stage = Annotated[int, Field(ge=1, le=4)]
 # Anchors are computed for every place of every map, so a long list costs memory and time in every picture.
 AnchorSide = Annotated[float, Field(gt=0, le=65_536)]
 Ratio = Annotated[float, Field(gt=0, le=1000)]
-Scale = Annotated[float, Field(gt=0, le=1000)]
+Ratios = Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=32)]
 
 
 class _Table(BaseModel):
-    """A table of `model.toml`: unknown keys are errors, values do not change."""
+    """A table of `model.toml`: unknown keys are errors, numbers are finite, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -55,16 +73,23 @@ class BackboneConfig(_Table):
     Attributes:
         name: torchvision's trunk with its feature pyramid (`narrow_resnet18_fpn`: ResNet-18 with `width` channels in
             its first stage instead of 64); or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
-            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5; or `timm/<model>`: a
-            pyramid over the feature maps of any model of the package timm that has some.
+            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5; or
+            `torchvision/<model>`: the one map of that model's `.features`; or `timm/<model>`: a pyramid over the
+            feature maps of any model of the package timm that has some.
         out_channels: channels of every feature map of the pyramid. Not used without a pyramid.
         width: channels of the first stage, for the narrow trunks only.
-        norm: `batch_norm` trains its statistics (from scratch, with enough images a step), `frozen_batch_norm`
-            keeps those that were loaded (fine-tuning with few images a step). `vgg16` has no norms.
+        norm: `batch_norm` updates its running statistics: use it from scratch, with large batches.
+            `frozen_batch_norm` keeps the loaded ones: use it to fine-tune with small batches. `group_norm` has 32
+            groups and no statistics. `vgg16` has no norms.
         norm_eps: added to the variance in the trunk's norms; 0 in torchvision's published `*_resnet50_fpn` detectors.
         fpn_norm: norm behind the pyramid's convolutions, which then have no bias; none if not named.
         stride_in_1x1: the strided bottleneck of a stage strides in its first convolution, 1 x 1, as detectron2's MSRA
             weights have it, not in its 3 x 3 as torchvision's.
+        returned_layers: stages of a ResNet that the pyramid is built over, 1 to 4, without gaps.
+        features_stop: `torchvision/<model>` only: its `.features[:features_stop]` are the trunk, as Python counts; all
+            of them if not named.
+        extra_blocks: coarser maps on top of the pyramid: `pool`, one that is subsampled from the last; `p6p7`, two
+            strided convolutions behind the last; `p6p7_on_c5`, the same behind the trunk's last stage; or `none`.
     """
 
     name: str
@@ -74,21 +99,26 @@ class BackboneConfig(_Table):
     norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-5
     fpn_norm: Norm | None = None
     stride_in_1x1: bool = False
+    returned_layers: tuple[Stage, ...] = (1, 2, 3, 4)
+    extra_blocks: ExtraBlocks = "pool"
+    features_stop: Annotated[int, Field(ge=-100, le=100)] | None = None
 
     @field_validator("name")
     @classmethod
     def _is_known(cls, name: str) -> str:
         known = get_args(BackboneName)
-        if name not in known and not re.fullmatch(r"timm/[A-Za-z0-9_.]+", name):
+        if name not in known and not re.fullmatch(r"(timm|torchvision)/[A-Za-z0-9_.]+", name):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"expected {_one_of(BackboneName)}, or timm/<model>, got {name!r}{hint}")
+            raise ValueError(
+                f"expected {_one_of(BackboneName)}, or torchvision/<model>, or timm/<model>, got {name!r}{hint}"
+            )
         return name
 
     @model_validator(mode="after")
     def _stride_belongs_to_bottlenecks(self) -> Self:
-        if self.stride_in_1x1 and not self.name.startswith(("resnet50_", "resnet101_")):
-            raise ValueError(f"'stride_in_1x1' is for resnet50_* and resnet101_*, got name={self.name!r}")
+        if self.stride_in_1x1 and not self.has_bottlenecks:
+            raise ValueError(f"'stride_in_1x1' is for ResNets of 50 and more layers, got name={self.name!r}")
         return self
 
     @model_validator(mode="after")
@@ -105,10 +135,49 @@ class BackboneConfig(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pyramid_has_its_stages(self) -> Self:
+        layers, is_resnet_fpn = self.returned_layers, self.has_pyramid and "resne" in self.name and "/" not in self.name
+        if (layers != (1, 2, 3, 4) or self.extra_blocks != "pool") and not is_resnet_fpn:
+            raise ValueError(
+                f"'returned_layers' and 'extra_blocks' are for ResNets with a pyramid, got name={self.name!r}"
+            )
+        if not layers or layers != tuple(range(layers[0], layers[0] + len(layers))):
+            raise ValueError(f"expected returned_layers without gaps, such as [2, 3, 4], got {list(layers)}")
+        if self.extra_blocks.startswith("p6p7") and layers[-1] != 4:
+            raise ValueError(f"expected returned_layers up to 4 below {self.extra_blocks}, got {list(layers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _stop_belongs_to_features(self) -> Self:
+        if self.features_stop is not None and self.torchvision_model is None:
+            raise ValueError(f"'features_stop' is for torchvision/<model>, got name={self.name!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit_the_channels(self) -> Self:
+        channels = {"width": self.width, "out_channels": self.out_channels if self.fpn_norm == "group_norm" else None}
+        for key, count in channels.items():
+            if count is not None and count % 32 and "group_norm" in (self.norm, self.fpn_norm):
+                raise ValueError(f"expected {key} to be a multiple of 32 with group_norm, got {count}")
+        if self.norm == "group_norm" and ("resne" not in self.name or "/" in self.name):
+            raise ValueError(f"norm = 'group_norm' is for ResNets, got name={self.name!r}")
+        return self
+
     @property
     def timm_model(self) -> str | None:
         """The trunk's name in timm, if it is one of timm's."""
         return self.name.removeprefix("timm/") if self.name.startswith("timm/") else None
+
+    @property
+    def torchvision_model(self) -> str | None:
+        """The classifier in torchvision whose `.features` are the trunk, if it is one."""
+        return self.name.removeprefix("torchvision/") if self.name.startswith("torchvision/") else None
+
+    @property
+    def has_bottlenecks(self) -> bool:
+        """Whether it is a ResNet of bottlenecks, of 50 layers or more."""
+        return re.match(r"(wide_)?resne[x]?t(50|101|152)_", self.name) is not None
 
     @property
     def has_pyramid(self) -> bool:
@@ -117,12 +186,14 @@ class BackboneConfig(_Table):
 
     @property
     def num_levels(self) -> int | None:
-        """Feature maps that the RPN sees, a pyramid's extra max-pooled one included; None where only timm knows."""
+        """Feature maps that the RPN sees, a pyramid's extra ones included; None where only timm knows."""
         if self.timm_model is not None:
             return None
         if not self.has_pyramid:
             return 1
-        return 3 if self.name == "mobilenet_v3_large_fpn" else 5
+        if self.name == "mobilenet_v3_large_fpn":
+            return 3
+        return len(self.returned_layers) + {"pool": 1, "none": 0}.get(self.extra_blocks, 2)
 
     @property
     def has_res5_head(self) -> bool:
@@ -133,19 +204,35 @@ class BackboneConfig(_Table):
 class TransformConfig(_Table):
     """How pixels become the network's input: scaled to 0..1, normalised, and resized so that the shorter side is
     `min_size` pixels unless the longer one would then exceed `max_size`.
+
+    Attributes:
+        channels: what the first convolution reads: `rgb`; `grey`, the luminance 0.299 R + 0.587 G + 0.114 B rounded to
+            a byte, as Pillow has it; or `rgba`, whose alpha is 1 throughout, as pictures are decoded onto a background.
+        mean: of each channel; subtracted.
+        std: of each channel; what it is then divided by.
     """
 
     min_size: Pixels = 800
     max_size: Pixels = 1333
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    channels: ColourChannels = "rgb"
+    mean: tuple[Annotated[float, Field(ge=-1000, le=1000)], ...] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1000)], ...] = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
     def _min_is_not_above_max(self) -> Self:
         if self.min_size > self.max_size:
             raise ValueError(f"expected min_size <= max_size, got {self.min_size} > {self.max_size}")
-        if min(self.std) <= 0:
-            raise ValueError(f"expected std > 0, got {self.std}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_channel_has_its_numbers(self) -> Self:
+        count = NUM_CHANNELS[self.channels]
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != count:
+                raise ValueError(
+                    f"expected {key} of {count} number(s), one for each channel of {self.channels!r}, "
+                    f"got {list(numbers)}"
+                )
         return self
 
 
@@ -153,10 +240,13 @@ class AnchorsConfig(_Table):
     """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios.
 
     Attributes:
-        style: `torchvision` rounds anchors to whole pixels and the strides of odd maps down, `detectron2` does neither.
+        sizes: a list for every feature map.
+        aspect_ratios: for every size of every map; or a list for every feature map.
+        style: `torchvision` rounds anchors to whole pixels and the strides of odd maps down, `detectron2` and
+            `mmdetection` do neither. The anchors of a place come ratio by ratio, and size by size with `detectron2`.
     """
 
-    style: Literal["torchvision", "detectron2"] = "torchvision"
+    style: Literal["torchvision", "detectron2", "mmdetection"] = "torchvision"
     sizes: Annotated[tuple[Annotated[tuple[AnchorSide, ...], Field(max_length=32)], ...], Field(max_length=16)] = (
         (32,),
         (64,),
@@ -164,15 +254,32 @@ class AnchorsConfig(_Table):
         (256,),
         (512,),
     )
-    aspect_ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=32)] = (0.5, 1.0, 2.0)
+    aspect_ratios: Ratios | Annotated[tuple[Ratios, ...], Field(min_length=1, max_length=16)] = (0.5, 1.0, 2.0)
 
-    @field_validator("sizes")
-    @classmethod
-    def _same_number_on_every_level(cls, sizes: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    @property
+    def ratios_by_level(self) -> tuple[tuple[float, ...], ...]:
+        """The aspect ratios of every feature map."""
+        ratios = self.aspect_ratios
+        own = tuple(one for one in ratios if isinstance(one, tuple))
+        return own or (tuple(one for one in ratios if not isinstance(one, tuple)),) * len(self.sizes)
+
+    @model_validator(mode="after")
+    def _same_number_on_every_level(self) -> Self:
         # One RPN head serves every level, so its number of anchors per place must be one number.
-        if not sizes or len({len(level) for level in sizes}) != 1 or not sizes[0]:
-            raise ValueError(f"expected the same number of sizes (at least 1) for every level, got {sizes}")
-        return sizes
+        ratios = self.ratios_by_level
+        if len(ratios) != len(self.sizes):
+            raise ValueError(
+                f"expected aspect_ratios for the {len(self.sizes)} feature maps of sizes, got {len(ratios)}"
+            )
+        counts = [len(sizes) * len(level) for sizes, level in zip(self.sizes, ratios, strict=True)]
+        if not counts or len(set(counts)) != 1 or not counts[0]:
+            raise ValueError(f"expected the same number of sizes (at least 1) for every level, got {self.sizes}")
+        return self
+
+    @property
+    def per_place(self) -> int:
+        """Anchors at each place of each map."""
+        return len(self.sizes[0]) * len(self.ratios_by_level[0])
 
 
 class RPNConfig(_Table):
@@ -407,7 +514,10 @@ class ModelConfig(_Table):
             raise ValueError(f"expected roi.op = 'crop' with architecture = 'rcnn', got {op!r}")
         elif self.backbone.has_pyramid:
             known = ", ".join(one for one in get_args(BackboneName) if not one.endswith("_fpn"))
-            raise ValueError(f"expected one of {known} for architecture = 'rcnn': a crop needs no pyramid; got {name}")
+            raise ValueError(
+                f"expected one of {known}, torchvision/<model> for architecture = 'rcnn': a crop needs no pyramid; "
+                f"got {name}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -429,7 +539,7 @@ class ModelConfig(_Table):
             yield "backbone", ("out_channels",), f"{name} has no pyramid"
         if name == "vgg16":
             yield "backbone", ("norm", "norm_eps"), "vgg16 has no norms"
-        if self.backbone.timm_model is not None:
+        if self.backbone.timm_model is not None or self.backbone.torchvision_model is not None:
             yield "backbone", ("norm_eps",), f"{name} has its own"
         if self.has_rpn:
             yield "proposals", (), f"a {self.architecture} has an RPN"
@@ -502,7 +612,7 @@ def _paper_defaults(architecture: object, backbone: str, *, has_convs: bool) -> 
         tables["roi"] = {"batch_size_per_image": 128}
         if not has_convs:
             tables["roi"] |= {"box_head_channels": 4096, "box_head_dropout": 0.5}
-    elif backbone.endswith(("_c4", "_c5")):
+    elif backbone.endswith(("_c4", "_c5")) or backbone.startswith("torchvision/"):
         tables["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}
         if backbone.endswith("_c4"):
             tables["roi"] = {"batch_size_per_image": 64, "box_output_size": 14, "mask_head_channels": (256,)}

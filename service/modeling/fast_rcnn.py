@@ -40,6 +40,8 @@ class FastRCNN(GeneralizedRCNN):
         proposals: where they come from.
     """
 
+    has_rpn = False
+
     def __init__(
         self,
         *,

@@ -16,12 +16,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from service.devices import device_of
 from service.modeling.parts import BoxBranch, MaskBranch, Parts, TrunkOutput, run_trunk
 from service.modeling.per_image import image_indices, to_device
 from service.modeling.roi_heads import RoIHeads, Selection
 from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
-from service.ops.devices import upload
 
 MIN_PROPOSAL_SIDE = 1e-3
 """Pixels of the original image; smaller proposals of the caller are dropped (torchvision's RPN has the same bound)."""
@@ -53,6 +53,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
     transform: Transform
     rpn: RegionProposalNetwork
     roi_heads: RoIHeads
+    has_rpn = True
+    """Whether it proposes boxes itself, so that its trunk is of use."""
     parts: Parts | None = None
     """What an engine put in the place of the convolutional modules; None for these themselves."""
 
@@ -128,8 +130,9 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
     ) -> list[Tensor]:
         """Each image's proposals in pixels of the resized image: those that were given, else the RPN's."""
         proposed = iter(self._run_rpn(batch, trunk, [index for index, boxes in enumerate(given) if boxes is None]))
+        upload = device_of(batch.tensors.device).upload
         return [
-            next(proposed) if boxes is None else upload(_to_resized(boxes, image.shape[:2], size), image.device)
+            next(proposed) if boxes is None else upload(_to_resized(boxes, image.shape[:2], size))
             for boxes, image, size in zip(given, images, batch.image_sizes, strict=True)
         ]
 
@@ -158,7 +161,7 @@ def _to_original(
     counts = [len(one) for one in boxes]
     ratios = torch.tensor(original, dtype=torch.float32) / torch.tensor(resized, dtype=torch.float32)
     device = boxes[0].device
-    of_box = upload(ratios[:, [1, 0, 1, 0]], device)[image_indices(counts, device)]
+    of_box = device_of(device).upload(ratios[:, [1, 0, 1, 0]])[image_indices(counts, device)]
     return torch.split(torch.cat(list(boxes)) * of_box, counts)
 
 

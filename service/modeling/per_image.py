@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.ops.devices import upload
+from service.devices import device_of
 
 
 def image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -20,4 +20,4 @@ def image_indices(counts: Sequence[int], device: torch.device) -> Tensor:
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers, copied to the device without waiting for what it is at."""
-    return upload(torch.tensor(values, dtype=dtype), device)
+    return device_of(device).upload(torch.tensor(values, dtype=dtype))

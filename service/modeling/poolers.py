@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from service.devices import device_of
 from service.modeling.config import RoIConfig
 from service.ops import assign_levels, multi_scale, roi_align, roi_align_max, roi_pool, roi_warp, spp
 from service.ops._cpu_kernels import (
@@ -20,7 +21,6 @@ from service.ops._cpu_kernels import (
     multi_scale_roi_align_channels_last,
     multi_scale_roi_pool_channels_last,
 )
-from service.ops.devices import has_triton, runs_ahead
 from service.ops.rois import as_rois, check_adaptive, rois_of
 
 
@@ -59,20 +59,19 @@ class RoIPooler(nn.Module):
         """
         maps = [features[name] for name in self.strides]
         scales = [1 / stride for stride in self.strides.values()]
-        if self._suits_the_cpu_kernel(maps):
-            return self._pool_on_cpu(maps, boxes, scales)
-        if self._suits_the_cuda_kernel(maps):
-            return self._pool_on_cuda(maps, boxes, scales)
+        # Our kernels have no gradients.
+        kernels = None if torch.is_grad_enabled() else device_of(maps[0].device).kernels
+        if (
+            kernels == "numba"
+            and self.roi.op in ("roi_pool", "roi_align")
+            and all(one.dtype == torch.float32 for one in maps)
+        ):
+            return self._pool_by_numba(maps, boxes, scales)
+        if kernels == "triton" and self.roi.op == "roi_align":
+            return self._pool_by_triton(maps, boxes, scales)
         return multi_scale(self._op, maps, boxes, self.output_size, scales)
 
-    def _suits_the_cpu_kernel(self, maps: Sequence[Tensor]) -> bool:
-        return (
-            self.roi.op in ("roi_pool", "roi_align")
-            and not torch.is_grad_enabled()
-            and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in maps)
-        )
-
-    def _pool_on_cpu(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    def _pool_by_numba(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
         assert isinstance(self.output_size, int)  # only spp has grids
         rois = as_rois(list(boxes), maps[0], 1.0)
         levels = _levels(boxes, scales)
@@ -86,11 +85,8 @@ class RoIPooler(nn.Module):
             maps, rois, levels, scales, size, self.roi.sampling_ratio, self.roi.aligned, memory=self._memory
         )
 
-    def _suits_the_cuda_kernel(self, maps: Sequence[Tensor]) -> bool:
-        return self.roi.op == "roi_align" and not torch.is_grad_enabled() and runs_ahead(maps[0]) and has_triton()
-
-    def _pool_on_cuda(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-        # Imported here: it comes with PyTorch for CUDA on Linux only.
+    def _pool_by_triton(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        # Imported here: Triton comes with PyTorch for CUDA on Linux only.
         from service.ops._cuda_kernels import multi_scale_roi_align
 
         assert isinstance(self.output_size, int)  # only spp has grids

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import rpn
 
+from service.devices import device_of
 from service.modeling.box_regression import decode_boxes
 from service.modeling.per_image import to_device
-from service.ops.devices import runs_ahead
 from service.ops.nms import best_of_each_image
 
 Size = tuple[int, int]
@@ -53,7 +53,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             (L, 4) float32 for each image, in pixels of the resized image, best first. On CUDA, where asking how many
             there are would be to wait, always as many, the missing ones empty: nothing comes of an empty box.
         """
-        anchors = self._lay_anchors(padded_size, grid_sizes, objectness.device)
+        anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
         # 1. The best of each level, by logit.
         places, levels = self._best_of_each_level(objectness, grid_sizes)
         logits = objectness.gather(1, places).float()
@@ -80,7 +80,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             num_classes=len(grid_sizes),
             iou_thresh=self.nms_thresh,
         )
-        if runs_ahead(boxes):
+        if device_of(boxes.device).runs_ahead:
             rows, exist = kept.table(min(self.post_nms_top_n(), places.shape[1]))
             return list((boxes[rows] * exist.unsqueeze(2)).unbind())
         return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
@@ -97,7 +97,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         levels = [one.new_full((one.shape[1],), level) for level, one in enumerate(best)]
         return torch.cat(best, dim=1), torch.cat(levels)
 
-    def _lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
+    def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
         """(A, 4) of a batch of this size, float32, from the last few sizes' if it is among them."""
         key = (padded_size, *grid_sizes, device)
         if key not in self._anchors:

@@ -11,10 +11,12 @@ from torch.nn import functional
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from service.modeling.config import TransformConfig
-from service.ops.devices import runs_ahead
+from service.devices import device_of
+from service.modeling.config import NUM_CHANNELS, TransformConfig
 from service.ops.resize import resize_normalise_and_pad
 
+_LUMINANCE = (19_595, 38_470, 7_471)
+"""0.299, 0.587 and 0.114 (ITU-R BT.601) in parts of 2^16, as Pillow's `convert("L")` has them: grey stays as it is."""
 SIZE_DIVISIBLE = 32
 """Batches are padded to multiples of this, the coarsest stride of the backbones."""
 
@@ -23,11 +25,16 @@ class Transform(GeneralizedRCNNTransform):
     """Normalise, resize and pad. `image_size` is (height, width) in pixels throughout.
 
     Args:
-        config: sizes in pixels, and the mean and standard deviation of each channel (pixels scaled to 0..1).
+        config: sizes in pixels, what the network reads of a pixel, and the mean and standard deviation of each channel
+            (pixels scaled to 0..1).
+
+    Attributes:
+        num_channels: C, of what the network reads: 3 of RGB, 1 of grey, 4 of RGBA.
     """
 
     _mean: Tensor
     _std: Tensor
+    _grey_weights: Tensor
 
     def __init__(self, config: TransformConfig) -> None:
         super().__init__(
@@ -41,6 +48,8 @@ class Transform(GeneralizedRCNNTransform):
         # On the network's device, where torchvision would copy them anew, and wait, for every image. No weights.
         self.register_buffer("_mean", torch.tensor(config.mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(config.std).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("_grey_weights", torch.tensor(_LUMINANCE, dtype=torch.int32), persistent=False)
+        self.num_channels = NUM_CHANNELS[config.channels]
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size that `resize` gives to an image, in evaluation mode. At least 1 pixel a side."""
@@ -54,8 +63,16 @@ class Transform(GeneralizedRCNNTransform):
         return height, width
 
     def normalize(self, image: Tensor) -> Tensor:
-        """(3, H, W) in 0..1 -> the same around 0, as torchvision's."""
+        """(3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, as torchvision's."""
+        if len(image) != self.num_channels:
+            image = self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
         return (image - self._mean) / self._std
+
+    def _grey(self, image: Tensor) -> Tensor:
+        """(3, H, W) RGB in 0..1 -> (1, H, W): the luminance, rounded to one of 256 values as Pillow does."""
+        bytes_ = (image * 255).round().to(torch.int32)
+        luminance = (bytes_ * self._grey_weights.reshape(3, 1, 1)).sum(dim=0, keepdim=True, dtype=torch.int32)
+        return ((luminance + (1 << 15)) >> 16).to(image.dtype) / 255
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none."""
@@ -73,9 +90,10 @@ class Transform(GeneralizedRCNNTransform):
             images: (H, W, 3) uint8 RGB each, on the network's device.
 
         Returns:
-            (N, 3, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
+            (N, C, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
-        if not runs_ahead(images[0]):
+        # The kernel of the CPU has three channels.
+        if self.num_channels == 3 and device_of(images[0].device).kernels == "numba":
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
             padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
             common = max(height for height, _ in padded), max(width for _, width in padded)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.ops.devices import upload
+from service.devices import device_of
 
 _BOXES_AT_ONCE = 1024
 _MAX_SIDES = 4
@@ -113,8 +113,8 @@ def multi_scale_roi_align(
     if len(rois):
         _roi_align[(len(rois) * output_size**2,)](
             cells,
-            upload(torch.tensor(layout, dtype=torch.int64), device),
-            upload(torch.tensor(scales, dtype=torch.float32), device),
+            device_of(device).upload(torch.tensor(layout, dtype=torch.int64)),
+            device_of(device).upload(torch.tensor(scales, dtype=torch.float32)),
             harmless.contiguous(),
             levels,
             pooled,

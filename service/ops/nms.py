@@ -15,8 +15,8 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.devices import device_of
 from service.jit import compiled
-from service.ops.devices import has_triton, runs_ahead
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -24,7 +24,8 @@ Bools = NDArray[np.bool_]
 
 # Up to so many coordinates of one image torchvision moves its classes apart and then suppresses them as one. The move
 # costs digits, so equal answers need the same move.
-_MOST_COORDINATES_MOVED = {"cpu": 4000, "cuda": 100_000}
+_MOST_COORDINATES_MOVED_ON_CPU = 4000
+_MOST_COORDINATES_MOVED_ELSEWHERE = 100_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,9 +82,8 @@ def best_of_each_image(
     by_score = scores.sort(stable=True, descending=True).indices
     moved = _move_classes_apart(boxes, images, classes, valid, num_images)
     order, starts = _group(images * num_classes + classes, valid, by_score, num_images * num_classes)
-    suppress = _suppress_on_cuda if runs_ahead(boxes) else _suppress_on_cpu
     keep = torch.zeros_like(valid)
-    keep[order] = suppress(moved[order], starts, iou_thresh)
+    keep[order] = _suppress(moved[order], starts, iou_thresh)
     return Kept(*_group(images, keep, by_score, num_images))
 
 
@@ -98,20 +98,34 @@ def _move_classes_apart(boxes: Tensor, images: Tensor, classes: Tensor, valid: T
     furthest = boxes.amax(dim=1).masked_fill(~valid, 0)
     furthest_of_image = boxes.new_zeros(num_images).scatter_reduce_(0, images, furthest, "amax")
     counts = torch.zeros(num_images, dtype=torch.int64, device=boxes.device).scatter_add_(0, images, valid.long())
-    is_moved = counts * 4 <= _MOST_COORDINATES_MOVED[boxes.device.type]
+    on_cpu = boxes.device.type == "cpu"  # as torchvision asks
+    is_moved = counts * 4 <= (_MOST_COORDINATES_MOVED_ON_CPU if on_cpu else _MOST_COORDINATES_MOVED_ELSEWHERE)
     steps = torch.where(is_moved, furthest_of_image + 1, 0)
     return boxes + (classes.to(boxes.dtype) * steps[images]).unsqueeze(1)
 
 
-def _suppress_on_cpu(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+def _suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
     """(K,) bool: which boxes stay. They come group by group, best first."""
+    kernels = device_of(boxes.device).kernels
+    if kernels == "numba":
+        return _suppress_by_numba(boxes, starts, iou_thresh)
+    if kernels == "triton":
+        # Imported here: Triton comes with PyTorch for CUDA on Linux only.
+        from service.ops import _cuda_kernels
+
+        return _cuda_kernels.suppress(boxes, starts, iou_thresh)
+    return _suppress_by_torchvision(boxes, starts, iou_thresh)
+
+
+def _suppress_by_numba(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+    """See `_suppress`."""
     keep = np.zeros(len(boxes), np.bool_)
-    _suppress(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_thresh, keep)
+    _suppress_groups(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_thresh, keep)
     return torch.from_numpy(keep)
 
 
 @compiled(divides_by_zero=True)
-def _suppress(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> None:
+def _suppress_groups(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> None:
     x1, y1, x2, y2 = sides[0], sides[1], sides[2], sides[3]
     areas = (x2 - x1) * (y2 - y1)
     keep[: starts[-1]] = True
@@ -129,18 +143,8 @@ def _suppress(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> No
                     keep[other] &= not iou > iou_thresh
 
 
-def _suppress_on_cuda(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """As on the CPU."""
-    if not has_triton():
-        return _suppress_by_torchvision(boxes, starts, iou_thresh)
-    # Imported here: it comes with PyTorch for CUDA on Linux only.
-    from service.ops import _cuda_kernels
-
-    return _cuda_kernels.suppress(boxes, starts, iou_thresh)
-
-
 def _suppress_by_torchvision(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """As on the CPU, with a kernel that waits for the device once more."""
+    """See `_suppress`; this kernel waits for the device once more."""
     groups = torch.bucketize(torch.arange(len(boxes), device=boxes.device), starts, right=True)
     # In float64 the groups lie apart without loss of digits.
     apart = boxes.double() + (groups * (boxes.amax().double() + 1)).unsqueeze(1)

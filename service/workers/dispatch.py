@@ -21,14 +21,11 @@ from service.errors import (
 from service.logs import request_id_context
 from service.structures import Answer, Job
 from service.workers.blame import MAX_DEATHS_ALONE, Blame, Verdict
-from service.workers.channel import Header, error_from, options_to
+from service.workers.channel import Header, error_from, form_to, options_to, source_to
 from service.workers.handle import WorkerHandle
 from service.workers.routing import Router
 from service.workers.suspects import REMEMBERED_SECONDS, KnownSuspects
 
-# Roughly, for photographs as JPEG, before the pixels are known; and what networks resize large ones to.
-_PIXELS_PER_BYTE = 8
-_MOST_GUESSED_PIXELS = 1344 * 1344
 # A log line names no more requests than that.
 _MOST_NAMED_REQUESTS = 20
 
@@ -66,7 +63,7 @@ class Ticket:
     @property
     def cost(self) -> int:
         """In pixels, if need be a guess."""
-        return self.padded_pixels or min(_PIXELS_PER_BYTE * len(self.job.data), _MOST_GUESSED_PIXELS)
+        return self.padded_pixels or self.job.likely_pixels
 
     def answer(self, outcome: Outcome) -> None:
         """End it, if its caller still waits."""
@@ -128,17 +125,19 @@ class Dispatcher:
         for worker, ticket in self._router.assign(self._ready_workers(), self._load_of):
             ticket.worker = worker
             job = ticket.job
+            source, body = source_to(job.source)
             header = {
                 "kind": "job",
                 "id": ticket.id,
                 "request_id": ticket.request_id,
                 "model": job.model,
                 "options": options_to(job.options),
-                "output": job.output,
+                "source": source,
+                "form": form_to(job.form),
                 "deadline": job.deadline,
                 "is_bulk": job.is_bulk,
             }
-            worker.send(header, job.data)
+            worker.send(header, body)
 
     def receive(self, worker: WorkerHandle, header: Header, body: bytes) -> None:
         """Take a frame about a job: `mark`, `queued`, `answer` or `error`."""
@@ -149,7 +148,7 @@ class Dispatcher:
         if header["kind"] == "mark":
             self._mark(worker, job_id, header["change"])
             stage = header["stage"]
-            if ticket is not None and header["change"] > 0 and stage not in (None, ticket.job.progress.stage):
+            if ticket is not None and header["change"] >= 0 and stage not in (None, ticket.job.progress.stage):
                 ticket.job.progress.enter(stage)
         elif ticket is None:
             return
@@ -214,14 +213,14 @@ class Dispatcher:
     def _mark(self, worker: WorkerHandle, job_id: int, change: int) -> None:
         if change > 0:
             self._blame.marked(worker, job_id)
-            return
-        self._blame.unmarked(worker, job_id)
-        if not self._blame.is_present(worker, job_id):
-            # It did come to an end, though nobody waited for that.
-            if (ticket := self._abandoned.pop(job_id, None)) is not None:
-                self._known.forget(ticket.job)
-                self._blame.forget(job_id)
-            self.dispatch()
+        elif change < 0:
+            self._blame.unmarked(worker, job_id)
+            if not self._blame.is_present(worker, job_id):
+                # It did come to an end, though nobody waited for that.
+                if (ticket := self._abandoned.pop(job_id, None)) is not None:
+                    self._known.forget(ticket.job)
+                    self._blame.forget(job_id)
+                self.dispatch()
 
     def _settle(self, worker: WorkerHandle, ticket: Ticket, header: Header, body: bytes) -> None:
         if header["kind"] == "answer":

@@ -5,6 +5,7 @@ that serves HTTP if the settings say so, and `roiserve detect`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from service import masks
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
-from service.errors import NotReadyError, OutOfMemoryError
+from service.devices import device_named
+from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError, ServiceError, first_line
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
-from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
+from service.pipeline import Pipeline, Predictor, ThreadTask, Work, release_memory, run_batch
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
-from service.workers import devices
 from service.workers.detector import PredictorFactory
 from service.workers.threads import WatchedThreads
 
@@ -45,7 +46,7 @@ class LocalDetector:
         self._decoders = WatchedThreads(settings.decode_threads, "decode")
         self._encoders = WatchedThreads(settings.decode_threads, "encode")
         self.capacity = settings.max_queue_size + settings.max_batch_size
-        self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+        self._batcher: Batcher[Work | ThreadTask, Prediction | None] = Batcher(
             self._run_batch,
             max_batch_size=settings.max_batch_size,
             max_batch_cost=settings.max_batch_pixels,
@@ -63,26 +64,26 @@ class LocalDetector:
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,
+            max_answer_bytes=settings.max_answer_bytes,
         )
 
     async def start(self) -> Sequence[ModelInfo]:
         """Load and warm up one model after the other. One that does not warm up is left out, unless the settings name
         it or no other does.
+
+        Raises:
+            ServiceError: see there, and those of the factory.
         """
         await self._batcher.start()
         await asyncio.to_thread(masks.warm_up)
-        broken: Exception | None = None
+        broken: ServiceError | None = None
         predictors = self._factory(self._settings)
-        while (predictor := await asyncio.to_thread(next, predictors, None)) is not None:
-            try:
-                await self._add(predictor)
-            except Exception as error:
-                if self._settings.models:
-                    raise
-                broken = error
-                logger.error(
-                    "model does not warm up", extra={"fields": {"model": predictor.info.key, "reason": str(error)}}
-                )
+        # No name is left to a model that does not warm up, so that its memory can be given back.
+        while loaded := await asyncio.to_thread(lambda: list(itertools.islice(predictors, 1))):
+            problem = await self._add(loaded.pop())
+            if problem is not None and self._settings.models:
+                raise problem
+            broken = problem or broken
         if broken is not None and not self._predictors:
             raise broken
         return [predictor.info for predictor in self._predictors.values()]
@@ -102,16 +103,28 @@ class LocalDetector:
         return await self.pipeline.run(job)
 
     async def load(self, reference: str) -> ModelInfo:
-        """Load a further model beside those that serve, and warm it up between their batches."""
+        """Load a further model beside those that serve, and warm it up between their batches.
+
+        Raises:
+            ServiceError: it cannot be loaded, or does not warm up; nothing of it is left in memory.
+        """
+        if reference in self._predictors:
+            return self._predictors[reference].info
         settings = self._settings.model_copy(update={"models": (reference,), "default_model": None})
-        [predictor] = await asyncio.to_thread(lambda: list(self._factory(settings)))
-        if predictor.info.key not in self._predictors:
-            await self._add(predictor)
-        return predictor.info
+        loaded = await asyncio.to_thread(lambda: list(self._factory(settings)))
+        key = loaded[0].info.key
+        if key not in self._predictors:
+            problem = await self._add(loaded.pop())
+            if problem is not None:
+                raise problem
+        return self._predictors[key].info
 
     async def unload(self, model_key: str) -> None:
         """Forget a model and give back its memory."""
-        await asyncio.to_thread(self._predictors.pop(model_key).release_memory)
+        device = device_named(self._predictors[model_key].info.device)
+        # Nobody may hold the model while its memory is given back, a method of its own neither.
+        del self._predictors[model_key]
+        await asyncio.to_thread(device.release_memory)
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """See `Pipeline.waiting_pixels`."""
@@ -119,7 +132,7 @@ class LocalDetector:
 
     def memory(self) -> Mapping[tuple[str, str], float]:
         """Bytes by device and kind."""
-        return {(device, kind): size for device in self._devices() for kind, size in devices.memory(device).items()}
+        return {(label, kind): size for label in self._labels() for kind, size in device_named(label).memory().items()}
 
     def probe(self) -> None:
         """Let every device do a little. Takes as long as it takes.
@@ -129,8 +142,8 @@ class LocalDetector:
         """
         if self._batcher.has_failed:
             raise RuntimeError(_NO_THREAD)
-        for device in self._devices():
-            devices.probe(device)
+        for label in self._labels():
+            device_named(label).probe()
 
     @property
     def busy_seconds(self) -> float:
@@ -158,13 +171,29 @@ class LocalDetector:
         """Whether requests are answered soon."""
         return self.failure is None
 
-    async def _add(self, predictor: Predictor) -> None:
-        await self.pipeline.run_errand(predictor.warm_up)
-        self._predictors[predictor.info.key] = predictor
-        fields = {"model": predictor.info.key, "device": predictor.info.device}
-        logger.info("model ready", extra={"fields": fields})
+    async def _add(self, predictor: Predictor) -> ServiceError | None:
+        """Warm up a model and let it serve; else say why it does not, and give back its memory."""
+        key, device = predictor.info.key, device_named(predictor.info.device)
+        problem: ServiceError | None = None
+        try:
+            await self.pipeline.run_on_device_thread(predictor.warm_up)
+        except Exception as error:
+            if isinstance(error, ServiceError) and not isinstance(error, InferenceError):
+                problem = error.with_traceback(None)  # which holds whatever raised it
+                problem.__cause__ = problem.__context__ = None
+            else:
+                logger.info("a model cannot be warmed up", extra={"fields": {"model": key}}, exc_info=error)
+                problem = ModelStoreError(f"{key} does not warm up: {first_line(error)}")
+        if problem is None:
+            self._predictors[key] = predictor
+            logger.info("model ready", extra={"fields": {"model": key, "device": predictor.info.device}})
+            return None
+        logger.error("model does not warm up", extra={"fields": {"model": key, "reason": str(problem)}})
+        del predictor
+        await asyncio.to_thread(device.release_memory)
+        return problem
 
-    def _run_batch(self, batch: Sequence[Work | Errand]) -> Sequence[Prediction | None]:
+    def _run_batch(self, batch: Sequence[Work | ThreadTask]) -> Sequence[Prediction | None]:
         if isinstance(batch[0], Work):  # a warm-up may take its time
             self._busy_since = time.monotonic()
         try:
@@ -184,6 +213,6 @@ class LocalDetector:
         except RuntimeError as error:
             self._device_failure = f"the device does not answer any more: {error}"
 
-    def _devices(self) -> set[str]:
+    def _labels(self) -> set[str]:
         # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
         return {predictor.info.device for predictor in list(self._predictors.values())}

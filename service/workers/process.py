@@ -21,13 +21,13 @@ from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict
 
+from service.devices import count_gpus
 from service.errors import ServiceError
 from service.logs import configure_logging, request_id_context
 from service.metrics import Observed
 from service.settings import Settings
 from service.structures import Answer, Job, Progress
-from service.workers import devices
-from service.workers.channel import BlockingChannel, Header, error_to, options_from
+from service.workers.channel import BlockingChannel, Header, error_to, form_from, options_from, source_from
 from service.workers.detector import PredictorFactory
 from service.workers.local import LocalDetector
 
@@ -50,6 +50,12 @@ class _MarkedProgress(Progress):
         super().__init__(stage)
         self._job_id = job_id
         self._channel = channel
+
+    def enter(self, stage: str) -> None:
+        super().enter(stage)
+        if stage == "encode":
+            # Told at once, so that waiting for an encoder does not pass for inference.
+            self._mark("encode", 0)
 
     def _mark(self, stage: str | None, change: int) -> None:
         self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
@@ -77,7 +83,7 @@ class _Worker:
         """Load the models, then do what the other process asks."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
-        gpus = 0 if self._settings.device == "cpu" else await asyncio.to_thread(devices.count_gpus)
+        gpus = 0 if self._settings.device == "cpu" else await asyncio.to_thread(count_gpus)
         self._channel.send({"kind": "hello", "gpus": gpus})
         if gpus > 0 and self._settings.device in ("auto", "cuda"):
             # Named as the others are, so that all workers on one GPU report the same label.
@@ -121,9 +127,9 @@ class _Worker:
         progress = _MarkedProgress("received", job_id=header["id"], channel=self._channel)
         job = Job(
             model=header["model"],
-            data=body,
+            source=source_from(header["source"], body),
             options=options_from(header["options"]),
-            output=header["output"],
+            form=form_from(header["form"]),
             deadline=header["deadline"],
             progress=progress,
             is_bulk=header["is_bulk"],

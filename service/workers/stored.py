@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from service.cores import available_cores
-from service.errors import ModelNotFoundError, ModelStoreError
+from service.errors import ModelNotFoundError, ModelStoreError, ServiceError
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
 
     Raises:
         ModelNotFoundError: one that the settings name, or the default model, is not there; before any is loaded.
-        ModelStoreError: one that the settings name is broken, or all are.
+        ServiceError: one that the settings name cannot be loaded, or none can.
     """
     # Imported here: the process that serves HTTP knows this function by name only, and probes want an answer meanwhile.
     from service.inference.loading import load_predictor
@@ -50,29 +50,30 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
         words = ", ".join(sorted(names)) or "none"
         raise ModelNotFoundError(f"no default model {settings.default_model!r} among those to load; known: {words}")
 
-    def load_first_good(choice: Sequence[StoredModel]) -> Predictor | None:
-        for stored in choice:
-            logger.info("loading model", extra={"fields": {"model": stored.key}})
-            try:
-                return load_predictor(
-                    stored,
-                    device=settings.device,
-                    precision=settings.precision,
-                    engine=settings.engine,
-                    cache_dir=settings.engine_cache_dir,
-                    searching=searching,
-                )
-            except ModelStoreError as error:
-                if settings.models:
-                    raise
-                logger.error("model is broken", extra={"fields": {"model": stored.key, "reason": str(error)}})
-        return None
+    def load(stored: StoredModel) -> Predictor:
+        logger.info("loading model", extra={"fields": {"model": stored.key}})
+        return load_predictor(
+            stored,
+            device=settings.device,
+            precision=settings.precision,
+            engine=settings.engine,
+            cache_dir=settings.engine_cache_dir,
+            searching=searching,
+        )
 
     are_all_broken = bool(choices)
     for choice in choices.values():
-        if (predictor := load_first_good(choice)) is not None:
-            are_all_broken = False
-            yield predictor
+        for stored in choice:
+            try:
+                # Given away without a name here: whoever gets it may want to forget it, and have its memory back.
+                yield load(stored)
+            except ServiceError as error:
+                if settings.models:
+                    raise
+                logger.error("model is broken", extra={"fields": {"model": stored.key, "reason": str(error)}})
+            else:
+                are_all_broken = False
+                break
     if are_all_broken:
         raise ModelStoreError(f"every model in {store.root} is broken")
 
@@ -82,9 +83,9 @@ def _share_cores(settings: Settings) -> None:
     from torch import get_num_threads as get_torch_threads
     from torch import set_num_threads as set_torch_threads
 
-    from service.inference.loading import choose_device
+    from service.devices import choose_device
 
-    workers = max(1, settings.workers or 1) if choose_device(settings.device).type == "cpu" else 1
+    workers = max(1, settings.workers or 1) if choose_device(settings.device).label == "cpu" else 1
     # OMP_NUM_THREADS, which torch follows, may ask for fewer.
     threads = min(get_torch_threads(), max(1, available_cores() // workers))
     set_torch_threads(threads)  # OpenVINO and our own loops take as many as torch

@@ -9,14 +9,14 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 
-from service.structures import Job
+from service.structures import Encoded, Job
 
 _MAX_SIZE = 1000
 REMEMBERED_SECONDS = 3600.0
 
 
 class KnownSuspects:
-    """The record of each suspect: the same bytes, model, options and output.
+    """The record of each suspect: the same bytes, model, options and form of answer.
 
     Args:
         max_size: most records; the oldest goes first.
@@ -40,7 +40,7 @@ class KnownSuspects:
     def deaths_alone(self, job: Job) -> int | None:
         """At how many deaths a suspect was alone; None for a job that is no suspect."""
         self._expire()
-        if self._lengths[len(job.data)] == 0:
+        if self._lengths[_length(job)] == 0:
             return None  # as nearly always, so that no digest is computed
         record = self._records.get(_key(job))
         return None if record is None else record[1]
@@ -50,14 +50,14 @@ class KnownSuspects:
         deaths_alone = max(deaths_alone, self.deaths_alone(job) or 0)
         key = _key(job)
         self._remove(key)
-        self._records[key] = len(job.data), deaths_alone, self._clock() + self._seconds
-        self._lengths[len(job.data)] += 1
+        self._records[key] = _length(job), deaths_alone, self._clock() + self._seconds
+        self._lengths[_length(job)] += 1
         if len(self._records) > self._max_size:
             self._remove(next(iter(self._records)))
 
     def forget(self, job: Job) -> None:
         """It has proved harmless."""
-        if self._lengths[len(job.data)] > 0:
+        if self._lengths[_length(job)] > 0:
             self._remove(_key(job))
 
     def _expire(self) -> None:
@@ -72,5 +72,15 @@ class KnownSuspects:
                 del self._lengths[record[0]]
 
 
+def _length(job: Job) -> int:
+    return len(job.source.data) if isinstance(job.source, Encoded) else job.source.array.nbytes
+
+
 def _key(job: Job) -> Hashable:
-    return hashlib.blake2b(job.data, digest_size=16).digest(), job.model, job.options, job.output
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(job.source, Encoded):
+        digest.update(job.source.data)
+    else:
+        digest.update(repr(job.source.array.shape).encode())
+        digest.update(job.source.array.tobytes())
+    return digest.digest(), job.model, job.options, job.form

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import model, ops, request, serve
+from benchmarks import cluster, model, ops, request, serve
 
 
 def tables(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -48,3 +48,10 @@ def test_serve(tmp_path: Path) -> None:
     assert [row["callers"] for row in loads] == [1, 2, 1, 2]
     assert [row["traffic"] for row in ratios] == ["one size", "mixed sizes"]
     assert len(idle) == 1
+
+
+def test_cluster(tmp_path: Path) -> None:
+    cluster.main(simulate_only=True, quick=True, out=tmp_path)
+    steady, step = (tables(tmp_path, "cluster")[title] for title in (cluster.SIMULATED, cluster.STEP))
+    assert [row["machines"] for row in steady] == [1, 1, 1, 4, 4, 4]
+    assert max(row["replicas ready"] for row in step) > step[0]["replicas ready"]

@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from benchmarks._detectors import as_image, bundled_models, example_picture, torchvision_input, torchvision_twin
+from service.devices.cpu import CpuDevice
 from service.inference.engines import choosing
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.compiled import CompiledNetwork
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
 from service.masks.rle import encode_rle
@@ -61,8 +62,8 @@ def run_by(engine: str, name: str, cache_dir: Path) -> Predictor:
 @contextmanager
 def no_code_generated() -> Iterator[None]:
     """`compiled` as it is, but for the code, for which there is no time here."""
-    by_torch = partial(compiled_parts, backend="eager")
-    with patch.object(choosing, "check_compiler"), patch.object(choosing, "compiled_parts", by_torch):
+    by_torch = partial(CompiledNetwork, backend="eager")
+    with patch.object(CpuDevice, "compiler_problem", None), patch.object(choosing, "CompiledNetwork", by_torch):
         yield
 
 

@@ -62,9 +62,9 @@ def test_a_folder_becomes_a_line_of_json_and_a_drawn_picture_for_each_picture(fo
     assert documents["a.png"]["image"] == {"width": 90, "height": 60, "orientation_applied": False}
     assert len(documents["a.png"]["detections"]) == 3
     assert documents["a.png"]["detections"][0]["mask"]["size"] == [60, 90]
-    with Image.open(folder / "drawn" / "b.jpg.png") as drawn:
+    with Image.open(folder / "drawn" / "b.drawn.png") as drawn:
         assert drawn.size == (60, 90)
-    stored = json.loads((folder / "drawn" / "b.jpg.json").read_text())
+    stored = json.loads((folder / "drawn" / "b.json").read_text())
     assert stored["detections"] == documents["b.jpg"]["detections"]
 
 
@@ -95,9 +95,42 @@ def test_a_bad_file_is_named_and_the_others_are_answered(folder: Path) -> None:
     assert done.stdout == f"{folder}/pictures/b.jpg: 3 thing\n"
 
 
-def test_what_is_not_there_is_said_before_a_model_is_loaded(folder: Path) -> None:
+def test_pictures_that_differ_in_their_suffix_alone_keep_it(folder: Path) -> None:
+    shutil.copy(folder / "pictures" / "b.jpg", folder / "pictures" / "more" / "a.jpg")
+    # What an earlier run has drawn beside the pictures is left out.
+    shutil.copy(folder / "pictures" / "more" / "a.png", folder / "pictures" / "b.drawn.png")
+    assert run(folder, str(folder / "pictures"), "--out", str(folder / "pictures")).returncode == 0
+    made = {str(path.relative_to(folder / "pictures")) for path in (folder / "pictures").rglob("*.json")}
+    assert made == {"b.json", "more/a.png.json", "more/a.jpg.json"}
+
+
+def test_what_is_not_there_is_named_and_the_others_are_answered(folder: Path) -> None:
+    done = run(folder, "nowhere.png", str(folder / "pictures" / "b.jpg"), "--json")
+    assert done.returncode == 1
+    assert "nowhere.png: cannot be read: No such file or directory" in done.stderr
+    assert "1 of 2 files failed" in done.stderr
+    missing, answered = map(json.loads, done.stdout.splitlines())
+    assert missing["error"]["detail"] == "cannot be read: No such file or directory"
+    assert len(answered["detections"]) == 3
+
+
+def test_what_is_wrong_with_all_is_said_before_a_model_is_loaded(folder: Path) -> None:
     done = run(folder, "nowhere.png")
     assert (done.returncode, done.stderr) == (1, "roiserve: no such file: nowhere.png\n")
+    done = run(folder, str(folder / "pictures"), "--store", str(folder / "elsewhere"))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"roiserve: no model store at {folder}/elsewhere: no such folder; name another one")
+
+
+@pytest.mark.parametrize(("out", "words"), [("/proc/drawn", "cannot be written: No such file"), ("full", "No space")])
+def test_a_place_that_cannot_be_written_is_one_line(folder: Path, out: str, words: str) -> None:
+    if out == "full":
+        (folder / "full").mkdir()
+        (folder / "full" / "b.drawn.png").symlink_to("/dev/full")
+    done = run(folder, str(folder / "pictures" / "b.jpg"), "--out", out if out[0] == "/" else str(folder / out))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_model_is_one_line(folder: Path) -> None:

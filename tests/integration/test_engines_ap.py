@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.devices.cpu import CpuDevice
 from service.inference.engines import choosing
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.compiled import CompiledNetwork
 from tests.shared_data import require, write_slice
 
 STORE = Path(__file__).resolve().parents[2] / "model_store"
@@ -40,8 +41,8 @@ def test_every_engine_gives_the_average_precision_of_eager(
     annotations = write_slice(require(data), tmp_path / "data", train=0, val=PICTURES, size=size) / "val.json"
     expected = evaluated(model, "eager", annotations)
     # `compiled` as it is, but for the code, for which there is no time here.
-    by_torch = partial(compiled_parts, backend="eager")
-    with patch.object(choosing, "check_compiler"), patch.object(choosing, "compiled_parts", by_torch):
+    by_torch = partial(CompiledNetwork, backend="eager")
+    with patch.object(CpuDevice, "compiler_problem", None), patch.object(choosing, "CompiledNetwork", by_torch):
         for engine in ("openvino", "compiled"):
             found = evaluated(model, engine, annotations)
             for kind in ("boxes", "masks"):

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from service.api.state import Phase
+from service.devices.cpu import CpuDevice
 from service.errors import ModelStoreError
-from service.workers import devices
 from tests.fakes import POISON, FakePredictor, picture
 from tests.integration.conftest import Live
 from tests.integration.test_errors import assert_problem
@@ -63,7 +63,7 @@ def test_port_in_use_is_said_with_the_flag_to_change() -> None:
             timeout=250,
         )
     assert run.returncode == 1
-    assert f"--port {port}" in run.stderr
+    assert f"port {port} on 127.0.0.1 is in use by another program; choose another with --port" in run.stderr
     assert "Errno" not in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -84,11 +84,11 @@ def test_device_that_hangs_is_not_healthy_until_it_goes_on(serve: Callable[..., 
 def test_device_that_is_lost_is_not_healthy_and_gets_no_requests(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(device: str) -> None:
+    def fail(device: CpuDevice) -> None:
         raise RuntimeError("fallen off the bus")
 
     live = serve()
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     assert_problem(live.detect(picture(red=POISON)), 503, "inference_failed")
     for path in ("/healthz", "/readyz"):
         assert_problem(live.client.get(path), 503, "not_ready", "fallen off the bus")
@@ -114,10 +114,15 @@ def test_request_that_takes_longer_than_the_drain_is_told_so(serve: Callable[...
 
 
 class Process:
-    """A service in a process of its own, with the fake model; see `serve_fake.py`."""
+    """A service in a process of its own, with the fake model; see `serve_fake.py`.
+
+    Attributes:
+        log: the lines that it has written since it listens, as they come.
+    """
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process = process
+        self.log: deque[str] = deque()
         self.client = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
     def tell(self, word: str) -> None:
@@ -142,19 +147,21 @@ def process(**environment: str) -> Iterator[Process]:
         text=True,
     ) as running:
         assert running.stderr is not None
-        # Somebody has to read the log to its end: a full pipe would stop the service at its next line.
-        reader = threading.Thread(target=deque, args=(running.stderr, 0))
+        reader: threading.Thread | None = None
         try:
             urls = (re.search(r"running on (http://\S+)", line) for line in running.stderr)
             url = next(match[1] for match in urls if match)
+            service = Process(running, url)
+            # Somebody has to read the log to its end: a full pipe would stop the service at its next line.
+            reader = threading.Thread(target=service.log.extend, args=(running.stderr,))
             reader.start()
-            with (service := Process(running, url)).client:
+            with service.client:
                 while service.client.get("/readyz").status_code != 200:
                     pass
                 yield service
         finally:
             running.kill()
-            if reader.ident is not None:
+            if reader is not None:
                 reader.join()
 
 
@@ -179,6 +186,10 @@ def test_sigterm_with_queued_work_answers_all_of_it_and_exits_with_0() -> None:
         assert [answer.status_code for answer in answers] == [200] * 8
         assert len({answer.json()["detections"][0]["score"] for answer in answers}) == 8
         assert service.process.wait(60) == 0
+    log = "".join(service.log)
+    assert re.search(r"ready url=http://127\.0\.0\.1:\d+ docs=http://127\.0\.0\.1:\d+/docs models=fake@1", log)
+    assert "draining requests_under_way=8" in log
+    assert "stopped status=0" in log
 
 
 def test_sigterm_turns_readiness_off_first_and_goes_on_serving_for_the_delay() -> None:
@@ -210,6 +221,27 @@ def test_second_signal_ends_at_once_with_1() -> None:
             sent.result()
 
 
+def test_hangup_reads_the_key_file_again(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("old\n")
+    with process(ROISERVE_API_KEYS_FILE=str(keys)) as service:
+
+        def status(key: str) -> int:
+            return service.client.get("/v1/models", headers={"X-API-Key": key}).status_code
+
+        assert (status("old"), status("new")) == (200, 403)
+        keys.write_text("new\n")
+        service.process.send_signal(signal.SIGHUP)
+        while status("new") != 200:
+            pass
+        assert status("old") == 403
+        keys.write_text("")
+        service.process.send_signal(signal.SIGHUP)
+        while not any("the keys stay as they were" in line for line in list(service.log)):
+            pass
+        assert status("new") == 200
+
+
 def test_models_that_cannot_be_loaded_are_said_in_words_and_exit_with_1(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "service", "serve", "--port", "0", "--model-store", str(tmp_path / "nowhere")],
@@ -219,8 +251,7 @@ def test_models_that_cannot_be_loaded_are_said_in_words_and_exit_with_1(tmp_path
         timeout=250,
     )
     assert run.returncode == 1
-    assert "cannot start" in run.stderr
-    assert "nowhere" in run.stderr
+    assert re.match(r"roiserve: no model store at \S+nowhere: no such folder", run.stderr)
     assert "Traceback" not in run.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Literal
 
@@ -22,6 +23,7 @@ def _logging_as_it_was() -> Iterator[None]:
     root.handlers = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
+    logging.captureWarnings(False)
 
 
 def written(capsys: pytest.CaptureFixture[str], log_format: LogFormat, *arguments: object, **options: object) -> str:
@@ -77,3 +79,34 @@ def test_debugging_is_about_this_package_only(capsys: pytest.CaptureFixture[str]
     logging.getLogger("PIL").debug("theirs")
     assert "ours" in (lines := capsys.readouterr().err)
     assert "theirs" not in lines
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_a_library_logs_or_warns_of_is_one_sane_line(
+    capsys: pytest.CaptureFixture[str], log_format: LogFormat
+) -> None:
+    line = written(capsys, log_format, "two\n  lines \x1b[31m \udcff", extra={"fields": {"file": "a\udcff"}})
+    assert line.count("\n") == 1
+    assert "two; lines \\x1b[31m \\udcff" in line.replace("\\\\", "\\")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)  # so that it is done anew, within what pytest does with warnings
+        configure_logging(log_format=log_format, log_level="info")
+        warnings.warn("odd file", stacklevel=1)
+    line = capsys.readouterr().err
+    assert "warning py.warnings" in line or json.loads(line)["logger"] == "py.warnings"
+    assert line.count("\n") == 1
+
+
+def test_a_megabyte_in_a_message_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    line = written(capsys, "json", "refused", extra={"fields": {"detail": "x" * 1_000_000}})
+    assert len(line) < 5000
+    assert json.loads(line)["detail"].endswith("… (1000000 characters)")
+
+
+def test_uvicorns_own_account_of_its_start_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log_format="text", log_level="info")
+    for message in ("Started server process [1]", "Uvicorn running on http://127.0.0.1:1"):
+        logging.getLogger("uvicorn.error").info(message)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(" info uvicorn Uvicorn running on http://127.0.0.1:1")

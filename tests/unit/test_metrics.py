@@ -21,6 +21,13 @@ def test_names_have_our_prefix_or_are_of_the_process() -> None:
     assert {name.split("_")[0] for name in names} == {"roiserve", "process"}
 
 
+def test_no_series_is_doubled_by_the_time_of_its_creation() -> None:
+    metrics = Metrics(CollectorRegistry())
+    metrics.requests.labels("/v1/detect", 200).inc()
+    metrics.request_duration.labels("/v1/detect").observe(0.1)
+    assert "_created" not in page(metrics)
+
+
 def test_loaded_model_is_described_and_its_queue_asked_at_each_scrape() -> None:
     metrics = Metrics(CollectorRegistry())
     waiting = [100, 200]

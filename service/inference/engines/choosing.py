@@ -1,16 +1,18 @@
-"""Which engine runs a network, and putting it in place. Called by `loading.py`."""
+"""Which engine runs a network, and putting it in place."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from service.errors import ServiceError
-from service.inference.engines.compiled import check_compiler, compiled_parts
+from service.devices import Device
+from service.errors import ServiceError, first_line
+from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
+from service.inference.half import DTYPES, HalfNetwork
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 
@@ -19,46 +21,68 @@ logger = logging.getLogger(__name__)
 _OPENVINO_PRECISIONS = ("float32", "bfloat16")
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What runs a network now.
+
+    Attributes:
+        engine: `eager`, `compiled` or `openvino`.
+        half: what cast its weights to half precision; None for float32 and for `openvino`, which keeps weights of its
+            own.
+        find_problem: to be called once a batch has run: why the engine does not do what its name says; None if it does.
+    """
+
+    engine: str
+    half: HalfNetwork | None = None
+    find_problem: Callable[[], str | None] = lambda: None
+
+
 def put_engine(
     model: GeneralizedRCNN,
     *,
     engine: str,
-    device: torch.device,
+    device: Device,
     precision: str,
     key: str,
     cache_dir: Path | None,
-) -> str:
+) -> Placed:
     """Let an engine run the network's parts, in place.
 
     Args:
         model: loaded, in evaluation mode, on its device. It can no longer be trained.
-        engine: `eager`, `compiled`, `openvino`, or `auto` for the fastest: `compiled` on CUDA, `openvino` on the CPU.
+        engine: `eager`, `compiled`, `openvino`, or `auto` for the device's fastest.
         device: where the network is.
-        precision: `float32`, `float16` or `bfloat16`.
+        precision: one of the device's.
         key: names the network's weights and configuration.
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
 
     Returns:
-        The name of the engine that runs it now: with `auto`, `eager` where the fastest cannot.
+        What runs it now: with `auto`, `eager` where the fastest cannot.
 
     Raises:
         ServiceError: the engine is not there, or not for this device and precision.
+        ModelStoreError: see `HalfNetwork`.
     """
-    chosen = engine
-    if engine == "auto":
-        chosen = "compiled" if device.type == "cuda" else "openvino"
-    problem = _why_not(chosen, model, device, precision)
+    chosen = device.fastest_engine if engine == "auto" else engine
     fold(model)
+    problem = _why_not(chosen, model, device, precision)
     if problem is None and chosen == "openvino":
         problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir)
-    elif problem is None and chosen == "compiled":
-        problem = _put_compiled(model, device)
-    if problem is None:
-        return chosen
-    if engine != "auto":
-        raise ServiceError(problem)
-    logger.info("the fastest engine cannot run this model", extra={"fields": {"engine": "eager", "reason": problem}})
-    return "eager"
+        if problem is None:
+            return Placed(chosen)
+    if problem is not None:
+        if engine != "auto":
+            raise ServiceError(problem)
+        fields = {"engine": "eager", "reason": problem}
+        logger.info("the fastest engine cannot run this model", extra={"fields": fields})
+        chosen = "eager"
+    half = HalfNetwork(model, precision) if precision in DTYPES else None
+    network = CompiledNetwork(model) if chosen == "compiled" else None
+    if network is not None:
+        model.parts = network.parts()
+    if half is not None:
+        model.parts = half.wrapped(model.parts or model.own_parts())
+    return Placed(chosen, half, find_problem=lambda: None if network is None else _why_uncompiled(network))
 
 
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
@@ -67,38 +91,49 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
     if precision == "bfloat16" and not has_bfloat16():
-        return "engine 'openvino' runs in bfloat16 on processors that have it (AMX, AVX-512 BF16), and this one has not"
-    try:
-        folder = cache_dir or Path.home() / ".cache" / "roiserve"
-    except RuntimeError:
+        return "engine 'openvino' needs a CPU with native bfloat16 (AMX or AVX-512 BF16), which this one lacks"
+    folder = _cache_folder(cache_dir)
+    if folder is None:
         return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
     try:
         model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
     except RuntimeError as error:
-        # The first line says it; behind it there may be whole weights.
-        return f"OpenVINO cannot express this network: {str(error).partition(chr(10))[0]}"
+        return f"OpenVINO cannot express this network: {first_line(error)}"
     return None
 
 
-def _put_compiled(model: GeneralizedRCNN, device: torch.device) -> str | None:
-    """As `_put_openvino`."""
+def prepare_caches(cache_dir: Path | None) -> None:
+    """Have what torch and Triton compile kept where OpenVINO's parts are; to be called before anything is compiled."""
+    folder = _cache_folder(cache_dir)
+    if folder is not None:
+        keep_compiled_code(folder)
+
+
+def _cache_folder(cache_dir: Path | None) -> Path | None:
+    """The folder that a setting means, the user's cache folder if it is None; None if there is no home folder."""
     try:
-        check_compiler(device)
-    except Exception as error:  # Many kinds, by what is missing.
-        return f"engine 'compiled' cannot compile here: {error}"
-    model.parts = compiled_parts(model)
-    return None
+        return cache_dir or Path.home() / ".cache" / "roiserve"
+    except RuntimeError:
+        return None
 
 
-def _why_not(engine: str, model: GeneralizedRCNN, device: torch.device, precision: str) -> str | None:
+def _why_uncompiled(network: CompiledNetwork) -> str | None:
+    if not network.uncompiled:
+        return None
+    return f"engine 'compiled' did not compile the {' and the '.join(network.uncompiled)} of this network"
+
+
+def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str) -> str | None:
     """Why an engine cannot run, in a sentence that says what to do; None if it can."""
     if engine == "openvino":
         if importlib.util.find_spec("openvino") is None:
-            return "engine 'openvino' is not installed: pip install 'roiserve[openvino]'"
-        if device.type != "cpu":
-            return f"engine 'openvino' runs on the CPU, not on {device}"
+            return "engine 'openvino' is not installed: pip install openvino"
+        if device.fastest_engine != "openvino":
+            return f"engine 'openvino' runs on the CPU, not on {device.label}"
         if precision not in _OPENVINO_PRECISIONS:
             return f"engine 'openvino' runs in {' or '.join(_OPENVINO_PRECISIONS)}, not in {precision}"
     if engine != "eager" and not isinstance(model.roi_heads.box_roi_pool, RoIPooler):
         return f"engine {engine!r} does not run R-CNN, whose network is run on each proposal's pixels"
+    if engine == "compiled" and device.compiler_problem is not None:
+        return f"engine 'compiled' cannot compile here: {device.compiler_problem}"
     return None

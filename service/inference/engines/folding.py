@@ -1,5 +1,5 @@
-"""Rewrite a network that will only be served: the same function in fewer passes over memory. Called by
-`loading.py` before an engine gets the network; what is rewritten can no longer be trained, nor its weights loaded.
+"""Rewrite a network that will only be served: the same function in fewer passes over memory. What is rewritten can no
+longer be trained, nor its weights loaded.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Called by `loading.py`.
-Compiled parts are kept on disk, so that the next start need not compile; nothing else is written, nothing is sent.
+"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Compiled parts are kept on
+disk, so that the next start need not compile; nothing else is written, and nothing is sent.
 
 Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and gives feature maps channels last, as the kernels of
 `ops` have them, and works on the memory of the tensors themselves.
@@ -41,7 +41,6 @@ _FORMAT = 1
 _DIGEST_BYTES = 32
 _PACKAGES = ("roiserve", "openvino", "torch", "torchvision", "timm")
 """What a part is made of and by."""
-_PICTURE_SHAPE = (-1, 3, -1, -1)
 _EXAMPLE_SIDE = 128
 # Patches that a head takes at a time: about as many as the processor's caches hold with all that is made of them. The
 # box head of a thousand runs a tenth faster so, the mask head of a hundred a little.
@@ -70,7 +69,8 @@ class OpenVinoNetwork:
         self._model = model
         self._own = model.own_parts()
         self._compiler = _Compiler(key=key, precision=precision, cache_dir=cache_dir)
-        example = torch.zeros(1, 3, _EXAMPLE_SIDE, _EXAMPLE_SIDE)
+        self._picture_shape = (-1, model.transform.num_channels, -1, -1)
+        example = torch.zeros(1, model.transform.num_channels, _EXAMPLE_SIDE, _EXAMPLE_SIDE)
         with torch.inference_mode():
             maps = model.backbone(example)
         self._names = list(maps)
@@ -119,12 +119,12 @@ class OpenVinoNetwork:
 
     @cached_property
     def _trunk(self) -> _Compiled:
-        return self._compiler.compile("trunk", _Trunk(self._model), [_PICTURE_SHAPE])
+        return self._compiler.compile("trunk", _Trunk(self._model), [self._picture_shape])
 
     @cached_property
     def _backbone(self) -> _Compiled:
         """Compiled for the first batch that needs it: most servers see none."""
-        return self._compiler.compile("backbone", _Backbone(self._model), [_PICTURE_SHAPE])
+        return self._compiler.compile("backbone", _Backbone(self._model), [self._picture_shape])
 
     @cached_property
     def _box_head(self) -> _Compiled:

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.commands.bench import _hint_at_few, _Level
+from service.load.summary import Summary
 from tests.fakes import picture
 
 
@@ -27,3 +29,21 @@ def test_wrong_options_are_refused_by_name(tmp_path: Path, arguments: list[str],
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert words in result.output
+
+
+def level(value: float, requests: int) -> _Level:
+    latency_ms = dict.fromkeys(("p50", "p95", "p99", "max"), 1.0)
+    return _Level("closed", value, Summary(10.0, requests, {"200": requests}, requests / 10, 0.0, latency_ms, 0.0))
+
+
+def test_one_caller_is_no_callers() -> None:
+    assert [str(level(value, 1)) for value in (1, 2)] == ["1 caller", "2 callers"]
+
+
+def test_loads_of_few_requests_are_said_to_tell_little() -> None:
+    """20 requests took 10 seconds, so 100 take 50."""
+    assert _hint_at_few([level(1, 100), level(2, 500)]) is None
+    hint = _hint_at_few([level(1, 20), level(2, 40), level(4, 100)])
+    assert hint is not None
+    assert hint.startswith("2 of 3 loads had fewer than 100 requests")
+    assert hint.endswith("--seconds 50 would be enough")

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
+from service.devices.cpu import CpuDevice
+from service.devices.cuda import CudaDevice
 from service.errors import ModelStoreError
 from service.inference.loading import choose_precision, load_predictor
 from service.model_store.store import StoredModel
@@ -18,16 +19,17 @@ from tests.tiny_models import given_proposals, store_untrained
     ("precision", "engine", "device", "chosen"),
     [
         ("auto", "auto", "cpu", "float32"),
-        ("auto", "auto", "cuda", "float16"),
+        ("auto", "auto", "cuda:0", "float16"),
         ("auto", "compiled", "cuda:1", "float16"),
-        ("auto", "eager", "cuda", "float32"),
-        ("bfloat16", "auto", "cuda", "bfloat16"),
+        ("auto", "eager", "cuda:0", "float32"),
+        ("bfloat16", "auto", "cuda:0", "bfloat16"),
     ],
 )
 def test_auto_is_half_precision_on_cuda_but_for_the_reference(
     precision: str, engine: str, device: str, chosen: str
 ) -> None:
-    assert choose_precision(precision, engine=engine, device=torch.device(device)) == chosen
+    target = CpuDevice(device) if device == "cpu" else CudaDevice(device)
+    assert choose_precision(precision, engine=engine, device=target) == chosen
 
 
 def test_a_network_far_larger_than_its_weights_is_refused_before_it_takes_memory(tmp_path: Path) -> None:

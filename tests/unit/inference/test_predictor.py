@@ -157,14 +157,6 @@ def test_heads_that_fit_no_other_operator_have_none_to_choose_from() -> None:
     assert "roi_warp" not in interchangeable_ops(CONFIG.model_copy(update={"roi": adaptive}))
 
 
-def test_a_stage_that_comes_twice_took_both_times(predictor: Predictor) -> None:
-    """As a network's that searches for proposals and then scales them."""
-    stage_seconds = {"rpn": 100.0}
-    with predictor._timer(stage_seconds)("rpn"):
-        pass
-    assert stage_seconds["rpn"] > 100
-
-
 def test_batch_of_two_operators_is_refused(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="one roi_op"):
         predictor.predict([Query(picture(0)), Query(picture(0), DetectOptions(roi_op="roi_pool"))])

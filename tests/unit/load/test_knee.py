@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.load.knee import find_knee, suggest
+from service.load.knee import Knee, find_knee, suggest
 from service.load.summary import Summary
 
 
@@ -37,6 +37,18 @@ async def test_knee_is_where_the_p99_is_three_times_that_at_rest() -> None:
     assert server.rates[0] == min(server.rates)
 
 
+async def test_knee_is_what_was_answered_where_chance_sent_less_than_was_intended() -> None:
+    """Poisson arrivals: at an intended 5.67 a second, ten seconds may bring 45 requests."""
+
+    async def measure(rate: float) -> Summary:
+        return summary(p99_ms=10 if rate < 6 else 100, throughput=0.8 * rate)
+
+    knee = await find_knee(measure, first_rate=1)
+    assert knee.bent_at is not None
+    assert 6 <= knee.bent_at < 1.2 * 6
+    assert 0.7 * 6 < knee.rate < 0.8 * 6
+
+
 async def test_refusals_are_a_knee_although_the_accepted_are_fast() -> None:
     knee = await find_knee(QueueingServer(capacity=1000, refuses_from=50).measure, first_rate=10)
     assert knee.bent_at is not None
@@ -61,6 +73,13 @@ async def test_suggested_settings_follow_from_rate_and_wait() -> None:
     assert suggestion.max_batch_size == 8
     assert suggestion.max_queue_size == 40
     assert suggestion.request_timeout_ms == 3000
+
+
+async def test_suggestion_does_not_contradict_the_closed_loops() -> None:
+    """One caller alone gets the most; a lucky open load with more answers changes nothing about that."""
+    throughputs = {1: 4.92, 2: 4.77, 4: 4.52, 8: 4.57}
+    closed = {n: summary(p99_ms=300, throughput=throughput) for n, throughput in throughputs.items()}
+    assert suggest(closed, Knee(5.67, 7.94, "")).max_batch_size == 1
 
 
 async def test_suggested_queue_holds_a_batch_at_least() -> None:

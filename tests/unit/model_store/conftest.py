@@ -159,7 +159,7 @@ class FileServer:
 def file_server() -> Iterator[FileServer]:
     """A running server with a file of 1 MB."""
     file_server = FileServer(bytes(range(256)) * 4096)
-    thread = threading.Thread(target=file_server.server.serve_forever)
+    thread = threading.Thread(target=file_server.server.serve_forever, args=(0.02,))
     thread.start()
     yield file_server
     file_server.ended.set()

@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def assert_read(path: Path) -> None:
-    read = read_checkpoint(path)
+    read = read_checkpoint(path).weights
     assert read.keys() == WEIGHTS.keys()
     assert all(read[key].equal(tensor) for key, tensor in WEIGHTS.items())
 
@@ -56,7 +56,7 @@ def test_safetensors_and_pickled_arrays_are_read(path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(path: Path, dtype: torch.dtype) -> None:
     torch.save({"a": torch.ones(2, dtype=dtype)}, path)
-    assert read_checkpoint(path)["a"].dtype == torch.float32
+    assert read_checkpoint(path).weights["a"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_torchvisions_reference_scripts_is_read(path: Path) -> N
         "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7},
     }
     torch.save(content, path)
-    assert read_checkpoint(path).keys() == {"weight", "bias"}
+    assert read_checkpoint(path).weights.keys() == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("key", ["model_ema", "ema", "state_dict_ema", "ema_state_dict"])
@@ -97,14 +97,14 @@ def test_averaged_weights_are_taken_when_asked_for_or_alone(path: Path, key: str
     averaged = AveragedModel(nn.Linear(1, 1)).state_dict()  # prefixed with `module.`, and with a count of its own
     torch.save({key: averaged, "model": WEIGHTS}, path)
     assert_read(path)
-    assert read_checkpoint(path, averaged=True)["weight"].equal(averaged["module.weight"])
+    assert read_checkpoint(path, averaged=True).weights["weight"].equal(averaged["module.weight"])
     torch.save({key: averaged}, path)
-    assert read_checkpoint(path).keys() == {"weight", "bias"}
+    assert read_checkpoint(path).weights.keys() == {"weight", "bias"}
 
 
 def test_averaged_weights_that_are_not_there_are_missed(path: Path) -> None:
     torch.save({"model": WEIGHTS}, path)
-    with pytest.raises(ModelStoreError, match=r"expected averaged weights as one of model_ema, .*, got none"):
+    with pytest.raises(ModelStoreError, match=r"expected averaged weights under a key such as model_ema, .*, got none"):
         read_checkpoint(path, averaged=True)
 
 
@@ -133,7 +133,7 @@ def test_a_malicious_pickle_is_refused_without_being_run(path: Path, tmp_path: P
     target = tmp_path / "made"
     path.write_bytes(pickle.dumps({"model": {"a": np.zeros(1)}, "x": Malicious(target)}))
     with pytest.raises(
-        ModelStoreError, match=r"checkpoint: expected a pickle of arrays, got .*mkdir, which was not run"
+        ModelStoreError, match=r"checkpoint: expected a checkpoint of tensors, got .*mkdir, which was not run"
     ):
         read_checkpoint(path)
     assert not target.exists()
@@ -160,8 +160,8 @@ def test_a_truncated_file_is_refused(path: Path, keep: int) -> None:
     [
         ([1, 2], "expected weights by name, got list"),
         ({}, "expected weights by name, got dict"),
-        ({**WEIGHTS, "epoch": 3}, r"expected nothing but weights by name, got epoch \(int\)"),
-        ({1: torch.zeros(1)}, r"got 1 \(Tensor\)"),
+        ({"epoch": 3, "best": 0.5}, r"expected nothing but weights by name, got epoch \(int\), best \(float\)"),
+        ({1: torch.zeros(1)}, r"got torch\._utils\._rebuild_tensor_v2, which was not run"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(path: Path, content: object, problem: str) -> None:

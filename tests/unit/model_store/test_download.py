@@ -1,11 +1,16 @@
 import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.errors import ModelStoreError
-from service.model_store.download import download
+from service.model_store.download import Patience, _write_all, _WriteError, download
 
 SIZE = 2**20
 
@@ -16,17 +21,17 @@ def path(tmp_path: Path) -> Path:
 
 
 def fetch(
-    server: Any, path: Path, *, sha256_prefix: str | None = None, tries: int = 5, timeout_seconds: float = 30
-) -> list[tuple[int, int | None]]:
+    server: Any, path: Path, *, sha256: str | None = None, tries: int = 5, timeout_seconds: float = 30
+) -> list[tuple[int, int]]:
     """Download the server's file; what was said of the progress."""
-    told: list[tuple[int, int | None]] = []
+    told: list[tuple[int, int]] = []
     download(
         server.base_url + "weights.pth",
         path,
-        sha256_prefix=sha256_prefix or hashlib.sha256(server.content).hexdigest()[:8],
+        sha256=sha256 or hashlib.sha256(server.content).hexdigest(),
+        size=SIZE,
         on_progress=lambda present, total: told.append((present, total)),
-        tries=tries,
-        timeout_seconds=timeout_seconds,
+        patience=Patience(tries=tries, timeout_seconds=timeout_seconds),
     )
     return told
 
@@ -66,8 +71,8 @@ def test_a_server_that_does_no_ranges_sends_it_all_again(file_server: Any, path:
 def test_a_corrupted_download_is_deleted_and_said_to_be_corrupted(file_server: Any, path: Path) -> None:
     sha256 = hashlib.sha256(file_server.content).hexdigest()
     file_server.content = file_server.content[:-1] + b"?"
-    with pytest.raises(ModelStoreError, match=f"corrupted: expected a sha256 that starts with {sha256[:8]}, got "):
-        fetch(file_server, path, sha256_prefix=sha256[:8])
+    with pytest.raises(ModelStoreError, match=f"corrupted: expected the sha256 {sha256}, got "):
+        fetch(file_server, path, sha256=sha256)
     assert not path.exists()
 
 
@@ -132,13 +137,108 @@ def test_a_redirect_is_followed_for_the_rest_too(file_server: Any, path: Path) -
 
 def test_the_page_of_a_proxy_is_not_taken_for_the_file(file_server: Any, path: Path) -> None:
     file_server.page = b"<!doctype html><title>Please log in</title>"
-    with pytest.raises(ModelStoreError, match=r"corrupted: .*a web page instead of a file"):
+    with pytest.raises(ModelStoreError, match=r"another file: expected 1,048,576 bytes, got 43, a web page"):
         fetch(file_server, path)
     assert not path.exists()
 
 
 def test_an_unreachable_server_and_a_file_url_are_named(path: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"not complete after 2 tries, the last: .*refused"):
-        download("http://127.0.0.1:1/x", path, sha256_prefix="00", on_progress=lambda present, total: None, tries=2)
+        fetch_from("http://127.0.0.1:1/x", path, Patience(tries=2))
     with pytest.raises(ModelStoreError, match="expected a URL with http:// or https://, got file:///etc/passwd"):
-        download("file:///etc/passwd", path, sha256_prefix="00", on_progress=lambda present, total: None)
+        fetch_from("file:///etc/passwd", path, Patience())
+
+
+def fetch_from(url: str, path: Path, patience: Patience) -> None:
+    """Download a megabyte of zeros, as far as this server has it."""
+    sha256 = hashlib.sha256(bytes(SIZE)).hexdigest()
+    download(url, path, sha256=sha256, size=SIZE, on_progress=lambda present, total: None, patience=patience)
+
+
+@contextmanager
+def evil_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The URL of a server that reads a request and then does what it is told; ends with its last caller."""
+
+    def serve() -> None:
+        with suppress(OSError):  # the listener was closed
+            while True:
+                connection, _ = listener.accept()
+                with connection, suppress(OSError):
+                    connection.recv(65536)
+                    answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/weights.pth"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("head", ["Connection: close", "Transfer-Encoding: chunked"])
+def test_an_endless_body_is_left_at_the_size_of_the_file(head: str, path: Path) -> None:
+    largest = 0
+
+    def answer(connection: socket.socket) -> None:
+        nonlocal largest
+        connection.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
+        while True:
+            block = b"?" * 65536
+            connection.sendall(b"10000\r\n" + block + b"\r\n" if "chunked" in head else block)
+            largest = max(largest, path.stat().st_size if path.exists() else 0)
+
+    with evil_server(answer) as url, pytest.raises(ModelStoreError, match="corrupted: expected the sha256"):
+        fetch_from(url, path, Patience())
+    assert largest <= SIZE
+    assert not path.exists()
+
+
+def test_a_body_that_drips_counts_as_a_broken_connection(path: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {SIZE}\r\n\r\n".encode())
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.01)
+
+    patience = Patience(tries=2, period_seconds=0.05)
+    with (
+        evil_server(answer) as url,
+        pytest.raises(ModelStoreError, match=r"after 2 tries, the last: only \d+ bytes came"),
+    ):
+        fetch_from(url, path, patience)
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1_0", "", "9" * 20, "5"])
+def test_a_length_that_cannot_be_is_no_traceback(length: str, path: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\nx".encode())
+
+    with evil_server(answer) as url, pytest.raises(ModelStoreError, match=r"another file|not complete"):
+        fetch_from(url, path, Patience(tries=1))
+
+
+def test_what_a_server_says_reaches_no_terminal_as_it_came(path: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 404 \x1b[31mred\x1b]0;title\x07" + b"!" * 5000 + b"\r\n\r\n")
+
+    with evil_server(answer) as url, pytest.raises(ModelStoreError, match="refused by the server: 404") as caught:
+        fetch_from(url, path, Patience())
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x", "file:///etc/passwd", "data:,x"])
+def test_redirects_lead_to_the_web_alone(target: str, path: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    with (
+        evil_server(answer) as url,
+        pytest.raises(ModelStoreError, match=r"refused by the server: 302 .*(neither http:// nor https|not allowed)"),
+    ):
+        fetch_from(url, path, Patience())
+
+
+def test_a_full_disk_is_told_from_a_broken_connection() -> None:
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(_WriteError, match="No space left on device"):
+        _write_all(full, b"x")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchvision.models import detection
 
 from service.errors import ModelStoreError
-from service.model_store.importing import ImportedModel, import_checkpoint, import_with_config, read_labels
+from service.model_store.importing import ImportedModel, import_checkpoint
+from service.model_store.labels import read_labels
 from service.model_store.published import published_weights
 from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
 from service.modeling.build import build_model
@@ -135,7 +136,7 @@ def test_missing_labels_are_asked_for_with_their_number(path: Path) -> None:
     ("labels", "problem"),
     [
         (("a", "b"), "wrong class count: the weights know 3 classes, got 2 labels$"),
-        (("background", "a", "b", "c"), "know 3 classes, got 4 labels; leave the background out"),
+        (("all others", "a", "b", "c"), "know 3 classes, got 4 labels; leave the background out"),
         (("a", "b", "b"), "labels: expected every label once, got twice: b"),
     ],
 )
@@ -171,22 +172,22 @@ def test_an_unknown_architecture_is_answered_with_the_known_ones(path: Path) -> 
 
 def test_weights_of_something_else_are_said_to_be_none_of_a_detector(path: Path) -> None:
     torch.save(nn.Linear(1, 1).state_dict(), path)
-    with pytest.raises(ModelStoreError, match="torchvision's or detectron2's layout, got weights named weight, bias"):
+    with pytest.raises(ModelStoreError, match="detectron2's or mmdetection's layout, got weights named weight, bias"):
         import_checkpoint(path, labels=LABELS)
 
 
 @pytest.mark.usefixtures("small_checkpoint")
 def test_a_given_configuration_is_taken_as_it_is(path: Path) -> None:
     config = builder_config("fasterrcnn_mobilenet_v3_large_fpn", LABELS, norm_eps=1e-3)
-    assert import_with_config(path, config).config == config
+    assert import_checkpoint(path, given=config.model_dump()).config == config
     with pytest.raises(ModelStoreError, match="wrong class count: expected weights for 2 labels"):
-        import_with_config(path, builder_config("fasterrcnn_mobilenet_v3_large_fpn", ("a", "b")))
+        import_checkpoint(path, given=builder_config("fasterrcnn_mobilenet_v3_large_fpn", ("a", "b")).model_dump())
 
 
 def test_labels_are_read_one_a_line(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes("\N{BYTE ORDER MARK}red cell\r\n platelet \n\n".encode())
-    assert read_labels(path) == ("red cell", "platelet")
+    assert read_labels(path).fitted(2) == ("red cell", "platelet")
 
 
 def test_torchvisions_own_list_of_categories_is_read_as_its_published_models_have_it(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_torchvisions_own_list_of_categories_is_read_as_its_published_models_hav
     assert len(categories) == 91
     path = tmp_path / "labels.txt"
     path.write_text("\n".join(categories))
-    assert read_labels(path) == published_weights("maskrcnn_resnet50_fpn").labels
+    assert read_labels(path).fitted(90) == published_weights("maskrcnn_resnet50_fpn").labels
 
 
 @pytest.mark.parametrize(

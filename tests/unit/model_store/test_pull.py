@@ -36,7 +36,15 @@ def weights(file_server: Any, build: Callable[..., nn.Module], tmp_path: Path) -
     file_server.content = path.read_bytes()
     sha256 = hashlib.sha256(file_server.content).hexdigest()
     url = f"https://example.org/models/{BUILDER}-{sha256[:8]}.pth"
-    return PublishedWeights(builder=BUILDER, url=url, labels=("a", "b"), norm_eps=0.0, metrics={"box_map": 22.8})
+    return PublishedWeights(
+        builder=BUILDER,
+        url=url,
+        sha256=sha256,
+        size=len(file_server.content),
+        labels=("a", "b"),
+        norm_eps=0.0,
+        metrics={"box_map": 22.8},
+    )
 
 
 def pull(store: ModelStore, weights: PublishedWeights, base_url: str) -> StoredModel:
@@ -53,6 +61,7 @@ def test_published_weights_become_a_model_that_says_where_it_is_from(
     assert (stored.key, model_toml.labels, model_toml.backbone.norm_eps) == ("mine@1", ("a", "b"), 0.0)
     assert model_toml.weights.source == file_server.base_url + weights.file_name
     assert (model_toml.provenance.command, model_toml.provenance.metrics) == ("a command", {"box_map": 22.8})
+    assert weights.sha256 in str(model_toml.provenance.notes)
     assert "COCO" in (stored.path / "README.md").read_text()
     assert stored.load_weights()
     assert [path for path, _ in file_server.asked] == [f"/models/{weights.file_name}"]
@@ -102,7 +111,8 @@ def test_each_published_file_becomes_the_model_of_its_builder(
     expected = published_file(builder, tmp_path / "published.pth")
     file_server.content = (tmp_path / "published.pth").read_bytes()
     sha256 = hashlib.sha256(file_server.content).hexdigest()
-    weights = replace(published_weights(builder), url=f"https://example.org/{builder}_coco-{sha256[:8]}.pth")
+    url = f"https://example.org/{builder}_coco-{sha256[:8]}.pth"
+    weights = replace(published_weights(builder), url=url, sha256=sha256, size=len(file_server.content))
     stored = pull(store, weights, file_server.base_url)
     model_toml = stored.model_toml
     config = builder_config(builder, weights.labels, norm_eps=weights.norm_eps)

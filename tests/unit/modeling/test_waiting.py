@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from service.devices.cpu import CpuDevice
 from service.inference.predictor import _to_host
-from service.modeling import poolers, rpn, transform
+from service.modeling import poolers
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.poolers import RoIPooler
@@ -94,11 +95,10 @@ def as_on_cuda() -> Iterator[None]:
         return multi_scale_roi_align_channels_last(maps, rois_of(boxes), levels, scales, size, 2, False)
 
     with ExitStack() as patches:
-        for module in (transform, rpn, nms, poolers):
-            patches.enter_context(patch.object(module, "runs_ahead", return_value=True))
-        patches.enter_context(patch.object(nms, "_suppress_on_cuda", nms._suppress_on_cpu))
-        patches.enter_context(patch.object(RoIPooler, "_suits_the_cpu_kernel", return_value=False))
-        patches.enter_context(patch.object(RoIPooler, "_pool_on_cuda", pool))
+        patches.enter_context(patch.object(CpuDevice, "runs_ahead", True))
+        patches.enter_context(patch.object(CpuDevice, "kernels", "triton"))
+        patches.enter_context(patch.object(nms, "_suppress", nms._suppress_by_numba))
+        patches.enter_context(patch.object(RoIPooler, "_pool_by_triton", pool))
         yield
 
 
@@ -110,7 +110,7 @@ def test_on_cuda_a_whole_batch_with_masks_waits_three_times(num_images: int) -> 
     images = [torch.randint(0, 256, (60 + index, 90, 3), dtype=torch.uint8) for index in range(num_images)]
 
     def answer() -> list[Detections]:
-        return _to_host(
+        detections, _ = _to_host(
             model.detect(
                 images,
                 [Selection(0.1, 10)] * num_images,
@@ -118,6 +118,7 @@ def test_on_cuda_a_whole_batch_with_masks_waits_three_times(num_images: int) -> 
                 proposals=[None] * num_images,
             )
         )
+        return detections
 
     expected = answer()
     with as_on_cuda(), counted_waits() as waits:

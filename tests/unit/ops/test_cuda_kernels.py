@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 SUPPRESSED_ALIKE = """
 import torch
 from service.ops import _cuda_kernels
-from service.ops.nms import _suppress_on_cpu
+from service.ops.nms import _suppress_by_numba
 
 torch.manual_seed(0)
 corners = torch.rand(60, 2) * 60
@@ -26,7 +26,7 @@ boxes[7] = 0
 starts = torch.tensor([0, 20, 20, 50])  # an empty group, and ten boxes of no group
 _cuda_kernels._BOXES_AT_ONCE = 16
 for iou_thresh in (0.3, 0.5, 0.7):
-    kept, expected = _cuda_kernels.suppress(boxes, starts, iou_thresh), _suppress_on_cpu(boxes, starts, iou_thresh)
+    kept, expected = _cuda_kernels.suppress(boxes, starts, iou_thresh), _suppress_by_numba(boxes, starts, iou_thresh)
     assert 20 < int(expected.sum()) < 50
     assert torch.equal(kept, expected)
 """

@@ -88,6 +88,6 @@ def test_the_way_for_cuda_without_triton_keeps_the_same_boxes() -> None:
     """Run on the CPU: what it does there is the same."""
     boxes, _, _ = some_boxes(300, seed=3)
     starts = torch.tensor([0, 100, 100, 250])  # the last 50 belong to no group
-    expected = nms._suppress_on_cpu(boxes, starts, 0.5)
+    expected = nms._suppress_by_numba(boxes, starts, 0.5)
     assert 0 < int(expected.sum()) < 250
     torch.testing.assert_close(nms._suppress_by_torchvision(boxes, starts, 0.5), expected, rtol=0, atol=0)

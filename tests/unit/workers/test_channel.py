@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 
+import numpy as np
 import orjson
 import pytest
 
 from service.errors import DeadlineExceededError, InferenceError, OverloadedError, ServiceError
-from service.structures import DetectOptions
+from service.structures import DetectOptions, Drawing, Encoded, Form, Json, Pixels, Tensors
 from service.workers.channel import (
     BlockingChannel,
     FrameReader,
     error_from,
     error_to,
+    form_from,
+    form_to,
     options_from,
     options_to,
     pack,
+    source_from,
+    source_to,
 )
 
 
@@ -82,3 +88,21 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
     again = error_from(through_json(error_to(ZeroDivisionError("by zero"))))
     assert type(again) is ServiceError
     assert "ZeroDivisionError" in str(again.__cause__)
+
+
+@pytest.mark.parametrize("form", [Json("rle"), Json(), Drawing("image/jpeg"), Tensors()])
+def test_forms_come_back_as_they_were(form: Form) -> None:
+    assert form_from(through_json(form_to(form))) == form
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (0, 3, 3)])
+def test_sources_come_back_as_they_were(shape: tuple[int, ...]) -> None:
+    header, body = source_to(Encoded(b"a file"))
+    encoded = source_from(through_json(header), body)
+    assert isinstance(encoded, Encoded)
+    assert encoded.data == b"a file"
+    array = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+    header, body = source_to(Pixels(array))
+    pixels = source_from(through_json(header), body)
+    assert isinstance(pixels, Pixels)
+    assert np.array_equal(pixels.array, array)

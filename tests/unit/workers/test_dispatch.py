@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from service.errors import (
+    DeadlineExceededError,
     InvalidImageError,
     OverloadedError,
     PoisonousImageError,
     ServiceError,
 )
-from service.structures import Answer, DetectOptions, Job, Progress
+from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
 from service.workers.channel import Header, error_to
 from service.workers.dispatch import Dispatcher
 from service.workers.handle import WorkerHandle
@@ -38,9 +39,9 @@ class Bench:
         self._submitted += 1
         job = Job(
             model="fake@1",
-            data=data or self._submitted.to_bytes(100, "big"),
+            source=Encoded(data or self._submitted.to_bytes(100, "big")),
             options=DetectOptions(),
-            output="rle",
+            form=Json("rle"),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )
@@ -191,3 +192,74 @@ async def test_job_that_was_accepted_once_and_is_refused_is_sent_again_if_nothin
     worker.fail(0)
     with pytest.raises(InvalidImageError):
         await job
+
+
+async def test_conviction_goes_for_all_copies_of_an_image_and_for_those_that_come_later() -> None:
+    bench = Bench()
+    worker = Scripted(bench)
+    copies = [bench.submit(data=b"bad") for _ in range(4)]
+    await asyncio.sleep(0)
+    deaths = 0
+    while not all(copy.done() for copy in copies):
+        for job in worker.jobs:
+            worker.begin(job)
+        worker.die()
+        deaths += 1
+        worker = Scripted(bench)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert deaths == 3
+    for copy in [*copies, bench.submit(data=b"bad")]:
+        with pytest.raises(PoisonousImageError):
+            await copy
+    assert worker.jobs == []
+
+
+async def test_retry_of_an_image_whose_caller_left_before_its_worker_died_is_tried_alone() -> None:
+    bench = Bench()
+    worker = Scripted(bench)
+    [hanging] = await submitted(bench, data=b"bad")
+    worker.begin(0)
+    await abandon(hanging)
+    [innocent] = await submitted(bench)
+    assert worker.jobs == [0, 1]  # it need not wait for the other one's end
+    worker.die()
+    worker = Scripted(bench)
+    [again] = await submitted(bench, data=b"bad")
+    assert worker.jobs == [1]  # the suspect waits until it can be alone
+    worker.fail(1)
+    assert worker.jobs == [1, 2]
+    await abandon(again)
+    with pytest.raises(InvalidImageError):
+        await innocent
+
+
+async def test_suspect_keeps_its_worker_to_itself_after_its_caller_left_until_the_work_has_ended() -> None:
+    bench = Bench()
+    dying = Scripted(bench)
+    [suspect] = await submitted(bench, data=b"suspect")
+    dying.begin(0)
+    dying.die()
+    worker = Scripted(bench)
+    worker.begin(0)
+    await abandon(suspect)
+    others = await submitted(bench)
+    assert (worker.jobs, worker.cancelled) == ([0], [0])
+    worker.end(0)
+    assert worker.jobs == [0, 1]
+    again = await submitted(bench, data=b"suspect")
+    assert worker.jobs == [0, 1, 2]  # it proved harmless
+    await abandon(*others, *again)
+
+
+async def test_job_whose_error_came_while_a_thread_was_still_at_it_is_still_a_suspect() -> None:
+    bench = Bench()
+    worker = Scripted(bench)
+    [job] = await submitted(bench)
+    worker.begin(0)
+    worker.fail(0, DeadlineExceededError("too late", stage="decode"))
+    with pytest.raises(DeadlineExceededError):
+        await job
+    assert bench.dispatcher.is_at_risk(worker)
+    worker.end(0)
+    assert not bench.dispatcher.is_at_risk(worker)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 
 from service import pipeline
+from service.answers.json import JsonEncoder
 from service.batching.queue import RequestQueue
+from service.devices.cpu import CpuDevice
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
-from service.structures import DetectOptions, Job, Progress
-from service.workers import devices
+from service.structures import DetectOptions, Encoded, Job, Json, Progress
+from service.workers import local as local_module
 from service.workers.local import LocalDetector
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
 
@@ -28,9 +34,9 @@ def ignore(name: Observed, labels: object, value: float) -> None:
 def job(red: int = 100, model: str = "fake@1") -> Job:
     return Job(
         model=model,
-        data=picture(red=red),
+        source=Encoded(picture(red=red)),
         options=DetectOptions(),
-        output="none",
+        form=Json(),
         deadline=time.monotonic() + 60,
         progress=Progress("body"),
     )
@@ -70,16 +76,16 @@ def failure_of(detector: LocalDetector) -> str | None:
 
 
 async def test_failed_batch_is_no_alarm_but_a_device_that_fails_its_probe_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(device: str) -> None:
-        raise RuntimeError(f"{device} has fallen off the bus")
+    def fail(device: CpuDevice) -> None:
+        raise RuntimeError(f"{device.label} has fallen off the bus")
 
+    monkeypatch.setattr(local_module, "device_named", CpuDevice)
     detector = local(FakePredictor(replace(FAKE_INFO, device="cuda:0")))
     await detector.start()
-    monkeypatch.setattr(devices, "probe", lambda device: None)
     with pytest.raises(InferenceError):
         await detector.run(job(POISON))
     assert failure_of(detector) is None
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     with pytest.raises(InferenceError):
         await detector.run(job(POISON))
     assert failure_of(detector) == "the device does not answer any more: cuda:0 has fallen off the bus"
@@ -105,18 +111,18 @@ async def test_device_whose_thread_has_ended_is_noticed_and_gets_no_more_jobs(mo
         await detector.stop()
 
 
-@pytest.mark.parametrize("function", ["decode_image", "encode_json"])
+@pytest.mark.parametrize(("owner", "function"), [(pipeline, "decode_image"), (JsonEncoder, "encode")])
 async def test_thread_that_does_not_come_back_is_a_failure_for_as_long(
-    function: str, monkeypatch: pytest.MonkeyPatch
+    owner: object, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on = threading.Event()
-    original = vars(pipeline)[function]
+    original = getattr(owner, function)
 
     def go_on(*args: object, **options: object) -> object:
         may_go_on.wait()
         return original(*args, **options)
 
-    monkeypatch.setattr(pipeline, function, go_on)
+    monkeypatch.setattr(owner, function, go_on)
     detector = LocalDetector(Settings(device="cpu", probe_timeout_seconds=0.001), load_fakes, ignore)
     await detector.start()
     running = asyncio.create_task(detector.run(job()))
@@ -174,15 +180,99 @@ async def test_model_may_come_while_another_thread_asks_the_devices() -> None:
 async def test_device_that_is_full_is_not_taken_for_dead_though_it_refuses_the_probe_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(device: str) -> None:
-        raise RuntimeError(f"{device} is out of memory")
+    def fail(device: CpuDevice) -> None:
+        raise RuntimeError(f"{device.label} is out of memory")
 
     predictor = FakePredictor()
     predictor.memory_pixels = 1
     detector = local(predictor)
     await detector.start()
-    monkeypatch.setattr(devices, "probe", fail)
+    monkeypatch.setattr(CpuDevice, "probe", fail)
     with pytest.raises(OutOfMemoryError):
         await detector.run(job())
     assert failure_of(detector) is None
+    await detector.stop()
+
+
+class Memory:
+    """What a model holds on its device."""
+
+    held: ClassVar[weakref.WeakSet[Memory]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.held.add(self)
+
+
+class Heavy(FakePredictor):
+    """Holds memory, and fails as it warms up with what a C++ library says."""
+
+    def __init__(self, name: str = "heavy") -> None:
+        super().__init__(replace(FAKE_INFO, name=name))
+        self.memory = Memory()
+
+    def warm_up(self) -> None:
+        held = self.memory
+        raise RuntimeError(f"Exception from src/core.cpp:128:\n{held} cannot be had\n" + "at operator()\n" * 99)
+
+
+def held_memory() -> int:
+    gc.collect()
+    return len(Memory.held)
+
+
+async def test_model_that_fails_as_it_warms_up_is_refused_in_a_line_and_gives_its_memory_back() -> None:
+    def factory(settings: Settings) -> Iterator[FakePredictor]:
+        if settings.models:
+            yield Heavy()
+        else:
+            yield Heavy("first")
+            yield FakePredictor()
+            yield Heavy("last")
+
+    freed: list[int] = []
+    release = CpuDevice.release_memory
+
+    def release_memory(device: CpuDevice) -> None:
+        release(device)
+        freed.append(held_memory())
+
+    detector = LocalDetector(Settings(device="cpu"), factory, ignore)
+    with patch.object(CpuDevice, "release_memory", release_memory):
+        assert [info.key for info in await detector.start()] == ["fake@1"]
+        with pytest.raises(ModelStoreError) as refusal:
+            await detector.load("heavy")
+    assert str(refusal.value) == "heavy@1 does not warm up: Exception from src/core.cpp:128:"
+    assert freed[0] == freed[-1] == 0
+    assert (await detector.run(job())).detections == 1  # the others serve
+    await detector.stop()
+
+
+async def test_unloaded_model_is_gone_before_its_memory_is_given_back() -> None:
+    class Held(FakePredictor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = Memory()
+
+    freed: list[int] = []
+    detector = LocalDetector(Settings(device="cpu"), lambda _: iter([Held()]), ignore)
+    await detector.start()
+    await detector.run(job())
+    assert held_memory() == 1
+    with patch.object(CpuDevice, "release_memory", lambda device: freed.append(held_memory())):
+        await detector.unload("fake@1")
+    assert freed == [0]
+    await detector.stop()
+
+
+async def test_model_that_is_loaded_is_not_loaded_again() -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def factory(settings: Settings) -> Iterator[FakePredictor]:
+        asked.append(settings.models)
+        return load_fakes(settings)
+
+    detector = LocalDetector(Settings(device="cpu"), factory, ignore)
+    await detector.start()
+    assert (await detector.load("fake@1")).key == "fake@1"
+    assert asked == [()]
     await detector.stop()

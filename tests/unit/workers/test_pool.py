@@ -28,7 +28,7 @@ from service.errors import (
 from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
-from service.structures import Answer, DetectOptions, Job, Progress
+from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
 from service.workers import served_models, supervision
 from service.workers.detector import PredictorFactory
 from service.workers.pool import WorkerPool
@@ -78,9 +78,9 @@ class Bench:
     ) -> asyncio.Task[Answer]:
         job = Job(
             model=model,
-            data=data or picture(red=red),
+            source=Encoded(data or picture(red=red)),
             options=DetectOptions(score_thresh=0),
-            output="rle",
+            form=Json("rle"),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )

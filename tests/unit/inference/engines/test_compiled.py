@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.choosing import prepare_caches
+from service.inference.engines.compiled import CompiledNetwork
 from service.inference.engines.folding import fold
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
@@ -53,7 +59,7 @@ def plain() -> Predictor:
 def predictor_on(backend: Backend) -> Predictor:
     model = network()
     fold(model)
-    model.parts = compiled_parts(model, backend=backend)
+    model.parts = CompiledNetwork(model, backend=backend).parts()
     info = replace(evaluation_info(CONFIG), engine="compiled")
     return Predictor(model, info=info, device=torch.device("cpu"))
 
@@ -87,3 +93,41 @@ def test_what_fits_no_compiled_code_runs_without() -> None:
         (found,), (expected,) = answers(predictor, [query]), answers(plain(), [query])
         assert_same(found, expected, scale=3000 / 192)
     assert backend.compiled == compiled
+
+
+def test_more_networks_than_dynamo_compiles_of_one_function_are_compiled_each() -> None:
+    """It compiles the same code a bounded number of times; a network needs two of them for its trunk."""
+    backend = Backend()
+    model = network()
+    fold(model)
+    networks = [CompiledNetwork(model, backend=backend) for _ in range(4)]
+    for number, one in enumerate(networks, start=1):
+        with torch._dynamo.config.patch(recompile_limit=2), torch.inference_mode():
+            one.parts().trunk(torch.zeros(1, 3, 128, 192))
+            one.parts().trunk(torch.zeros(2, 3, 128, 192))
+        assert one.uncompiled == ["box head", "mask head"]
+        assert backend.compiled == 2 * number
+    gone = weakref.ref(networks[2])
+    del one, networks
+    gc.collect()
+    assert gone() is None
+
+
+def test_network_that_goes_is_not_kept_by_what_was_compiled_for_it() -> None:
+    predictor = predictor_on(Backend())
+    predictor.warm_up()
+    weights = weakref.ref(predictor._model.roi_heads.box_predictor.cls_score.weight)
+    del predictor
+    gc.collect()
+    assert weights() is None
+
+
+def test_what_is_compiled_is_kept_where_the_engines_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen/by/the/user")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    prepare_caches(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/chosen/by/the/user"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from service.devices import device_named
 from service.errors import ServiceError
 from service.inference.engines.choosing import put_engine
 from service.inference.predictor import Predictor
@@ -23,7 +24,8 @@ FAMILY = "fpn with masks"
 
 
 def put(model: Any, engine: str, *, cache_dir: Path | None = None) -> str:
-    return put_engine(model, engine=engine, device=CPU, precision="float32", key=FAMILY, cache_dir=cache_dir)
+    device = device_named("cpu")
+    return put_engine(model, engine=engine, device=device, precision="float32", key=FAMILY, cache_dir=cache_dir).engine
 
 
 def test_r_cnn_is_run_by_eager_where_the_engine_is_left_open_and_refused_to_others() -> None:

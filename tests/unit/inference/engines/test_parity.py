@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from service.devices import device_named
 from service.errors import ServiceError
 from service.inference.engines.choosing import put_engine
-from service.inference.engines.compiled import compiled_parts
+from service.inference.engines.compiled import CompiledNetwork
 from service.inference.engines.folding import fold
 from service.inference.predictor import Predictor
 from service.structures import Detections, DetectOptions, Query
@@ -43,11 +44,11 @@ def run_by(engine: str, family: str, cache_dir: Path) -> Predictor:
         pytest.importorskip("openvino")
     if engine == "compiled":  # without code generation, for which there is no time: what is tested is the wiring
         fold(model)
-        model.parts = compiled_parts(model, backend="eager")
+        model.parts = CompiledNetwork(model, backend="eager").parts()
     else:
-        device = torch.device("cpu")
+        device = device_named("cpu")
         used = put_engine(model, engine=engine, device=device, precision="float32", key=family, cache_dir=cache_dir)
-        assert used == engine
+        assert used.engine == engine
     return Predictor(model, info=evaluation_info(config_of(family)), device=torch.device("cpu"))
 
 
@@ -171,7 +172,7 @@ def test_bfloat16_needs_a_processor_that_has_it(capabilities: list[str], tmp_pat
         if "BF16" in capabilities:
             assert put("openvino", precision="bfloat16", cache_dir=tmp_path) == "openvino"
         else:
-            with pytest.raises(ServiceError, match="bfloat16 on processors that have it"):
+            with pytest.raises(ServiceError, match="native bfloat16"):
                 put("openvino", precision="bfloat16")
             assert put("auto", precision="bfloat16") == "eager"
 
@@ -185,8 +186,8 @@ def put(engine: str, *, precision: str = "float32", cache_dir: Path | None = Non
     return put_engine(
         network("fpn with masks"),
         engine=engine,
-        device=torch.device("cpu"),
+        device=device_named("cpu"),
         precision=precision,
         key="a network",
         cache_dir=cache_dir,
-    )
+    ).engine

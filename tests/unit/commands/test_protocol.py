@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.commands._server import _LEAST_READ_BYTES, _READER_PERIOD_SECONDS, BoundedProtocol
+from service.commands._protocol import _LEAST_READ_BYTES, _READER_PERIOD_SECONDS, BoundedProtocol
 
 
 class Loop:
@@ -83,7 +84,7 @@ def exchange() -> Iterator[Exchange]:
     with left, right:
         transport: Any = Transport(left)
         protocol.connection_made(transport)
-        protocol._head_is_here()
+        protocol._stop_awaiting_head()
         yield protocol, transport, loop
 
 
@@ -117,3 +118,16 @@ def test_rest_of_an_answer_does_not_keep_a_closed_connection_for_ever(exchange: 
     assert transport.is_closed
     loop.let_pass(_READER_PERIOD_SECONDS)
     assert transport.is_aborted
+
+
+def test_what_is_overridden_and_used_of_uvicorn_is_there(exchange: Exchange) -> None:
+    """Uvicorn promises none of it, so a new version may take it away without an error."""
+    overridden = {name for name in vars(BoundedProtocol) if not name.startswith("_")}
+    assert "on_headers_complete" in overridden
+    assert overridden <= set(dir(HttpToolsProtocol))
+    protocol, _, _ = exchange
+    protocol.on_message_begin()
+    used = {"_unset_keepalive_if_required", "parser", "pipeline", "cycle", "flow", "headers", "url", "server_state"}
+    assert used <= set(dir(protocol))
+    code = RequestResponseCycle.__init__.__code__
+    assert {"more_body", "response_complete", "response_started", "disconnected", "message_event"} <= set(code.co_names)

@@ -1,0 +1,127 @@
+"""A GPU as a `Device`, by CUDA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.backends import cuda, cudnn
+
+from service.devices.device import Clock, Device, Kernels
+from service.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+
+class CudaDevice(Device):
+    """One GPU."""
+
+    runs_ahead = True
+    fastest_engine = "compiled"
+    half_precision = "float16"
+    precisions = ("float32", "tf32", "float16", "bfloat16")
+    out_of_memory_words = (
+        "out of memory",  # "CUDA error: ", "Triton Error [CUDA]: ", and the driver's own
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS allocates its workspace when it is first used
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory",  # pinned memory and answers are the host's
+        "bad_alloc",
+    )
+
+    @contextmanager
+    def use(self, precision: str = "float32") -> Iterator[None]:
+        """See `Device`. Triton launches on the thread's current device, whatever its arguments lie on.
+
+        PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa for 23, unless it is told not to. What
+        it is told holds for the whole process, so it is told again for each batch.
+        """
+        allowed = cudnn.allow_tf32, cuda.matmul.allow_tf32
+        try:
+            cudnn.allow_tf32 = cuda.matmul.allow_tf32 = precision == "tf32"
+            with torch.cuda.device(self.torch_device):
+                yield
+        finally:
+            cudnn.allow_tf32, cuda.matmul.allow_tf32 = allowed
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """See `Device`: from pinned memory, which the GPU reads by itself."""
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    @cached_property
+    def kernels(self) -> Kernels | None:
+        """See `Device`: Triton's, if it can compile one here and launch it, for which it needs a C compiler."""
+        try:
+            with self.use():
+                _launch_probe(self.torch_device)
+        except Exception as error:  # Many kinds, by what is missing.
+            fields = {"device": self.label, "reason": first_line(error)}
+            logger.warning("Triton does not work: PyTorch's kernels, which are slower", extra={"fields": fields})
+            return None
+        return "triton"
+
+    def clock(self) -> Clock:
+        """See `Device`."""
+        return _EventClock()
+
+    def probe(self) -> None:
+        """See `Device`."""
+        with self.use():
+            torch.zeros(1, device=self.torch_device).add_(1).item()
+
+    def memory(self) -> Mapping[str, float]:
+        """See `Device`."""
+        return {
+            "allocated": torch.cuda.memory_allocated(self.torch_device),
+            "reserved": torch.cuda.memory_reserved(self.torch_device),
+            "total": torch.cuda.get_device_properties(self.torch_device).total_memory,
+        }
+
+    def release_memory(self) -> None:
+        """See `Device`; what PyTorch's allocator keeps for later goes back to the GPU too."""
+        super().release_memory()
+        if torch.cuda.is_initialized():
+            with self.use():
+                torch.cuda.empty_cache()
+
+
+def _launch_probe(device: torch.device) -> None:
+    """Compile a kernel, launch it, and look at what it did.
+
+    Raises:
+        Exception: of whatever is missing.
+    """
+    # Imported here: Triton comes with PyTorch for CUDA on Linux only.
+    from service.devices import _triton_probe
+
+    values = torch.zeros(2, device=device)
+    _triton_probe.add_one[(2,)](values)
+    if values.tolist() != [1.0, 1.0]:
+        raise RuntimeError(f"expected a kernel to make [1, 1], got {values.tolist()}")
+
+
+class _EventClock:
+    """Takes the GPU's own time between the first and the last piece of work of a stage, and waits for nothing."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """See `Clock`."""
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        yield
+        ended.record()
+        self._spans.append((name, began, ended))
+
+    def seconds(self) -> Mapping[str, float]:
+        """See `Clock`. The copy of the results to the host came behind all events, so they are over."""
+        sums: dict[str, float] = {}
+        for name, began, ended in self._spans:
+            sums[name] = sums.get(name, 0.0) + began.elapsed_time(ended) / 1000
+        return sums

@@ -1,0 +1,112 @@
+"""A network in half precision: its weights are cast once, its parts take and give what lies between them, and a number
+that does not fit the format is noticed. Boxes are decoded in float32 as ever.
+
+Shapes: see `service/modeling/parts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from service.errors import ModelStoreError
+from service.modeling.generalized_rcnn import GeneralizedRCNN
+from service.modeling.parts import Parts, TrunkOutput
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class PrecisionError(ModelStoreError):
+    """A network's weights are too large for a number format."""
+
+
+class HalfNetwork:
+    """Casts a network's weights in place. Its `parts` are put behind `wrapped`, whichever engine runs them.
+
+    Args:
+        model: in evaluation mode, folded.
+        precision: one of `DTYPES`.
+
+    Raises:
+        PrecisionError: a weight is too large for the format.
+    """
+
+    def __init__(self, model: GeneralizedRCNN, precision: str) -> None:
+        self._model = model
+        self._dtype = DTYPES[precision]
+        self._checks: list[Tensor] = []
+        self._twin: GeneralizedRCNN | None = None
+        # Not the transform, which scales pixels in float32.
+        for module in (model.backbone, model.rpn, model.roi_heads):
+            _cast(module, self._dtype)
+        too_large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+        if too_large:
+            raise PrecisionError(f"the weights of {too_large[0]} do not fit {precision}")
+
+    def wrapped(self, parts: Parts) -> Parts:
+        """These parts with inputs cast to half precision, and outputs that are checked on the device."""
+        mask_head = parts.mask_head
+
+        def run_trunk(batch: Tensor) -> TrunkOutput:
+            output = parts.trunk(batch.to(self._dtype))
+            self._check(output.objectness, output.deltas)
+            return output
+
+        def run_backbone(batch: Tensor) -> Mapping[str, Tensor]:
+            return parts.backbone(batch.to(self._dtype))
+
+        def run_box_head(pooled: Tensor) -> tuple[Tensor, Tensor]:
+            class_logits, box_regression = parts.box_head(pooled.to(self._dtype))
+            self._check(class_logits, box_regression)
+            return class_logits, box_regression
+
+        def run_mask_head(pooled: Tensor, labels: Tensor) -> Tensor:
+            assert mask_head is not None
+            logits = mask_head(pooled.to(self._dtype), labels)
+            self._check(logits)
+            return logits
+
+        return Parts(
+            trunk=run_trunk,
+            backbone=run_backbone,
+            box_head=run_box_head,
+            mask_head=None if mask_head is None else run_mask_head,
+        )
+
+    def take_check(self) -> Tensor:
+        """() float32 on the device: 1 if all outputs since the last call were finite, else 0. Waits for nothing.
+
+        A number that overflows on the way becomes infinite or NaN, and so does what is computed of it: the next layers'
+        sums, and in the end an output.
+        """
+        checks, self._checks = self._checks, []
+        return torch.stack(checks).all().float()
+
+    def in_float32(self) -> GeneralizedRCNN:
+        """The same network in float32, with the weights as they were rounded; made when it is first asked for, kept."""
+        if self._twin is None:
+            parts, self._model.parts = self._model.parts, None
+            try:
+                self._twin = deepcopy(self._model).float()
+            finally:
+                self._model.parts = parts
+        return self._twin
+
+    def _check(self, *outputs: Tensor) -> None:
+        self._checks += [one.isfinite().all() for one in outputs]
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights. Norms that no convolution took up keep theirs: variances need float32's range."""
+    for child in module.modules():
+        if isinstance(child, _BatchNorm):
+            continue
+        for parameter in child.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(child, name, buffer.to(dtype))

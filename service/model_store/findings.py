@@ -1,0 +1,151 @@
+"""What a checkpoint tells of its network, and what it leaves open: the tables of a `model.toml` as far as names, shapes
+and buffers say them, each with where it is from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.errors import ModelStoreError
+from service.model_store.model_toml import validated
+from service.modeling.config import ModelConfig
+
+Tables = dict[str, Any]
+"""A document of `model.toml`: its tables by name, and `architecture` and `labels` beside them."""
+
+WEIGHTS = "the weights"
+FILE = "the file"
+
+# What no weight tells and what decides the answers, in the order in which it is shown.
+SHOWN = (
+    "backbone.name",
+    "backbone.norm",
+    "backbone.norm_eps",
+    "backbone.stride_in_1x1",
+    "backbone.extra_blocks",
+    "backbone.features_stop",
+    "transform.channels",
+    "transform.min_size",
+    "transform.max_size",
+    "transform.mean",
+    "transform.std",
+    "anchors.sizes",
+    "anchors.aspect_ratios",
+    "anchors.style",
+    "rpn.pre_nms_top_n_test",
+    "rpn.post_nms_top_n_test",
+    "rpn.nms_thresh",
+    "rpn.score_thresh",
+    "roi.op",
+    "roi.sampling_ratio",
+    "roi.aligned",
+    "roi.box_output_size",
+    "roi.mask_output_size",
+    "roi.box_weights",
+    "detections.score_thresh",
+    "detections.nms_thresh",
+    "detections.detections_per_img",
+)
+
+
+@dataclass(slots=True)
+class Findings:
+    """The network of a checkpoint.
+
+    Attributes:
+        family: whose code wrote it: `torchvision`, `detectron2` or `mmdetection`.
+        tables: what is known or assumed of the network.
+        told: the keys of `tables`, as `backbone.name`, that the file tells, and by what; all others are assumed.
+        doubts: the keys that nothing sensible can be assumed for, and the question that they leave.
+        notes: what else the owner should know.
+    """
+
+    family: str = "torchvision"
+    tables: Tables = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
+    doubts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tell(self, table: str, source: str, **values: Any) -> None:
+        """Put in what is known for sure."""
+        self.assume(table, **values)
+        self.told |= {f"{table}.{key}": source for key in values}
+
+    def assume(self, table: str, **values: Any) -> None:
+        """Put in what is usual where nothing else is known."""
+        self.tables.setdefault(table, {}).update(values)
+
+    def doubt(self, question: str, *keys: str) -> None:
+        """Ask for keys."""
+        self.doubts |= dict.fromkeys(keys, question)
+
+    def get(self, key: str) -> Any:
+        """The value of `table.key`, None where there is none."""
+        table, _, name = key.partition(".")
+        return self.tables.get(table, {}).get(name)
+
+    def answered(self, given: Mapping[str, Any]) -> ModelConfig:
+        """The whole network, with what the owner gives instead of what is assumed.
+
+        Args:
+            given: a document of `model.toml`, or a part of one.
+
+        Raises:
+            ModelStoreError: it is not valid, or leaves a doubt.
+        """
+        written = {f"{table}.{key}" for table, values in given.items() if isinstance(values, Mapping) for key in values}
+        open_questions = {question for key, question in self.doubts.items() if key not in written}
+        if open_questions:
+            raise ModelStoreError("\n  ".join(["the weights leave open:", *sorted(open_questions)]))
+        merged = {**self.tables, **{key: value for key, value in given.items() if not isinstance(value, Mapping)}}
+        for table, values in given.items():
+            if isinstance(values, Mapping):
+                merged[table] = {**self.tables.get(table, {}), **values}
+        return validated("the network", merged, ModelConfig)
+
+    def rows(self, config: ModelConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """The settings that decide what the network answers: key, value, and where it is from.
+
+        Args:
+            given: as in `answered`.
+        """
+        for key in SHOWN:
+            table, _, name = key.partition(".")
+            if not _matters(config, table, name):
+                continue
+            value = getattr(getattr(config, table), name)
+            if value is None:
+                continue
+            usual = self.told.get(key, f"assumed: {_USUAL[self.family]}")
+            yield key, _shown(value), "given" if name in given.get(table, {}) else usual
+
+
+def _matters(config: ModelConfig, table: str, name: str) -> bool:
+    """Whether the network has what a setting is about."""
+    match name:
+        case "mask_output_size":
+            return config.has_masks
+        case "stride_in_1x1":
+            return config.backbone.has_bottlenecks
+        case "extra_blocks":
+            return config.backbone.has_pyramid
+        case "norm" | "norm_eps":
+            return config.backbone.name != "vgg16"
+        case _:
+            return table not in ("anchors", "rpn") or config.has_rpn
+
+
+_USUAL = {
+    "torchvision": "torchvision's default",
+    "detectron2": "detectron2's model zoo",
+    "mmdetection": "mmdetection's base configuration",
+    "given": "the default of model.toml",
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_shown(item) for item in value)}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
