@@ -31,7 +31,7 @@ ADMIN = {"X-API-Key": "root"}
 
 @pytest.fixture
 def live() -> Iterator[Live]:
-    with running_workers(admin_keys="root") as live:
+    with running_workers(admin_keys="root", request_timeout_ms=300_000) as live:
         live.client.headers.update(ADMIN)
         live.wait_until_ready()
         yield live
