@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -103,8 +104,10 @@ def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequen
 
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
+    batch_id = uuid.uuid4().hex
     with ExitStack() as at_risk:
         for work in batch:
+            work.progress.batch_id = batch_id
             work.progress.enter("inference")
             at_risk.enter_context(work.progress.at_risk("inference"))
         predictions = predictor.predict([work.query for work in batch])
@@ -215,7 +218,9 @@ class Pipeline:
             self._observe("stage_duration", (stage, job.model), job.progress.stage_seconds[stage])
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
-        return Answer(image.size, image.orientation_applied, found, prediction.batch_size, encoded)
+        return Answer(
+            image.size, image.orientation_applied, found, prediction.batch_size, encoded, job.progress.batch_id
+        )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
         """As `run`, but for the encoding: the decoded image and what was found in it."""
@@ -240,7 +245,12 @@ class Pipeline:
     def _decode(self, job: Job, holding: PixelHolding) -> Image:
         with job.progress.at_risk("decode"):
             if isinstance(job.source, Encoded):
-                return decode_image(job.source.data, limits=self._image_limits, before_decoding=holding.take)
+                return decode_image(
+                    job.source.data,
+                    limits=self._image_limits,
+                    before_decoding=holding.take,
+                    should_stop=lambda: holding.is_over,
+                )
             height, width = job.source.array.shape[:2]
             self._image_limits.check((height, width))
             holding.take(height * width)

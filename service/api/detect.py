@@ -20,11 +20,11 @@ from service.api.openapi import PICTURE_SCHEMA, describe_answer, describe_errors
 from service.api.options import (
     AnnotateParameters,
     DetectParameters,
-    Wish,
+    ResolvedOptions,
     merge_options,
     read_proposals,
     refuse_repeated_options,
-    understand,
+    resolve_options,
 )
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
@@ -49,14 +49,15 @@ class _Order(Generic[P]):
     images: Sequence[bytes]
     parameters: P
     info: ModelInfo
-    wish: Wish
+    resolved: ResolvedOptions
     deadline: float
+    caller: str | None
 
     def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
             model=self.info.key,
             source=Encoded(image),
-            options=self.wish.options,
+            options=self.resolved.options,
             form=form,
             deadline=self.deadline,
             progress=progress,
@@ -64,7 +65,12 @@ class _Order(Generic[P]):
         )
 
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
-        return detections_document(self.info, answer, progress, roi_op=self.wish.options.roi_op)
+        return detections_document(self.info, answer, progress, roi_op=self.resolved.options.roi_op)
+
+    def charge(self, state: ApiState, answer: Answer) -> None:
+        """Count the pixels of an image for the quota of the caller's key."""
+        height, width = answer.image_size
+        state.quotas.charge(self.caller, pixels=height * width)
 
     def only_image(self) -> bytes:
         if not self.images:
@@ -79,6 +85,7 @@ class _Order(Generic[P]):
 async def _read_order(request: Request, state: ApiState, record: RequestRecord, query: P) -> _Order[P]:
     settings = state.settings
     state.lifecycle.require_serving()
+    state.quotas.require(record.caller)
     try:
         upload = await read_upload(
             request,
@@ -89,6 +96,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     except CancelledRequestError:
         state.metrics.cancelled.labels(record.progress.stage).inc()
         raise
+    state.quotas.charge(record.caller, images=len(upload.images))
     parameters = merge_options(query, upload)
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
@@ -97,8 +105,8 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     record.notes["model"] = info.key
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
-    wish = understand(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, wish, deadline)
+    resolved = resolve_options(parameters, info, read_proposals(upload))
+    return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
 
 
 @router.post(
@@ -116,8 +124,10 @@ async def detect(
     Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, Json(order.wish.mask_format))
+    job = order.job(order.only_image(), record.progress, Json(order.resolved.mask_format))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
+    record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
@@ -136,7 +146,7 @@ async def detect_batch(
     All of them share the request's one deadline (`timeout_ms`).
     """
     order = await _read_order(request, state, record, query)
-    if order.wish.options.proposals is not None:
+    if order.resolved.options.proposals is not None:
         raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")
     if not order.images:
         raise InvalidRequestError("expected multipart fields 'image', got none")
@@ -159,10 +169,11 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
     progress = Progress("decode")
     try:
-        answer = await state.admission.run(order.job(image, progress, Json(order.wish.mask_format), is_bulk=True))
+        answer = await state.admission.run(order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True))
     except ServiceError as error:
         report(error, state.metrics)
         return {"error": problem(error)}
+    order.charge(state, answer)
     return order.describe(answer, progress)
 
 
@@ -180,4 +191,5 @@ async def annotate(
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
     job = order.job(order.only_image(), record.progress, Drawing(picture_type))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)

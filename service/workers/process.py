@@ -150,6 +150,7 @@ class _Worker:
             "orientation_applied": answer.orientation_applied,
             "detections": answer.detections,
             "batch_size": answer.batch_size,
+            "batch_id": answer.batch_id,
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
