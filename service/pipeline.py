@@ -245,7 +245,12 @@ class Pipeline:
     def _decode(self, job: Job, holding: PixelHolding) -> Image:
         with job.progress.at_risk("decode"):
             if isinstance(job.source, Encoded):
-                return decode_image(job.source.data, limits=self._image_limits, before_decoding=holding.take)
+                return decode_image(
+                    job.source.data,
+                    limits=self._image_limits,
+                    before_decoding=holding.take,
+                    should_stop=lambda: holding.is_over,
+                )
             height, width = job.source.array.shape[:2]
             self._image_limits.check((height, width))
             holding.take(height * width)
