@@ -28,6 +28,7 @@ Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels, the las
 _MASK_OPACITY = 0.4
 _OUTLINE_OPACITY = 0.9
 _SHADOW_OPACITY = 0.4
+_SHADOW = (np.arange(256) * (1 - _SHADOW_OPACITY)).astype(np.uint8)
 # Of the boxes of all masks together. Better scores come first; what is left has an outline of its box instead.
 MAX_MASK_PIXELS = 150_000_000
 # Above this share of the picture, captions would hide more than they tell.
@@ -182,7 +183,8 @@ def _draw_box(canvas: UInt8Array, box: Rectangle, colour: Colour, line_width: in
     if min(region.shape[:2]) > 2 * line_width:
         inner = region[line_width:-line_width, line_width:-line_width]
         for edge in _edges(inner, line_width):
-            edge[:] = edge * (1 - _SHADOW_OPACITY)
+            if edge.size:
+                edge[:] = cv2.LUT(edge, _SHADOW)
     for edge in _edges(region, line_width):
         edge[:] = colour
 
