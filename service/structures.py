@@ -245,6 +245,7 @@ class Progress:
     """Where a request is, and how long each earlier stage took. The rooms move it on, whoever reports reads it.
 
     Attributes:
+        batch_id: names the batch that the image was in last.
         stage: the one it is in.
         stage_seconds: by name, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
@@ -253,6 +254,7 @@ class Progress:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.stage_seconds: dict[str, float] = {}
+        self.batch_id = ""
         self.started_at = self._entered_at = time.monotonic()
 
     def enter(self, stage: str) -> None:
@@ -373,6 +375,7 @@ class Answer:
         detections: how many there are.
         batch_size: how many images shared the batch.
         encoded: the detections in the form that the job asked for.
+        batch_id: names the batch.
     """
 
     image_size: tuple[int, int]
@@ -380,3 +383,4 @@ class Answer:
     detections: int
     batch_size: int
     encoded: bytes
+    batch_id: str = ""

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from service.errors import InvalidImageError, OutOfMemoryError, TooLargeError, UnsupportedImageError
 from service.imaging import decode
 from service.imaging.decode import ImageLimits, decode_image
-from service.imaging.pixels import to_rgb
+from service.imaging.pixels import rgb_pixels
 from service.structures import UInt8Array
 
 HOSTILE = Path(__file__).parents[4] / "shared" / "hostile"
@@ -212,7 +212,7 @@ def hostile_files() -> list[dict[str, object]]:
 
 def reference_pixels(data: bytes) -> UInt8Array:
     with PIL.Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(to_rgb(PIL.ImageOps.exif_transpose(picture)))
+        return rgb_pixels(PIL.ImageOps.exif_transpose(picture))
 
 
 @pytest.mark.timeout(60)
