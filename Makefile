@@ -7,6 +7,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP_FLAGS ?= --quiet
 DEV_STAMP := $(VENV)/.installed-dev
 PYTHON ?= python3 python3.13 python3.12 python3.11
 
@@ -31,12 +32,13 @@ $(BIN)/python:
 
 # Made again only when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into $(VENV); the first time this downloads about 3 GB, PyTorch with CUDA for the most part"
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,timm]'
+	@echo "Installing into $(VENV); the first time this downloads about 3 GB, PyTorch with CUDA for the most part,"
+	@echo "and says nothing for some minutes (make setup PIP_FLAGS= shows pip at work)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,timm]'
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,ray,timm]'
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,ray,timm]'
 	@touch $@
 
 # A flag only where one was asked for, so that ROISERVE_HOST and the like count.

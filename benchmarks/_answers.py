@@ -17,10 +17,10 @@ from pycocotools import mask as coco
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.transforms.functional import to_tensor
 
+from service.answers import encode
 from service.imaging.decode import ImageLimits, decode_image
 from service.inference.predictor import Predictor
-from service.pipeline import encode_json
-from service.structures import Image, Prediction, Query
+from service.structures import Image, Json, Prediction, Query
 
 LIMITS = ImageLimits(max_image_pixels=50_000_000)
 
@@ -44,7 +44,7 @@ class OurService:
         clock.lap("inference")
         answers = []
         for image, prediction in zip(images, predictions, strict=True):
-            found = encode_json(image, prediction.detections, self._predictor.info, "rle")
+            found = encode(Json("rle"), image, prediction.detections, self._predictor.info)
             clock.lap("encode")
             answers.append(self._document(image, prediction, found, clock.milliseconds))
         return answers

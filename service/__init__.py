@@ -13,8 +13,9 @@ service/
 ├── workers/            device workers: processes that run models, supervised, and what is said between them
 ├── pipeline.py         one request: decode, submit, encode
 ├── api/                HTTP and JSON only: one file per resource, schemas, the error table, the web page
+├── answers/            detections to the bytes of an answer, one file a form
 ├── imaging/            bytes to pixels; pixels to a picture with the detections drawn
-├── masks/              small mask and box to RLE or polygons, never a full-size canvas per object
+├── masks/              small mask and box to RLE, polygons or PNG, never a full-size canvas per object
 ├── batching/           a function from n items to n results: queue and batcher
 ├── inference/          one loaded model on one device: predictor, engines, warm-up
 ├── model_store/        read, check and write model folders
@@ -24,17 +25,20 @@ service/
 ├── training/           dataset, targets, loop, evaluation
 ├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
+├── tracing.py          the traces of requests
 ├── logs.py             events with keys, one line a request
 ├── settings.py         every setting: environment variable, flag and help in one
 ├── cores.py            how many CPU cores may be used
 ├── jit.py              numeric loops to machine code, kept on disk
 ├── structures.py       the nouns that travel between rooms
+├── tasks.py            several coroutines at a time
 └── errors.py           the error tree
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
-    cli → commands → cluster → app | training → api → workers → pipeline → batching | imaging | masks | inference
-    → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores | errors
+    cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
+    | inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load | devices
+    → cores | errors | tasks
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

@@ -19,13 +19,16 @@ from prometheus_client import CollectorRegistry
 from service.api import detect, docs, health, metrics, models
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
+from service.api.management import management_server
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
+from service.api.quotas import Quotas
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
 from service.batching.held_bytes import HeldBytes
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracer
 from service.workers.detector import Admission, Detector, PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD, stored_predictors
@@ -65,6 +68,8 @@ def create_app(
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
+        quotas=Quotas(settings),
+        tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint, version=version("roiserve")),
     )
     measures.ready.set_function(lambda: state.is_ready)
     measures.queue_limit_images.set(settings.max_queue_size)
@@ -72,12 +77,15 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_get_ready(state, app.openapi))
-        yield
-        loading.cancel()
-        with suppress(asyncio.CancelledError):
-            await loading
-        await runs_models.stop()
+        async with management_server(state):
+            loading = asyncio.create_task(_get_ready(state, app.openapi))
+            yield
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+            await runs_models.stop()
+        if state.tracer is not None:
+            await asyncio.to_thread(state.tracer.stop)
 
     app = FastAPI(
         title="RoIServe",
@@ -91,10 +99,14 @@ def create_app(
     )
     app.state.api = state
     app.add_middleware(RequestMiddleware, state=state)
-    routers = [resource.router for resource in (detect, models, health, metrics, docs)]
+    resources = [detect, models, health, metrics, docs]
+    if settings.admin_port is not None:
+        resources = [detect, models, docs]
+    routers = [resource.router for resource in resources]
     for router in routers:
         app.include_router(router)
-    paths = [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    paths = [route.path for route in routes if "{" not in route.path]
     add_error_handlers(app, measures, paths=list(dict.fromkeys(paths)))
     describe_app(app)
     return app

@@ -6,10 +6,12 @@
     - UnsupportedImageError   not an image format that we read
     - InvalidImageError       the right format, but the bytes do not decode
     - TooLargeError           more bytes or pixels than the settings allow
+    - AnswerTooLargeError     masks in a form that would take more bytes than the settings allow
     - PoisonousImageError     an image that twice stopped the process that worked on it
     - ModelNotFoundError      no model of that name or version
     - ModelNeededError        a model that must not go
   - OverloadedError           the queue is full; try again later
+    - QuotaError              this caller's key has used up its share
   - NotReadyError             loading, draining, or the model is not loaded
   - DeadlineExceededError     no answer within the request's time
   - CancelledRequestError     the caller has gone; nobody waits for the answer
@@ -52,6 +54,12 @@ class TooLargeError(InvalidRequestError):
     code = "too_large"
 
 
+class AnswerTooLargeError(InvalidRequestError):
+    """What was found would take more bytes than the settings allow in the form that was asked for."""
+
+    code = "answer_too_large"
+
+
 class PoisonousImageError(InvalidRequestError):
     """The process that worked on this image, and on nothing else, died; twice."""
 
@@ -82,6 +90,12 @@ class OverloadedError(ServiceError):
     def __init__(self, message: str, *, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class QuotaError(OverloadedError):
+    """This caller's key has used up its share; others have not."""
+
+    code = "quota_exceeded"
 
 
 class NotReadyError(ServiceError):

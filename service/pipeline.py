@@ -1,5 +1,5 @@
-"""One request: decode, submit, encode. Called by `workers` with a job; knows threads, the batcher and the deadline, but
-neither HTTP nor networks: whatever runs a model is a `Predictor` to it.
+"""One request: decode, submit, encode. Knows threads, the batcher and the deadline, but neither HTTP nor networks:
+whatever runs a model is a `Predictor` to it.
 
 Sizes are (height, width) in pixels, times are in seconds of `time.monotonic`.
 """
@@ -8,50 +8,42 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
-import numpy as np
-import orjson
-
+from service.answers import encoder_for
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels, PixelHolding
 from service.batching.queue import Priority
-from service.errors import DeadlineExceededError, NotReadyError, OutOfMemoryError
+from service.errors import AnswerTooLargeError, DeadlineExceededError, NotReadyError, OutOfMemoryError
 from service.imaging.decode import ImageLimits, decode_image
-from service.imaging.overlay import draw_detections, encode_picture
-from service.masks.png import encode_crops, encode_png
-from service.masks.polygons import encode_polygons
-from service.masks.rle import encode_rle
 from service.metrics import Observe
 from service.structures import (
     Answer,
     Detections,
+    Encoded,
     Image,
     Job,
-    MaskFormat,
+    Json,
     ModelInfo,
-    PictureType,
     Prediction,
     Progress,
     Query,
 )
+from service.tasks import all_of
 
 T = TypeVar("T")
 
-# To encode a mask takes time in proportion to the sides of its box: this is some 2 ms, far above what a thread costs.
-_SIDES_PER_PART_PIXELS = 20_000
-_MOST_PARTS = 4
-
-MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
-    "rle": encode_rle,
-    "polygons": encode_polygons,
-    "png": encode_png,
-    "crop": encode_crops,
-}
+# Parts of one answer that are encoded, or wait for a thread, at a time: the rest of the threads' queue is for others.
+_PARTS_AT_A_TIME = 4
+# How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
+_MATES_SECONDS = 0.1
 
 
 class Predictor(Protocol):
@@ -85,9 +77,9 @@ class Work:
 
 
 @dataclass(slots=True, eq=False)
-class Errand:
-    """Something else to be done on the batcher's thread, such as a warm-up: never beside a batch, for much of what runs
-    networks bears one thread only.
+class ThreadTask:
+    """Something else to be done on the batcher's thread, such as a warm-up. It never runs beside a batch: much of what
+    runs networks is safe on one thread only.
 
     Attributes:
         error: what the function raised.
@@ -104,19 +96,21 @@ class Errand:
             self.error = error
 
 
-def run_batch(batch: Sequence[Work | Errand], *, observe: Observe) -> Sequence[Prediction | None]:
-    """The batcher's function: answer works of one model together, or run errands. Runs on the batcher's thread."""
-    for errand in batch:
-        if isinstance(errand, Errand):
-            errand.run()
+def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequence[Prediction | None]:
+    """The batcher's function: answer works of one model together, or run tasks. Runs on the batcher's thread."""
+    for task in batch:
+        if isinstance(task, ThreadTask):
+            task.run()
     works = [work for work in batch if isinstance(work, Work)]
     return _predict(works, observe) if works else [None] * len(batch)
 
 
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
+    batch_id = uuid.uuid4().hex
     with ExitStack() as at_risk:
         for work in batch:
+            work.progress.batch_id = batch_id
             work.progress.enter("inference")
             at_risk.enter_context(work.progress.at_risk("inference"))
         predictions = predictor.predict([work.query for work in batch])
@@ -130,44 +124,40 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     return predictions
 
 
-def release_memory(batch: Sequence[Work | Errand]) -> None:
+def release_memory(batch: Sequence[Work | ThreadTask]) -> None:
     """The batcher's function after a lack of memory for these works."""
     if isinstance(batch[0], Work):
         batch[0].predictor.release_memory()
 
 
-def encode_json(image: Image, detections: Detections, info: ModelInfo, mask_format: MaskFormat) -> bytes:
-    """The detections as the JSON array that the answer to a request holds; see `api/schemas.py`."""
-    labels = detections.labels.tolist()
-    found: list[dict[str, Any]] = [
-        {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
-        for box, label_id, score in zip(detections.boxes, labels, detections.scores, strict=True)
-    ]
-    if mask_format != "none" and detections.masks is not None:
-        masks = MASK_ENCODERS[mask_format](detections.masks, detections.boxes, image.size)
-        for detection, mask in zip(found, masks, strict=True):
-            detection["mask"] = mask
-    return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+class Plan(Protocol):
+    """How one image becomes several entries of the batcher, such as tiles, and their predictions become one."""
+
+    def split(self, image: Image) -> Sequence[Query]:
+        """What to ask the model; at least one query."""
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        """One prediction in the frame of the image, from one for each query, in order."""
 
 
-def parts_of(detections: Detections) -> list[Detections]:
-    """Split what takes long to encode, in order, so that several threads can share it."""
-    if detections.masks is None:
-        return [detections]
-    boxes = detections.boxes
-    number = min(max(1, int((boxes[:, 2:] - boxes[:, :2]).sum()) // _SIDES_PER_PART_PIXELS), _MOST_PARTS)
-    fields = (boxes, detections.labels, detections.scores, detections.masks)
-    return [Detections(*part) for part in zip(*(np.array_split(field, number) for field in fields), strict=True)]
+@dataclass(frozen=True, slots=True, eq=False)
+class WholeImage:
+    """The plan of most jobs: one query for the whole image."""
 
+    job: Job
 
-def encode_drawing(image: Image, detections: Detections, info: ModelInfo, picture_type: PictureType) -> bytes:
-    """The image with the detections drawn into it."""
-    drawn = draw_detections(image, detections, info.labels)
-    return encode_picture(drawn, "png" if picture_type == "image/png" else "jpeg")
+    def split(self, image: Image) -> Sequence[Query]:
+        """The image as it is."""
+        return [Query(image, self.job.options)]
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        """The only prediction."""
+        [prediction] = predictions
+        return prediction
 
 
 class Pipeline:
-    """The way of every request through the rooms, for all models of a device.
+    """Takes every job from its source to its answer, for all models of a device.
 
     Args:
         batcher: runs `run_batch`.
@@ -177,12 +167,14 @@ class Pipeline:
         predictors: the loaded models by their keys; looked up anew for each job.
         observe: takes the times of the stages and the numbers of detections.
         batch_policy: which images may share a batch, see `Settings`.
+        max_answer_bytes: largest answer in JSON, see `Settings`.
+        plan_for: chooses how a job's image is cut.
     """
 
     def __init__(
         self,
         *,
-        batcher: Batcher[Work | Errand, Prediction | None],
+        batcher: Batcher[Work | ThreadTask, Prediction | None],
         decoders: Executor,
         encoders: Executor,
         image_limits: ImageLimits,
@@ -190,6 +182,8 @@ class Pipeline:
         predictors: Mapping[str, Predictor],
         observe: Observe,
         batch_policy: Literal["exact", "padded"] = "exact",
+        max_answer_bytes: int = 64 * 1024 * 1024,
+        plan_for: Callable[[Job], Plan] = WholeImage,
     ) -> None:
         self._batcher = batcher
         self._decoders = decoders
@@ -199,7 +193,10 @@ class Pipeline:
         self._predictors = predictors
         self._observe = observe
         self._batch_policy = batch_policy
+        self._max_answer_bytes = max_answer_bytes
+        self._plan_for = plan_for
         self._submitted: set[Work] = set()
+        self._decoding: Counter[bool] = Counter()  # images, by whether they are bulk
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """Of each image that waits for the device on behalf of one model, its pixels, resized and padded."""
@@ -219,13 +216,15 @@ class Pipeline:
         with self._held_pixels.hold(resting=job.progress.resting) as holding:
             image, prediction = await self._detect(job, holding)
             job.progress.enter("encode")
-            encoded = await self._encode(job, image, prediction.detections)
+            encoded = await self._encode(job, image, prediction.detections, holding)
         job.progress.enter("respond")
         for stage in ("decode", "queue", "encode"):
             self._observe("stage_duration", (stage, job.model), job.progress.stage_seconds[stage])
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
-        return Answer(image.size, image.orientation_applied, found, prediction.batch_size, encoded)
+        return Answer(
+            image.size, image.orientation_applied, found, prediction.batch_size, encoded, job.progress.batch_id
+        )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
         """As `run`, but for the encoding: the decoded image and what was found in it."""
@@ -235,9 +234,15 @@ class Pipeline:
     async def _detect(self, job: Job, holding: PixelHolding) -> tuple[Image, Prediction]:
         predictor = self._predictor(job.model)
         job.progress.enter("decode")
-        image = await self._in_thread(self._decoders, job, self._decode, job, holding)
+        self._decoding[job.is_bulk] += 1
+        try:
+            image = await self._in_thread(self._decoders, job, self._decode, job, holding)
+        finally:
+            self._decoding[job.is_bulk] -= 1
         job.progress.enter("queue")
-        return image, await self._submit(job, predictor, image)
+        plan = self._plan_for(job)
+        submit = partial(self._submit, job, predictor)
+        return image, plan.merge(image, await all_of(submit, plan.split(image)))
 
     def _predictor(self, model_key: str) -> Predictor:
         predictor = self._predictors.get(model_key)
@@ -247,61 +252,87 @@ class Pipeline:
 
     def _decode(self, job: Job, holding: PixelHolding) -> Image:
         with job.progress.at_risk("decode"):
-            return decode_image(job.data, limits=self._image_limits, before_decoding=holding.take)
+            if isinstance(job.source, Encoded):
+                return decode_image(
+                    job.source.data,
+                    limits=self._image_limits,
+                    before_decoding=holding.take,
+                    should_stop=lambda: holding.is_over,
+                )
+            height, width = job.source.array.shape[:2]
+            self._image_limits.check((height, width))
+            holding.take(height * width)
+            return Image(job.source.array)
 
-    async def _encode(self, job: Job, image: Image, detections: Detections) -> bytes:
-        if job.output == "image/png" or job.output == "image/jpeg":
-            return await self._in_thread(self._encoders, job, self._encode_part, job, image, detections)
-        parts = await asyncio.gather(
-            *(
-                self._in_thread(self._encoders, job, self._encode_part, job, image, part)
-                for part in parts_of(detections)
-            )
-        )
-        # Each is a JSON array.
-        return b"[" + b",".join(part[1:-1] for part in parts) + b"]"
-
-    def _encode_part(self, job: Job, image: Image, detections: Detections) -> bytes:
+    async def _encode(self, job: Job, image: Image, detections: Detections, holding: PixelHolding) -> bytes:
+        encoder = encoder_for(job.form)
+        if isinstance(job.form, Json):
+            self._check_size(job.form, image, detections, encoder.least_bytes(image.size, detections))
         info = self._predictor(job.model).info
-        try:
-            with job.progress.at_risk("encode"):
-                if job.output == "image/png" or job.output == "image/jpeg":
-                    return encode_drawing(image, detections, info, job.output)
-                return encode_json(image, detections, info, job.output)
-        except MemoryError:
-            raise OutOfMemoryError(f"not enough memory to encode the answer as {job.output}") from None
+        size = 0
 
-    async def _submit(self, job: Job, predictor: Predictor, image: Image) -> Prediction:
-        padded_size = predictor.group_key(image.size)
+        def encode(part: Detections) -> bytes:
+            try:
+                with job.progress.at_risk("encode"):
+                    return encoder.encode(image, part, info, should_stop=lambda: holding.is_over)
+            except MemoryError:
+                raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None
+
+        async def encode_in_thread(part: Detections) -> bytes:
+            nonlocal size
+            encoded = await self._in_thread(self._encoders, job, encode, part)
+            size += len(encoded)
+            if isinstance(job.form, Json):
+                self._check_size(job.form, image, detections, size)
+            return encoded
+
+        parts = await all_of(encode_in_thread, encoder.split(detections), at_a_time=_PARTS_AT_A_TIME)
+        return encoder.join(parts)
+
+    def _check_size(self, form: Json, image: Image, detections: Detections, size: int) -> None:
+        """Refuse an answer of which it is known that it has more than so many bytes."""
+        if size > self._max_answer_bytes:
+            smaller = {"png": "masks=crop or masks=rle", "polygons": "masks=rle or masks=crop"}.get(
+                form.masks, "masks=none"
+            )
+            raise AnswerTooLargeError(
+                f"the answer, {len(detections)} detections with masks={form.masks} in {image.width} x {image.height} "
+                f"pixels, would have more than {self._max_answer_bytes} bytes; ask for {smaller}, or for fewer "
+                "detections with max_detections or score_thresh"
+            )
+
+    async def _submit(self, job: Job, predictor: Predictor, query: Query) -> Prediction:
+        padded_size = predictor.group_key(query.image.size)
         padded_pixels = padded_size[0] * padded_size[1]
-        work = Work(predictor, Query(image, job.options), padded_pixels, job.progress)
+        work = Work(predictor, query, padded_pixels, job.progress)
         job.progress.queued(padded_pixels)
         self._submitted.add(work)
         try:
             answer = await self._batcher.submit(
                 work,
-                group=(job.model, job.options.roi_op, padded_size if self._batch_policy == "exact" else None),
+                group=(job.model, query.options.roi_op, padded_size if self._batch_policy == "exact" else None),
                 cost=padded_pixels,
                 shape=padded_size,
                 deadline=job.deadline,
                 priority=Priority.BULK if job.is_bulk else Priority.INTERACTIVE,
+                mates_seconds=_MATES_SECONDS if job.is_bulk and self._decoding[True] > 0 else 0.0,
             )
         finally:
             self._submitted.remove(work)
         assert answer.result is not None
         return answer.result
 
-    async def run_errand(self, function: Callable[[], object]) -> None:
+    async def run_on_device_thread(self, function: Callable[[], object]) -> None:
         """Call a function on the batcher's thread, when its turn comes; raises what it raises.
 
         Raises:
             OverloadedError: the queue is full.
             NotReadyError: the batcher is stopping.
         """
-        errand = Errand(function)
-        await self._batcher.submit(errand, group=errand, cost=1)
-        if errand.error is not None:
-            raise errand.error
+        task = ThreadTask(function)
+        await self._batcher.submit(task, group=task, cost=1)
+        if task.error is not None:
+            raise task.error
 
     async def _in_thread(self, threads: Executor, job: Job, function: Callable[..., T], *args: object) -> T:
         """Call a function in a thread for as long as the caller waits. One that has begun runs on, in vain."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -70,23 +70,23 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=256,
-        description="Processes that run models; unset takes one a GPU, or one on the CPU. 0 runs them in the process "
-        "that serves HTTP, for debugging.",
+        description="Number of processes that run models; unset takes one per GPU, or one on the CPU. 0 runs them in "
+        "the process that serves HTTP, for debugging.",
     )
     probe_timeout_seconds: float = Field(
         60.0,
         gt=0,
         le=3600,
-        description="How long a worker may give no sign of progress, in seconds, before it is replaced; above the time "
-        "of the slowest batch.",
+        description="How long a worker may show no sign of progress before it is replaced, in seconds; must exceed "
+        "the time of the slowest batch.",
     )
 
-    max_batch_size: int = Field(8, ge=1, le=1024, description="Most images that share a batch.")
+    max_batch_size: int = Field(8, ge=1, le=1024, description="Maximum number of images in a batch.")
     max_batch_pixels: int = Field(
         8 * 1344 * 1344,
         ge=1,
-        description="Most pixels that share a batch, after resizing and padding; an image above it runs alone. "
-        "Lower it when the device runs out of memory.",
+        description="Maximum number of pixels in a batch, after resizing and padding; a larger image runs alone. "
+        "Lower it if the device runs out of memory.",
     )
     max_batch_wait_ms: float = Field(
         0.0,
@@ -96,51 +96,68 @@ class Settings(BaseSettings):
     )
     batch_policy: Literal["exact", "padded"] = Field(
         "exact",
-        description="Which images may share a batch: exact, those of one padded size, so that no answer depends on it; "
-        "padded, all, padded to the largest as long as half of the batch is pixels of theirs.",
+        description="Which images may share a batch. exact: those of the same padded size, so that no answer depends "
+        "on the others. padded: all, padded to the largest, as long as at least half of the batch is image and not "
+        "padding.",
     )
     max_queue_size: int = Field(
-        64, ge=1, le=100_000, description="Most images waiting for the device; one more is refused with 429."
+        64,
+        ge=1,
+        le=100_000,
+        description="Maximum number of images waiting for the device; further requests are refused with 429.",
     )
     max_queue_pixels: int = Field(
         64 * 1344 * 1344,
         ge=1,
-        description="Most pixels waiting for the device, after resizing and padding; more are refused with 429.",
+        description="Maximum number of pixels waiting for the device, after resizing and padding; further requests "
+        "are refused with 429.",
     )
 
     allow_roi_op_override: bool = Field(
         False,
-        description="Whether a request may name another RoI operator than its model's (true or false), for comparison.",
+        description="Whether a request may choose another RoI operator than its model's, for comparison: true or "
+        "false.",
     )
 
     request_timeout_ms: int = Field(
         30_000,
         ge=1,
         le=3_600_000,
-        description="Longest time for one request, in milliseconds; callers may ask for less.",
+        description="Time limit of a request, in milliseconds; a caller may ask for less.",
     )
     body_timeout_seconds: float = Field(
         30.0,
         gt=0,
         le=3600,
-        description="Longest time for a request's body to arrive, in seconds; slower callers are cut off.",
+        description="Time limit for a request's body to arrive, in seconds; slower callers are cut off.",
     )
     max_body_bytes: int = Field(
-        32 * 1024 * 1024, ge=1, description="Largest request body, in bytes; more is refused with 413."
+        32 * 1024 * 1024,
+        ge=1,
+        description="Maximum size of a request body, in bytes; a larger one is refused with 413.",
     )
     max_held_bytes: int = Field(
         256 * 1024 * 1024,
         ge=1,
-        description="Most bytes of request bodies held at a time, all requests together; more is refused with 429.",
+        description="Maximum size of all request bodies held at one time, in bytes; further requests are refused with "
+        "429.",
     )
     max_held_pixels: int = Field(
         200_000_000,
         ge=1,
-        description="Most pixels of decoded images that a worker holds at a time, 3 bytes each, and several times "
-        "that while some are decoded; who comes then waits.",
+        description="Maximum number of decoded pixels that a worker holds, at 3 bytes each; decoding takes several "
+        "times that for a moment. Further images wait before they are decoded.",
     )
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="Largest image, in pixels, known from its header; more is refused with 413."
+        50_000_000,
+        ge=1,
+        description="Maximum size of an image, in pixels, as its header states it; a larger one is refused with 413.",
+    )
+    max_answer_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=1,
+        description="Largest JSON of what was found, in bytes, for all images of a request together; more is refused "
+        "with 422 before it is encoded, or when that much has been.",
     )
     decode_threads: int = Field(
         default_factory=lambda: min(8, available_cores()),
@@ -173,14 +190,37 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         le=600,
-        description="After SIGTERM, how long to serve on while /readyz says no, in seconds: load balancers notice.",
+        description="How long to go on serving after SIGTERM while /readyz already says no, in seconds, so that load "
+        "balancers notice.",
     )
     drain_timeout_seconds: float = Field(
-        30.0, ge=0, le=3600, description="After that, how long accepted requests may take to finish, in seconds."
+        30.0, ge=0, le=3600, description="How long accepted requests may take to finish after that, in seconds."
     )
-    log_format: Literal["text", "json"] = Field("text", description="Form of the log lines: text or json.")
+    max_images_per_minute: float | None = Field(
+        None, gt=0, description="Most images that each API key may send in a minute; more get a 429. Unset: no limit."
+    )
+    max_pixels_per_minute: float | None = Field(
+        None,
+        gt=0,
+        description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
+        "Unset: no limit.",
+    )
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port for /metrics, /healthz and /readyz, which are then not on the other one; unset keeps all "
+        "on one.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where spans of requests and batches go, by OTLP over HTTP, such as "
+        "http://collector:4318/v1/traces; unset records none. Needs the extra otel.",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Format of the log lines: text or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severity that is logged: debug, info, warning or error."
+        "info", description="Minimum severity to log: debug, info, warning or error."
     )
 
     @classmethod
@@ -206,7 +246,7 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
-    def _split_keys(cls, value: str | Sequence[str], info: ValidationInfo) -> Sequence[str]:
+    def _split_keys(cls, value: str | Sequence[str]) -> Sequence[str]:
         """A variable that is set but holds no key is a mistake, which must not open the service to everyone."""
         if not isinstance(value, str):
             return value

@@ -7,10 +7,10 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,12 @@ UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
 PictureType = Literal["image/png", "image/jpeg"]
+DrawnPart = Literal["boxes", "masks", "labels", "scores"]
+ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
+
+# Roughly, for photographs as JPEG; and what networks resize large images to.
+_PIXELS_PER_BYTE = 8
+_MOST_LIKELY_PIXELS = 1344 * 1344
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +100,14 @@ class Detections:
         labels: (D,) int64 class ids, 1-based; 0, the background, never occurs.
         scores: (D,) float32, 0 to 1.
         masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked.
+        extras: what else there is to say of each detection, by name: (D, ...) arrays.
     """
 
     boxes: Float32Array
     labels: Int64Array
     scores: Float32Array
     masks: Float32Array | None = None
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
@@ -110,9 +118,28 @@ class Detections:
             )
         if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) != n):
             raise ValueError(f"expected masks ({n}, M, M), got {self.masks.shape}")
+        for name, values in self.extras.items():
+            if len(values) != n or name in ("boxes", "labels", "scores", "masks"):
+                raise ValueError(f"expected extras of a name of their own and of length {n}, got {name} {values.shape}")
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __getitem__(self, which: slice | Int64Array) -> Detections:
+        """Some of the detections: every array cut alike."""
+        return Detections.of({name: values[which] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All there is, by name: the attributes of the class, `masks` if there are any, and the extras."""
+        masks = {} if self.masks is None else {"masks": self.masks}
+        return {"boxes": self.boxes, "labels": self.labels, "scores": self.scores, **masks, **self.extras}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Detections:
+        """The inverse of `arrays`."""
+        own = {"boxes", "labels", "scores", "masks"}
+        extras = {name: values for name, values in arrays.items() if name not in own}
+        return cls(arrays["boxes"], arrays["labels"], arrays["scores"], arrays.get("masks"), extras)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,6 +247,7 @@ class Progress:
     """Where a request is, and how long each earlier stage took. The rooms move it on, whoever reports reads it.
 
     Attributes:
+        batch_id: names the batch that the image was in last.
         stage: the one it is in.
         stage_seconds: by name, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
@@ -228,6 +256,7 @@ class Progress:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.stage_seconds: dict[str, float] = {}
+        self.batch_id = ""
         self.started_at = self._entered_at = time.monotonic()
 
     def enter(self, stage: str) -> None:
@@ -268,25 +297,81 @@ class Progress:
         """One thread more, or one less, works on the request. Only a worker process reports it."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """An image as the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """An image whose sender has decoded it.
+
+    Attributes:
+        array: (H, W, 3) uint8 RGB, C-contiguous.
+    """
+
+    array: UInt8Array
+
+
+Source = Encoded | Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Json:
+    """An answer as our JSON, its masks in one of several forms."""
+
+    masks: MaskFormat = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """An answer as the image with the detections drawn into it.
+
+    Attributes:
+        type: of the picture.
+        parts: what to draw; None leaves it to the drawing, see `imaging/overlay.py`.
+    """
+
+    type: PictureType = "image/png"
+    parts: Sequence[DrawnPart] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """An answer as named arrays, see `answers/tensors.py`."""
+
+
+Form = Json | Drawing | Tensors
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Job:
-    """One encoded image, what to find in it, and what to make of it.
+    """One image, what to find in it, and what to make of it.
 
     Attributes:
         model: the key of a loaded model, name@version.
-        data: the encoded image.
-        output: the form of the masks in the JSON of the detections, or the type of the picture to draw them into.
+        source: the image as it came.
+        form: what the answer is to look like.
         deadline: when the caller will no longer wait, in seconds of `time.monotonic`.
         is_bulk: whether it is one of many that may take their time.
     """
 
     model: str
-    data: bytes
+    source: Source
     options: DetectOptions
-    output: MaskFormat | PictureType
+    form: Form
     deadline: float
     progress: Progress
     is_bulk: bool = False
+
+    @property
+    def likely_pixels(self) -> int:
+        """About how many the network will see: a guess from what can be known without decoding."""
+        if isinstance(self.source, Pixels):
+            return min(max(1, self.source.array.size // 3), _MOST_LIKELY_PIXELS)
+        return min(max(1, _PIXELS_PER_BYTE * len(self.source.data)), _MOST_LIKELY_PIXELS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -297,7 +382,8 @@ class Answer:
         image_size: of the upright image, the frame of the boxes.
         detections: how many there are.
         batch_size: how many images shared the batch.
-        encoded: the JSON of the detections, or the picture.
+        encoded: the detections in the form that the job asked for.
+        batch_id: names the batch.
     """
 
     image_size: tuple[int, int]
@@ -305,3 +391,4 @@ class Answer:
     detections: int
     batch_size: int
     encoded: bytes
+    batch_id: str = ""

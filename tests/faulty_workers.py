@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 from service import pipeline
+from service.answers.json import JsonEncoder
 from service.devices.cpu import CpuDevice
 from service.errors import InvalidRequestError, ModelStoreError
+from service.imaging import decode
 from service.imaging.decode import decode_image
 from service.settings import Settings
 from service.structures import Image
@@ -22,6 +25,8 @@ from tests.fakes import FakePredictor, load_fakes
 
 # A picture whose top left pixel has this red value makes a stage fail, if a factory says so.
 FATAL = 21
+# What follows the end of a picture that is fatal before its pixels are known.
+DEADLY_TAIL = b"DEADLY"
 # A model of this name is loaded when there is a file `go` in the folder of the model store, and one of that name never.
 GATED, ENDLESS = "gated", "endless"
 
@@ -48,11 +53,14 @@ class Lost(CpuDevice):
 
 
 class OnGpus:
-    """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models."""
+    """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models, or
+    say that it cannot.
+    """
 
-    def __init__(self, gpus: int, *, dead: str | None = None) -> None:
+    def __init__(self, gpus: int, *, dead: str | None = None, refusing: str | None = None) -> None:
         self.gpus = gpus
         self.dead = dead
+        self.refusing = refusing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,7 +70,16 @@ class OnGpus:
     def __call__(self, settings: Settings) -> Iterator[FakePredictor]:
         if settings.device == self.dead:
             die()
+        if self.refusing is not None and settings.device.startswith(self.refusing):
+            raise ModelStoreError(f"no kernel image for {settings.device}")
         return load_fakes(settings)
+
+
+def die_while_starting(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that dies before it has any models, while there is a file `die` in the folder of the model store."""
+    if (settings.model_store / "die").exists():
+        die()
+    return load_fakes(settings)
 
 
 def die_when_asked(settings: Settings) -> Iterator[FakePredictor]:
@@ -83,6 +100,19 @@ def die_in_decode(settings: Settings) -> Iterator[FakePredictor]:
     return load_fakes(settings)
 
 
+def die_in_header(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that dies of pictures with a deadly tail while it reads their headers."""
+    read = vars(decode)["read_container"]
+
+    def read_or_die(data: bytes, *args: Any) -> Any:
+        if data.endswith(DEADLY_TAIL):
+            die()
+        return read(data, *args)
+
+    vars(decode).update(read_container=read_or_die)
+    return load_fakes(settings)
+
+
 def hang_in_decode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose decoder never comes to an end with fatal pictures."""
     _harm_decoder(hang)
@@ -91,14 +121,14 @@ def hang_in_decode(settings: Settings) -> Iterator[FakePredictor]:
 
 def die_in_encode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose encoder dies of what was found in fatal pictures."""
-    encode = pipeline.encode_json
+    encode = JsonEncoder.encode
 
-    def encode_or_die(image: Image, *args: Any) -> bytes:
+    def encode_or_die(encoder: JsonEncoder, image: Image, *args: Any, **options: Any) -> bytes:
         if image.pixels[0, 0, 0] == FATAL:
             die()
-        return encode(image, *args)
+        return encode(encoder, image, *args, **options)
 
-    vars(pipeline).update(encode_json=encode_or_die)
+    patch.object(JsonEncoder, "encode", encode_or_die).start()
     return load_fakes(settings)
 
 

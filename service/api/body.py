@@ -1,33 +1,30 @@
-"""Reading uploads: a raw image, a multipart form or JSON with base64, into bytes and options. Called by the routes that
-take images. The byte limits, of one body and of all requests together, hold while a body streams in, so that too much
-is never held; so does a time limit.
+"""Reading uploads: a raw image, a multipart form or JSON with base64, into bytes and options. The byte limits, of one
+body and of all requests together, hold while a body streams in, so that no more is ever held; so does a time limit.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
 import reprlib
-from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-import orjson
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from service.api.errors import SlowBodyError
+from service.api.errors import SlowBodyError, UnsupportedMediaTypeError
+from service.api.json_body import parse_json
 from service.api.multipart import FormReader
 from service.batching.held_bytes import Holding
-from service.errors import CancelledRequestError, InvalidRequestError, TooLargeError, UnsupportedImageError
+from service.errors import CancelledRequestError, InvalidRequestError, ServiceError, TooLargeError
+from service.imaging.formats import sniff_format
 
 _ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
-# Longer than any key that means something: such a text stands where a value is.
-_LONGER_THAN_KEYS = 1000
+_FORM, _JSON = "multipart/form-data", "application/json"
+# Larger JSON is parsed in a thread; a smaller one is parsed sooner than a thread begins.
+_QUICK_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,36 +46,88 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
     """Read a request's body, whichever of the three kinds it is.
 
     Args:
+        timeout_seconds: for the body to arrive; what is done with it then does not count.
         holding: the request's account of bytes; grows as the body arrives.
 
     Raises:
-        UnsupportedImageError: none of the three kinds; the message lists them.
+        UnsupportedMediaTypeError: none of the three kinds; the message says what it looks like.
         TooLargeError: over the limit; nothing beyond it was held.
         OverloadedError: all requests together would hold too much.
         SlowBodyError: it took too long.
         InvalidRequestError: empty, or not the form or JSON that it says it is.
         CancelledRequestError: the caller went away.
     """
-    if encoding := request.headers.get("content-encoding"):
-        raise UnsupportedImageError(f"expected a body without Content-Encoding, got {encoding!r}")
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    _refuse_encodings(request.headers)
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
     _refuse_declared_length(request.headers, max_body_bytes, holding)
     try:
         async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes, holding)) as stream:
-            if content_type == "multipart/form-data":
-                return await _read_form(request.headers["content-type"], stream)
-            if content_type == "application/json":
-                # In a thread: tens of megabytes of text would hold up the event loop.
-                return await asyncio.to_thread(_parse_json, await _read_all(stream))
-            if content_type.startswith("image/") or content_type in ("", "application/octet-stream"):
-                return Upload([await _read_all(stream)])
+            if kind == _FORM:
+                return await _read_form(content_type, stream)
+            data = await _read_all(stream)
     except TimeoutError:
         raise SlowBodyError(f"the body was not complete after {timeout_seconds:g} seconds") from None
     except ClientDisconnect:
         raise CancelledRequestError("the caller went away while sending the body") from None
-    raise UnsupportedImageError(
-        f"expected {_ACCEPTED}, got Content-Type {content_type!r} (curl: add -H 'Content-Type: image/jpeg')"
-    )
+    if not _is_json(kind, data):
+        return Upload([data])
+    image, fields = parse_json(data) if len(data) <= _QUICK_BYTES else await asyncio.to_thread(parse_json, data)
+    return Upload([image], json=fields)
+
+
+def _refuse_encodings(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedMediaTypeError(f"expected a body without Content-Encoding, got {reprlib.repr(encoding)}")
+    if len(headers.getlist("content-type")) > 1:
+        raise InvalidRequestError("the header Content-Type is there twice; expected it once")
+
+
+def _is_json(kind: str, data: bytes) -> bool:
+    """Whether a body is JSON; else it is an image, or may be one, which its bytes tell later.
+
+    Raises:
+        UnsupportedMediaTypeError: it is neither.
+    """
+    image_format = _format_of(data)
+    if kind == _JSON or kind.endswith("+json"):
+        if image_format is not None:
+            raise UnsupportedMediaTypeError(
+                f"the body is a {image_format} image and no JSON; send it as Content-Type: application/octet-stream"
+            )
+        return True
+    if image_format is not None:
+        return False
+    beginning = data[:300].lstrip()
+    if beginning.startswith(b"--") and b"content-disposition" in beginning.lower():
+        raise UnsupportedMediaTypeError(
+            f"the body is a multipart form, but its Content-Type is {reprlib.repr(kind)}; let the library that writes "
+            "the form set the header"
+        )
+    if kind.startswith("image/"):
+        return False
+    # What curl -d and a browser's fetch send as text or as a form of another kind. No image begins so.
+    if beginning.startswith(b"{"):
+        return True
+    if kind in ("", "application/octet-stream"):
+        return False
+    raise UnsupportedMediaTypeError(f"expected {_ACCEPTED}, got Content-Type {reprlib.repr(kind)}{_advice(beginning)}")
+
+
+def _advice(beginning: bytes) -> str:
+    if beginning.startswith((b"http://", b"https://")):
+        return " and an address; addresses are not fetched, send the image itself"
+    if beginning.startswith(b"image="):
+        return " and a field 'image'; curl sends a file with -F image=@photo.jpg"
+    return " and bytes that are neither an image that we read nor JSON (curl: -F image=@photo.jpg sends a file)"
+
+
+def _format_of(data: bytes) -> str | None:
+    try:
+        return sniff_format(data[:32])
+    except ServiceError:
+        return None
 
 
 def _refuse_declared_length(headers: Headers, max_body_bytes: int, holding: Holding) -> None:
@@ -122,39 +171,3 @@ async def _read_form(content_type: str, stream: AsyncGenerator[bytes, None]) -> 
         [bytes(part.data) for part in parts if part.is_file],
         form=[(part.name, part.text) for part in parts if not part.is_file],
     )
-
-
-def _parse_json(data: bytes) -> Upload:
-    try:
-        fields = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-        raise InvalidRequestError('expected a JSON object with the image in base64: {"image": "...", ...}')
-    _refuse_repeated_keys(data, fields["image"])
-    try:
-        image = base64.b64decode(fields.pop("image"), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequestError(f"'image' is not base64 (standard alphabet, no line breaks): {error}") from None
-    return Upload([image], json=fields)
-
-
-def _refuse_repeated_keys(data: bytes, image: str) -> None:
-    """Which of two equal keys a caller means, nobody knows; orjson would keep the last.
-
-    Args:
-        data: JSON that orjson has read.
-        image: its longest text, which is left out of the second reading: that takes far longer than the first.
-    """
-    if len(image) > _LONGER_THAN_KEYS:
-        data = data.replace(image.encode(), b"", 1)
-    try:
-        json.loads(data.decode(), object_pairs_hook=_refuse_repetition)
-    except RecursionError:
-        raise InvalidRequestError("the JSON is nested too deeply") from None
-
-
-def _refuse_repetition(pairs: Sequence[tuple[str, object]]) -> None:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise InvalidRequestError(f"the JSON has the key {reprlib.repr(key)} {count} times; expected each once")

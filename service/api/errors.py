@@ -8,6 +8,7 @@ import logging
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any
 
@@ -219,13 +220,20 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
             response.headers["Allow"] = allowed
             return response
         if error.status_code == HTTPStatus.NOT_FOUND:
-            known = ", ".join(paths)
-            return answer(request, RouteNotFoundError(f"nothing at {request.url.path}; there are: {known}"))
+            return answer(request, RouteNotFoundError(_describe_missing(request.url.path, paths)))
         return answer(request, ServiceError(str(error.detail)))
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+
+
+def _describe_missing(path: str, known: Sequence[str]) -> str:
+    """What to say of a path where nothing is: the one that was probably meant, or all of them."""
+    shown = path if len(path) <= 100 else f"{path[:100]}…"
+    if similar := get_close_matches(path[:100].rstrip("/").lower(), known, n=1, cutoff=0.8):
+        return f"nothing at {shown}; did you mean {similar[0]}?"
+    return f"nothing at {shown}; there are: {', '.join(known)}"
 
 
 def describe_option_errors(errors: Sequence[Mapping[str, Any]]) -> str:

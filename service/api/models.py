@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
+from pydantic import BeforeValidator
 
 from service.api.auth import require_admin_key, require_key
 from service.api.openapi import describe_answer, describe_errors
+from service.api.options import only_options, refuse_underscores
 from service.api.schemas import ModelDescription, ModelList, json_response, model_document
 from service.api.state import State
 
@@ -37,13 +39,17 @@ async def show_model(name: str, state: State) -> Response:
 
 @router.post(
     "/{name}/load",
-    dependencies=[Depends(require_admin_key)],
+    dependencies=[Depends(require_admin_key), Depends(only_options("version"))],
     responses=describe_answer(ModelDescription) | describe_errors(404, 409, 422, 429),
 )
 async def load_model(
     name: str,
     state: State,
-    version: Annotated[int | None, Query(ge=1, description="Unset, the highest in the store.")] = None,
+    version: Annotated[
+        int | None,
+        BeforeValidator(refuse_underscores),
+        Query(ge=1, le=10**9, description="Unset, the highest in the store."),
+    ] = None,
 ) -> Response:
     """Load a model of the store, by name or name@version, beside those that serve, and let it take the place of what
     has its name.
@@ -58,7 +64,7 @@ async def load_model(
 
 @router.post(
     "/{name}/unload",
-    dependencies=[Depends(require_admin_key)],
+    dependencies=[Depends(require_admin_key), Depends(only_options())],
     status_code=204,
     responses=describe_errors(404, 409, 422),
 )

@@ -1,21 +1,27 @@
-"""Multipart forms, collected in memory as they stream in. Called by `body.py`, which bounds their size. Starlette's own
-form parser writes what is larger than a megabyte to files on disk, which we never want.
+"""Multipart forms, collected in memory as they stream in. Starlette's own form parser writes what is larger than a
+megabyte to files on disk, which we never want.
 """
 
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser
 
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, TooLargeError
 
 # Far more than any request of ours needs; each costs a little time even if it is empty.
 _MAX_PARTS = 1000
-_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_EXTENDED_FILENAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
+# Of all parts together: a browser's are about 100 bytes a part.
+_MAX_HEADER_BYTES = 512 * 1024
+# Of all fields that are no files: 2000 proposals, and more than all other options.
+_MAX_FIELD_BYTES = 256 * 1024
+# `; name=value` or `; name="value"`. Nothing here is tried twice, or a long header would take time with its square.
+_PARAMETER = re.compile(rb'\s*+;\s*+([^\s=;"]++)\s*+=\s*+(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s;"]*+))', re.DOTALL)
+_ESCAPED = re.compile(rb'\\(["\\])')
 
 
 @dataclass(slots=True, eq=False)
@@ -51,12 +57,18 @@ class FormReader:
     """
 
     def __init__(self, content_type: str) -> None:
-        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        boundary = _parameters(content_type.encode("latin-1")).get(b"boundary")
         if not boundary:
-            raise InvalidRequestError("the body is not a multipart form: its Content-Type has no boundary")
+            raise InvalidRequestError(
+                "the body is not a multipart form: its Content-Type has no boundary; let the library that writes the "
+                "form set the header"
+            )
         self._parts: list[FormPart] = []
         self._header_name = bytearray()
         self._header_value = bytearray()
+        self._has_disposition = False
+        self._header_bytes = 0
+        self._field_bytes = 0
         self._is_complete = False
         try:
             self._parser = MultipartParser(
@@ -66,7 +78,7 @@ class FormReader:
                     "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end]),
                     "on_header_value": lambda data, start, end: self._header_value.extend(data[start:end]),
                     "on_header_end": self._end_header,
-                    "on_part_data": lambda data, start, end: self._parts[-1].data.extend(data[start:end]),
+                    "on_part_data": self._add_data,
                     "on_end": self._complete,
                 },
             )
@@ -94,24 +106,54 @@ class FormReader:
         if len(self._parts) == _MAX_PARTS:
             raise InvalidRequestError(f"the form has more than {_MAX_PARTS} parts")
         self._parts.append(FormPart())
+        self._has_disposition = False
 
     def _end_header(self) -> None:
+        self._header_bytes += len(self._header_name) + len(self._header_value)
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            raise TooLargeError(f"the headers of the form's parts have more than {_MAX_HEADER_BYTES} bytes")
         if self._header_name.lower() == b"content-disposition":
-            _, options = parse_options_header(bytes(self._header_value))
-            self._parts[-1].name = _decoded(options.get(b"name", b""))
-            self._parts[-1].is_file = b"filename" in options or _has_extended_filename(bytes(self._header_value))
+            if self._has_disposition:
+                raise InvalidRequestError("a part of the form has Content-Disposition twice; expected it once")
+            self._has_disposition = True
+            parameters = _parameters(bytes(self._header_value))
+            self._parts[-1].name = _decoded(parameters.get(b"name", b""))
+            # RFC 7578 forbids the form of RFC 5987, `filename*`; some clients send it all the same, and it alone.
+            self._parts[-1].is_file = not parameters.keys().isdisjoint((b"filename", b"filename*"))
         self._header_name.clear()
         self._header_value.clear()
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        part = self._parts[-1]
+        if not part.is_file:
+            self._field_bytes += end - start
+            if self._field_bytes > _MAX_FIELD_BYTES:
+                raise TooLargeError(f"the form's fields, without files, have more than {_MAX_FIELD_BYTES} bytes")
+        part.data.extend(data[start:end])
 
     def _complete(self) -> None:
         self._is_complete = True
 
 
-def _has_extended_filename(disposition: bytes) -> bool:
-    """Whether there is a `filename*`, as RFC 5987 writes what is not ASCII. RFC 7578 forbids it in forms, so the parser
-    leaves it out; some clients send it all the same, and without a plain `filename` beside it.
+def _parameters(header: bytes) -> dict[bytes, bytes]:
+    """The parameters that follow a header's first word, by name in lower case.
+
+    Raises:
+        InvalidRequestError: one comes twice, or what follows is none; readers would differ over what is meant.
     """
-    return _EXTENDED_FILENAME.search(_QUOTED.sub(b'""', disposition)) is not None
+    found: dict[bytes, bytes] = {}
+    at = len(header) if b";" not in header else header.index(b";")
+    while at < len(header):
+        if (parameter := _PARAMETER.match(header, at)) is None:
+            if header[at:].strip() in (b"", b";"):
+                break
+            raise InvalidRequestError(f"expected '; name=\"value\"' in a header, got {reprlib.repr(header[at:])}")
+        name, quoted, plain = parameter.groups()
+        if name.lower() in found:
+            raise InvalidRequestError(f"a header has the parameter {_decoded(name)[:50]!r} twice; expected it once")
+        found[name.lower()] = plain if quoted is None else _ESCAPED.sub(rb"\1", quoted)
+        at = parameter.end()
+    return found
 
 
 def _decoded(data: bytes | bytearray) -> str:

@@ -1,12 +1,13 @@
 """The options of a detection: their names, ranges and help, read from the query, a form or JSON alike, and what they
-mean for a model. An option may be given in one place only, so that nobody has to know which place wins.
+mean for a model. An option may be given in one place only, so that nobody has to know which place wins. One that is
+empty, as forms send what nobody filled in, counts as absent.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Literal, TypeVar
@@ -17,11 +18,14 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_valid
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from service.api.body import Upload
-from service.api.errors import describe_expectation, describe_option_errors
+from service.api.errors import MAX_MISTAKES, and_more, describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.structures import Box, DetectOptions, MaskFormat, ModelInfo
+from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, MaskFormat, ModelInfo
 
 MAX_PROPOSALS = 2000
+MAX_LABELS = 1000
+# Of a query: each label, and every other option once.
+_MAX_QUERY_OPTIONS = MAX_LABELS + 50
 
 
 class DetectParameters(BaseModel):
@@ -36,8 +40,13 @@ class DetectParameters(BaseModel):
     max_detections: int | None = Field(
         None, ge=1, le=1000, description="Keep at most so many, best first; unset, the model's."
     )
-    labels: list[Annotated[str, Field(max_length=200)]] | None = Field(
-        None, min_length=1, description="Keep only these labels; repeat the option for several. Unset keeps all."
+    # One error for a whole list: there would be one for each of a hundred thousand items.
+    labels: Annotated[list[Annotated[str, Field(max_length=200)]], Field(fail_fast=True)] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="Keep only these labels; repeat the option for several, or put commas between them. Unset keeps "
+        "all.",
     )
     masks: MaskFormat | None = Field(
         None,
@@ -60,34 +69,46 @@ class DetectParameters(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_options(cls, given: object) -> object:
-        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
+        if not isinstance(given, Mapping):
+            return given
+        unknown = [name for name in given if name not in cls.model_fields]
         if unknown:
             # Its message may hold braces, which a template of its own would not survive.
-            words = "; ".join(_unknown_words(name, cls) for name in unknown)
-            raise PydanticCustomError("unknown_option", "{words}", {"words": words})
-        return given
+            words = [_unknown_words(name, cls) for name in unknown[:MAX_MISTAKES]]
+            raise PydanticCustomError(
+                "unknown_option", "{words}", {"words": "; ".join([*words, *and_more(len(unknown))])}
+            )
+        return {name: value for name, value in given.items() if value not in ("", [""])}
 
     @field_validator("score_thresh", "max_detections", "timeout_ms", mode="before")
     @classmethod
     def _refuse_underscores(cls, given: object) -> object:
         """Python reads 1_0 as ten, nobody else does."""
-        if isinstance(given, str) and "_" in given:
-            raise PydanticCustomError("number", "Input should be a number without underscores")
-        return given
+        return refuse_underscores(given)
+
+
+def refuse_underscores(given: object) -> object:
+    """A validator for numbers that come as text."""
+    if isinstance(given, str) and "_" in given:
+        raise PydanticCustomError("number", "Input should be a number without underscores")
+    return given
 
 
 def _unknown_words(name: str, kind: type[BaseModel]) -> str:
     if name in BodyParameters.model_fields:
         return f"option {name!r} goes into the form or the JSON, not into the query"
-    similar = get_close_matches(name[:100], kind.model_fields, n=1)
+    similar = get_close_matches(name[:100].lower(), kind.model_fields, n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else f"there are: {', '.join(kind.model_fields)}"
     return f"unknown option {reprlib.repr(name)}; {hint}"
+
+
+_ProposedBox = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4, fail_fast=True)]
 
 
 class BodyParameters(BaseModel):
     """The options that are too long for a query: fields of a form, where they are written as JSON, or of JSON."""
 
-    proposals: list[Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]] | None = Field(
+    proposals: Annotated[list[_ProposedBox], Field(fail_fast=True)] | None = Field(
         None,
         max_length=MAX_PROPOSALS,
         description=f"At most {MAX_PROPOSALS} boxes [x1, y1, x2, y2] in pixels of the upright image, clipped to it: "
@@ -96,9 +117,31 @@ class BodyParameters(BaseModel):
 
 
 class AnnotateParameters(DetectParameters):
-    """The options of a detection, and the format of the picture."""
+    """The options of a detection, and what the picture is to be."""
 
     format: Literal["png", "jpeg"] = Field("png", description="Format of the answered picture: png or jpeg.")
+    draw: str | None = Field(
+        None,
+        max_length=100,
+        description=f"What to draw: any of {', '.join(ALL_DRAWN_PARTS)}, separated by commas. Unset draws all of them, "
+        "but leaves out what would hide the picture in a crowd.",
+        examples=["masks,labels"],
+    )
+
+    @field_validator("draw")
+    @classmethod
+    def _refuse_unknown_parts(cls, given: str | None) -> str | None:
+        unknown = [part for part in (given or "").split(",") if given and part.strip() not in ALL_DRAWN_PARTS]
+        if unknown:
+            words = f"expected any of {', '.join(ALL_DRAWN_PARTS)}, separated by commas, got {reprlib.repr(unknown[0])}"
+            raise PydanticCustomError("draw", "{words}", {"words": words})
+        return given
+
+    @property
+    def drawn_parts(self) -> Sequence[DrawnPart] | None:
+        """What to draw; None leaves it to the drawing."""
+        asked = {part.strip() for part in (self.draw or "").split(",")}
+        return tuple(part for part in ALL_DRAWN_PARTS if part in asked) or None
 
 
 P = TypeVar("P", bound=DetectParameters)
@@ -108,9 +151,23 @@ async def refuse_repeated_options(request: Request) -> None:
     """A dependency: only `labels` may stand in a query more than once.
 
     Raises:
-        InvalidRequestError: another does.
+        InvalidRequestError: another does, or there are more options than there can be.
     """
+    if request.scope["query_string"].count(b"&") >= _MAX_QUERY_OPTIONS:
+        raise InvalidRequestError(f"the query has more than {_MAX_QUERY_OPTIONS} options")
     _single_values(request.query_params.multi_items())
+
+
+def only_options(*names: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency: a query holds these options and no others, each once."""
+
+    async def refuse_others(request: Request) -> None:
+        await refuse_repeated_options(request)
+        if unknown := [name for name in request.query_params if name not in names]:
+            known = ", ".join(names) or "none"
+            raise InvalidRequestError(f"unknown option {reprlib.repr(unknown[0])}; there are: {known}")
+
+    return refuse_others
 
 
 def merge_options(query: P, upload: Upload) -> P:
@@ -121,7 +178,11 @@ def merge_options(query: P, upload: Upload) -> P:
     """
     in_query = query.model_dump(exclude_unset=True)
     in_body = upload.json or _single_values(upload.form)
-    in_body = {name: value for name, value in in_body.items() if name not in BodyParameters.model_fields}
+    in_body = {
+        name: value
+        for name, value in in_body.items()
+        if name not in BodyParameters.model_fields and value not in ("", [""])
+    }
     if twice := sorted(in_query.keys() & in_body.keys()):
         raise InvalidRequestError(f"option {reprlib.repr(twice[0])} is given twice: in the query and in the body")
     try:
@@ -138,7 +199,7 @@ def read_proposals(upload: Upload) -> tuple[Box, ...] | None:
         InvalidRequestError: too many, or one is no box; says which.
     """
     given = upload.json.get("proposals")
-    if (text := dict(upload.form).get("proposals")) is not None:
+    if text := dict(upload.form).get("proposals"):
         try:
             given = orjson.loads(text)
         except orjson.JSONDecodeError as error:
@@ -176,15 +237,17 @@ def _single_values(items: Sequence[tuple[str, str]]) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ResolvedOptions:
     """What a request's options mean for one model."""
 
     options: DetectOptions
     mask_format: MaskFormat
 
 
-def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[Box, ...] | None = None) -> Wish:
-    """Read the options as a wish to this model.
+def resolve_options(
+    parameters: DetectParameters, info: ModelInfo, proposals: tuple[Box, ...] | None = None
+) -> ResolvedOptions:
+    """Resolve the options for this model.
 
     Raises:
         InvalidRequestError: a label that it does not know, masks that it does not have, an RoI operator that it
@@ -216,12 +279,26 @@ def understand(parameters: DetectParameters, info: ModelInfo, proposals: tuple[B
         proposals=proposals,
         roi_op=parameters.roi_op,
     )
-    return Wish(options, mask_format)
+    return ResolvedOptions(options, mask_format)
 
 
 def _label_ids(labels: Sequence[str] | None, info: ModelInfo) -> frozenset[int] | None:
     if labels is None:
         return None
-    if unknown := [label for label in labels if label not in info.labels]:
-        raise InvalidRequestError(f"{info.key} knows no label {unknown[0]!r}; it knows: {', '.join(info.labels)}")
-    return frozenset(info.labels.index(label) + 1 for label in labels)
+    ids = {label: index for index, label in enumerate(info.labels, start=1)}
+    if not any("," in label for label in ids):
+        labels = [part.strip() for label in labels for part in label.split(",") if part.strip()]
+    if unknown := next((label for label in labels if label not in ids), None):
+        raise InvalidRequestError(f"{info.key} knows no label {_short(unknown)}; {_known_labels(unknown, ids)}")
+    return frozenset(ids[label] for label in labels) or None
+
+
+def _known_labels(unknown: str, known: Iterable[str]) -> str:
+    folded = {label.casefold(): label for label in known}
+    if similar := get_close_matches(unknown[:100].casefold(), folded, n=1):
+        return f"did you mean {folded[similar[0]]!r}? It knows: {', '.join(known)}"
+    return f"it knows: {', '.join(known)}"
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 50 else reprlib.repr(text)

@@ -20,7 +20,7 @@ from service.commands._options import DEFAULT_STORE, StoreOption
 from service.errors import InvalidRequestError, ServiceError
 
 if TYPE_CHECKING:
-    from service.api.options import DetectParameters, Wish
+    from service.api.options import DetectParameters, ResolvedOptions
     from service.api.state import LoadedModels
     from service.settings import Settings
     from service.structures import ModelInfo
@@ -166,18 +166,18 @@ async def _detect_files(
     from rich.console import Console
     from rich.progress import Progress
 
-    from service.api.options import understand
+    from service.api.options import resolve_options
 
     failed = 0
     async with _open_detector(settings) as (detector, models):
         info = models.find(parameters.model)
-        wish = understand(parameters, info)
+        resolved = resolve_options(parameters, info)
         console = Console(stderr=True)
         with Progress(console=console, disable=len(pictures) < 2 or not console.is_terminal) as progress:
             task = progress.add_task(info.key, total=len(pictures))
             for first in range(0, len(pictures), FILES_IN_FLIGHT):
                 some = pictures[first : first + FILES_IN_FLIGHT]
-                coming = (_detect_file(one.file, detector, info, wish, draw=out is not None) for one in some)
+                coming = (_detect_file(one.file, detector, info, resolved, draw=out is not None) for one in some)
                 for picture, result in zip(some, await asyncio.gather(*coming), strict=True):
                     failed += isinstance(result, ServiceError)
                     _report(picture, result, out=out, as_json=as_json)
@@ -212,19 +212,20 @@ async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetecto
 
 
 async def _detect_file(
-    file: Path, detector: LocalDetector, info: ModelInfo, wish: Wish, *, draw: bool
+    file: Path, detector: LocalDetector, info: ModelInfo, resolved: ResolvedOptions, *, draw: bool
 ) -> _Result | ServiceError:
+    from service.answers import encode
     from service.api.schemas import detections_document
-    from service.pipeline import encode_drawing, encode_json
-    from service.structures import Answer, Job, Progress
+    from service.structures import Answer, Drawing, Encoded, Job, Json, Progress
 
     progress = Progress("decode")
+    form = Json(resolved.mask_format)
     try:
         job = Job(
             model=info.key,
-            data=file.read_bytes(),
-            options=wish.options,
-            output=wish.mask_format,
+            source=Encoded(file.read_bytes()),
+            options=resolved.options,
+            form=form,
             deadline=math.inf,
             progress=progress,
         )
@@ -235,9 +236,9 @@ async def _detect_file(
         return error
     progress.enter("encode")
     found = prediction.detections
-    encoded = await asyncio.to_thread(encode_json, image, found, info, wish.mask_format)
+    encoded = await asyncio.to_thread(encode, form, image, found, info)
     progress.enter("done")
-    drawn = await asyncio.to_thread(encode_drawing, image, found, info, "image/png") if draw else None
+    drawn = await asyncio.to_thread(encode, Drawing("image/png"), image, found, info) if draw else None
     answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
     labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
     return _Result(detections_document(info, answer, progress), drawn, labels)

@@ -1,4 +1,4 @@
-"""Small mask and box to RLE, polygons or PNG; never a full-size canvas for all objects at once."""
+"""Small mask and box to RLE, polygons or PNG, without drawing the mask at the size of the image."""
 
 from __future__ import annotations
 

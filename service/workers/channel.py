@@ -11,15 +11,28 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, assert_never
 
+import numpy as np
 import orjson
 
 from service import errors
 from service.errors import ServiceError
-from service.structures import DetectOptions, ModelInfo, Verification, VerifiedValue
+from service.structures import (
+    DetectOptions,
+    Drawing,
+    Encoded,
+    Form,
+    Json,
+    ModelInfo,
+    Pixels,
+    Source,
+    Tensors,
+    Verification,
+    VerifiedValue,
+)
 
 Header = dict[str, Any]
 _LENGTHS = struct.Struct("<II")
@@ -91,6 +104,39 @@ def options_from(fields: Header) -> DetectOptions:
 def options_to(options: DetectOptions) -> Header:
     """Options as they go into a header."""
     return asdict(options) | {"label_ids": None if options.label_ids is None else sorted(options.label_ids)}
+
+
+def source_to(source: Source) -> tuple[Header, bytes]:
+    """An image as it goes into a frame: what the header says of it, and the body."""
+    match source:
+        case Encoded():
+            return {}, source.data
+        case Pixels():
+            return {"shape": source.array.shape}, source.array.tobytes()
+        case _:
+            assert_never(source)
+
+
+def source_from(fields: Header, body: bytes) -> Source:
+    """An image as it came out of a frame."""
+    if "shape" not in fields:
+        return Encoded(body)
+    return Pixels(np.frombuffer(body, np.uint8).reshape(fields["shape"]))
+
+
+# The forms by the names that they have in a header.
+_FORMS: Mapping[str, type[Form]] = {"json": Json, "drawing": Drawing, "tensors": Tensors}
+
+
+def form_to(form: Form) -> Header:
+    """A form of answers as it goes into a header."""
+    [name] = (name for name, kind in _FORMS.items() if isinstance(form, kind))
+    return {"name": name, **asdict(form)}
+
+
+def form_from(fields: Header) -> Form:
+    """A form of answers as it came out of a header."""
+    return _FORMS[fields["name"]](**{name: value for name, value in fields.items() if name != "name"})
 
 
 def model_info_from(fields: Header) -> ModelInfo:

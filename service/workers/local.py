@@ -17,7 +17,7 @@ from service.devices import device_named
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError, ServiceError, first_line
 from service.imaging.decode import ImageLimits
 from service.metrics import Observe
-from service.pipeline import Errand, Pipeline, Predictor, Work, release_memory, run_batch
+from service.pipeline import Pipeline, Predictor, ThreadTask, Work, release_memory, run_batch
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
 from service.workers.detector import PredictorFactory
@@ -46,7 +46,7 @@ class LocalDetector:
         self._decoders = WatchedThreads(settings.decode_threads, "decode")
         self._encoders = WatchedThreads(settings.decode_threads, "encode")
         self.capacity = settings.max_queue_size + settings.max_batch_size
-        self._batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+        self._batcher: Batcher[Work | ThreadTask, Prediction | None] = Batcher(
             self._run_batch,
             max_batch_size=settings.max_batch_size,
             max_batch_cost=settings.max_batch_pixels,
@@ -64,6 +64,7 @@ class LocalDetector:
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,
+            max_answer_bytes=settings.max_answer_bytes,
         )
 
     async def start(self) -> Sequence[ModelInfo]:
@@ -175,7 +176,7 @@ class LocalDetector:
         key, device = predictor.info.key, device_named(predictor.info.device)
         problem: ServiceError | None = None
         try:
-            await self.pipeline.run_errand(predictor.warm_up)
+            await self.pipeline.run_on_device_thread(predictor.warm_up)
         except Exception as error:
             if isinstance(error, ServiceError) and not isinstance(error, InferenceError):
                 problem = error.with_traceback(None)  # which holds whatever raised it
@@ -192,7 +193,7 @@ class LocalDetector:
         await asyncio.to_thread(device.release_memory)
         return problem
 
-    def _run_batch(self, batch: Sequence[Work | Errand]) -> Sequence[Prediction | None]:
+    def _run_batch(self, batch: Sequence[Work | ThreadTask]) -> Sequence[Prediction | None]:
         if isinstance(batch[0], Work):  # a warm-up may take its time
             self._busy_since = time.monotonic()
         try:

@@ -7,19 +7,24 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from service.api import body
+from service.api.json_body import parse_json
 from service.api.schemas import Problem
-from tests.fakes import POISON, picture
+from tests.fakes import FAKE_INFO, POISON, FakePredictor, picture
 from tests.integration.conftest import Live
 
 GOOD = picture(red=204)
+TIMES = {"request_id": None, "timings_ms": None}
 
 
 def assert_problem(response: httpx.Response, status: int, code: str, *words: str) -> None:
@@ -52,11 +57,11 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
     "text by its own type": (
         {"content": b"hello", "headers": {"Content-Type": "text/plain"}},
         415,
-        "unsupported_image",
+        "unsupported_media_type",
         "multipart/form-data",
     ),
     "truncated picture": ({"content": GOOD[:-30]}, 422, "invalid_image", "PNG"),
-    "gzip": ({"content": GOOD, "headers": {"Content-Encoding": "gzip"}}, 415, "unsupported_image", "gzip"),
+    "gzip": ({"content": GOOD, "headers": {"Content-Encoding": "gzip"}}, 415, "unsupported_media_type", "gzip"),
     "unknown model": ({"content": GOOD, "params": {"model": "x"}}, 404, "model_not_found", "fake-boxes@1, fake@1"),
     "unknown version": ({"content": GOOD, "params": {"model": "fake@7"}}, 404, "model_not_found", "fake@1"),
     "unknown option": (
@@ -173,7 +178,54 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
     "JSON without image": ({"json": {"picture": "x"}}, 422, "invalid_request", '{"image": "..."'),
     "JSON of another kind": ({"json": [1, 2]}, 422, "invalid_request", "JSON object"),
     "broken base64": ({"json": {"image": "a$$b"}}, 422, "invalid_request", "base64"),
-    "data URL": ({"json": {"image": "data:image/png;base64,AAAA"}}, 422, "invalid_request", "base64"),
+    "address": ({"json": {"image": "https://x/a.png"}}, 422, "invalid_request", "addresses are not fetched"),
+    "address by another name": ({"json": {"image_url": "https://x"}}, 422, "invalid_request", "got 'image_url'"),
+    "form with curl's default type": (
+        {"content": b"image=photo.jpg", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+        415,
+        "unsupported_media_type",
+        "-F image=@photo.jpg",
+    ),
+    "form with a type of an image": (
+        {"content": b'--x\r\nContent-Disposition: form-data; name="image"', "headers": {"Content-Type": "image/png"}},
+        415,
+        "unsupported_media_type",
+        "is a multipart form",
+    ),
+    "picture as JSON": (
+        {"content": GOOD, "headers": {"Content-Type": "application/json"}},
+        415,
+        "unsupported_media_type",
+        "is a PNG image",
+    ),
+    "option in capitals": ({"content": GOOD, "params": {"Masks": "none"}}, 422, "invalid_request", "mean 'masks'?"),
+    "label in capitals": ({"content": GOOD, "params": {"labels": "CAT"}}, 422, "invalid_request", "mean 'cat'?"),
+    "many unknown options": (
+        {"content": GOOD, "params": {f"x{index}": "" for index in range(130)}},
+        422,
+        "invalid_request",
+        "unknown option 'x2'; there are: model, ",
+        "; and 127 more",
+    ),
+    "more options than there are": (
+        {"content": GOOD, "params": {f"{index:x}": "" for index in range(9000)}},
+        422,
+        "invalid_request",
+        "more than 1050 options",
+    ),
+    "labels of another type": (
+        {"json": {"image": "", "labels": [1] * 100_000}},
+        422,
+        "invalid_request",
+        "option 'labels'",
+    ),
+    "many labels": ({"json": {"image": "", "labels": ["cat"] * 1001}}, 422, "invalid_request", "at most 1000 items"),
+    "many unknown fields": (
+        {"json": {"image": ""} | {f"x{index}": index for index in range(10_000)}},
+        422,
+        "invalid_request",
+        "; and 9997 more",
+    ),
     "JSON option of another type": (
         {"json": {"image": base64.b64encode(GOOD).decode(), "score_thresh": "0.5"}},
         422,
@@ -190,6 +242,68 @@ def test_bad_request_gets_its_own_answer_and_harms_no_other(live: Live, name: st
     with good_load(live):
         response = live.client.post("/v1/detect", **request)
     assert_problem(response, *expected)
+    assert len(response.content) < 8192
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain;charset=UTF-8", "", "x/y"])
+def test_picture_and_json_are_known_by_their_bytes_whatever_a_tool_calls_them(live: Live, kind: str) -> None:
+    encoded = json.dumps({"image": base64.b64encode(GOOD).decode(), "masks": "none"}).encode()
+    for sent in (GOOD, encoded):
+        response = live.client.post("/v1/detect", content=sent, headers={"Content-Type": kind})
+        assert response.status_code == 200
+        assert ("mask" in response.json()["detections"][0]) == (sent == GOOD)
+
+
+def test_body_in_no_encoding_may_say_so(live: Live) -> None:
+    response = live.client.post("/v1/detect", content=GOOD, headers={"Content-Encoding": "Identity"})
+    assert response.status_code == 200
+
+
+def test_empty_options_count_as_absent(live: Live) -> None:
+    empty = dict.fromkeys(("model", "score_thresh", "max_detections", "labels", "masks", "roi_op", "timeout_ms"), "")
+    expected = live.detect(GOOD).json()["detections"]
+    form = live.client.post("/v1/detect", files={"image": ("a", GOOD)}, data={**empty, "proposals": ""}, params=empty)
+    assert form.json()["detections"] == live.detect(GOOD, **empty).json()["detections"] == expected
+
+
+def test_labels_may_stand_between_commas_unless_one_has_a_comma(serve: Callable[..., Live]) -> None:
+    plain, odd = serve(), serve(FakePredictor(replace(FAKE_INFO, labels=("cat, large", "dog"))))
+    assert plain.detect(GOOD, labels="cat, dog").json() | TIMES == plain.detect(GOOD).json() | TIMES
+    assert [one["label"] for one in odd.detect(GOOD, labels="cat, large").json()["detections"]] == ["cat, large"]
+    assert_problem(odd.detect(GOOD, labels="dog,dog"), 422, "invalid_request", "knows no label 'dog,dog'")
+
+
+def test_body_that_has_come_is_never_too_slow(serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done with a body afterwards, here for ten times as long as it may take to arrive, is not the caller's."""
+
+    def parse_slowly(data: bytes) -> tuple[bytes, dict[str, object]]:
+        time.sleep(0.5)
+        return parse_json(data)
+
+    monkeypatch.setattr(body, "parse_json", parse_slowly)
+    live = serve(body_timeout_seconds=0.05)
+    image = base64.b64encode(GOOD + bytes(20_000)).decode()
+    assert live.client.post("/v1/detect", json={"image": image}).status_code == 200
+
+
+def test_long_path_is_not_echoed(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    response = live.client.get(f"/{'é' * 8000}")
+    assert_problem(response, 404, "route_not_found")
+    assert len(response.content) < 2000
+
+
+@pytest.mark.parametrize("path", ["/v1/detect/", "/V1/Detect", "/v1/detct"])
+def test_path_that_is_nearly_right_is_corrected(live: Live, path: str) -> None:
+    assert_problem(live.client.post(path, content=GOOD), 404, "route_not_found", "did you mean /v1/detect?")
+
+
+@pytest.mark.parametrize("query", ["version=1&version=2", "version=1_0", "version=1&x=1", "versoin=1"])
+def test_loading_takes_its_own_option_once(serve: Callable[..., Live], query: str) -> None:
+    live = serve(admin_keys="root")
+    response = live.client.post(f"/v1/models/fake/load?{query}", headers={"X-API-Key": "root"})
+    assert_problem(response, 422, "invalid_request")
+    response = live.client.post("/v1/models/fake/unload?x=1", headers={"X-API-Key": "root"})
+    assert_problem(response, 422, "invalid_request", "unknown option 'x'; there are: none")
 
 
 def test_unknown_route_lists_the_known_ones(live: Live) -> None:

@@ -6,10 +6,10 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,23 +20,39 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import pipeline
+from service.answers.encoder import never
+from service.answers.json import JsonEncoder
+from service.answers.tensors import read_tensors
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
-from service.errors import DeadlineExceededError, InvalidImageError, NotReadyError, OutOfMemoryError
+from service.errors import (
+    AnswerTooLargeError,
+    DeadlineExceededError,
+    InvalidImageError,
+    NotReadyError,
+    OutOfMemoryError,
+    TooLargeError,
+)
 from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
-from service.pipeline import Errand, Pipeline, Work, run_batch
+from service.pipeline import Pipeline, ThreadTask, Work, run_batch
 from service.structures import (
     Detections,
     DetectOptions,
+    Drawing,
+    Encoded,
     Float32Array,
+    Form,
     Image,
     Job,
+    Json,
     MaskFormat,
-    PictureType,
+    Pixels,
     Prediction,
     Progress,
+    Query,
+    Tensors,
 )
 from tests.fakes import FakePredictor, picture
 
@@ -50,7 +66,7 @@ class Bench:
         self.threads = ThreadPoolExecutor(1)
         self.encoders = ThreadPoolExecutor(1)
         self.held_pixels = HeldPixels(max_held_pixels)
-        self.batcher: Batcher[Work | Errand, Prediction | None] = Batcher(
+        self.batcher: Batcher[Work | ThreadTask, Prediction | None] = Batcher(
             partial(run_batch, observe=self.metrics.observe),
             max_batch_size=4,
             max_batch_cost=10**9,
@@ -68,14 +84,12 @@ class Bench:
             batch_policy=batch_policy,
         )
 
-    def job(
-        self, data: bytes | None = None, seconds: float = 60.0, *, output: MaskFormat | PictureType = "none"
-    ) -> Job:
+    def job(self, source: bytes | Pixels | None = None, seconds: float = 60.0, *, form: Form | None = None) -> Job:
         return Job(
             model="fake@1",
-            data=picture() if data is None else data,
+            source=source if isinstance(source, Pixels) else Encoded(source or picture()),
             options=DetectOptions(),
-            output=output,
+            form=form or Json(),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
         )
@@ -112,38 +126,171 @@ async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> No
 
 async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
     async with running(Bench()) as bench:
-        answer = await bench.pipeline.run(bench.job(output="image/jpeg"))
+        answer = await bench.pipeline.run(bench.job(form=Drawing("image/jpeg")))
     assert PIL.Image.open(io.BytesIO(answer.encoded)).format == "JPEG"
 
 
 async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of two threads waits until the other one has begun too. Sides of 50 x (400 + 500) pixels make two parts."""
+    """Each of two threads waits until the other has begun too. Sides of 50 x (400 + 500) pixels make three parts."""
     rng = np.random.default_rng(0)
     image = Image(np.zeros((600, 800, 3), np.uint8))
     boxes = np.tile(np.array([100, 50, 500, 550], np.float32), (50, 1))
     found = objects(boxes, rng.random((50, 28, 28), np.float32))
-    both, encode = threading.Barrier(2), pipeline.encode_json
-
-    def encode_in_company(*args: Any) -> bytes:
-        both.wait(60)
-        return encode(*args)
-
+    both = threading.Barrier(2)
     bench = Bench()
-    whole = encode(image, found, bench.predictor.info, "rle")
-    monkeypatch.setattr(pipeline, "encode_json", encode_in_company)
-    with ThreadPoolExecutor(2) as bench.pipeline._encoders:
-        assert await bench.pipeline._encode(bench.job(output="rle"), image, found) == whole
+    whole = JsonEncoder(Json("rle")).encode(image, found, bench.predictor.info, should_stop=never)
+    begun: list[int] = []
+
+    class InCompany(JsonEncoder):
+        def encode(self, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+            begun.append(len(part))
+            if len(begun) <= 2:
+                both.wait(60)
+            return super().encode(image, part, *args, **options)
+
+    monkeypatch.setattr(pipeline, "encoder_for", InCompany)
+    with ThreadPoolExecutor(2) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        assert await bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding) == whole
+    assert len(begun) == 3
+
+
+def many_masks(number: int = 40) -> tuple[Image, Detections]:
+    """Far apart in a large image, so that each is a part of its own."""
+    image = Image(np.zeros((10_000, 10_000, 3), np.uint8))
+    boxes = np.tile(np.array([0, 0, 10_000, 10_000], np.float32), (number, 1))
+    return image, objects(boxes, np.ones((number, 28, 28), np.float32))
 
 
 @pytest.mark.parametrize(
-    ("sides", "parts"), [([], 1), ([100] * 99, 1), ([1000] * 19, 1), ([1000] * 20, 2), ([3000] * 99, 4)]
+    ("masks", "advice"), [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none")]
 )
-def test_what_is_quickly_encoded_stays_whole(sides: list[int], parts: int) -> None:
-    boxes = np.zeros((len(sides), 4), np.float32)
-    boxes[:, 2], boxes[:, 3] = sides, sides
-    found = objects(boxes, np.zeros((len(sides), 2, 2), np.float32))
-    assert len(pipeline.parts_of(found)) == parts
-    assert len(pipeline.parts_of(replace(found, masks=None))) == 1
+async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smaller(
+    masks: MaskFormat, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = JsonEncoder.encode
+
+    def count(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        encoded.append(len(part))
+        return encode(encoder, image, part, *args, **options)
+
+    monkeypatch.setattr(JsonEncoder, "encode", count)
+    bench = Bench()
+    bench.pipeline._max_answer_bytes = 1000
+    image, found = many_masks()
+    with (
+        ThreadPoolExecutor(1) as bench.pipeline._encoders,
+        bench.held_pixels.hold() as holding,
+        pytest.raises(AnswerTooLargeError, match=f"more than 1000 bytes; ask for .*{advice}"),
+    ):
+        await bench.pipeline._encode(bench.job(form=Json(masks)), image, found, holding)
+    # A PNG has a size that is known beforehand; of the others no more is encoded than what was too much.
+    assert sum(encoded) == 0 if masks == "png" else 1 <= sum(encoded) < 40
+
+
+async def test_encoding_stops_when_its_caller_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+    parts: list[int] = []
+
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        parts.append(len(part))
+        begun.set()
+        may_go_on.wait()
+        return b"[]"
+
+    monkeypatch.setattr(JsonEncoder, "encode", encode)
+    bench = Bench()
+    image, found = many_masks()
+    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        running = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding))
+        await asyncio.to_thread(begun.wait)
+        running.cancel()
+        await asyncio.wait([running])
+        may_go_on.set()
+    assert parts == [1]
+
+
+async def test_small_answer_does_not_wait_for_all_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread: what comes while the first part is encoded waits for a few others and not for all forty."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        order.append("large" if image.width == 10_000 else "small")
+        begun.set()
+        may_go_on.wait()
+        return b"[]"
+
+    monkeypatch.setattr(JsonEncoder, "encode", encode)
+    bench = Bench()
+    image, found = many_masks()
+    small = Image(np.zeros((10, 10, 3), np.uint8))
+    with ThreadPoolExecutor(1) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
+        large = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding))
+        await asyncio.to_thread(begun.wait)
+        other = asyncio.create_task(bench.pipeline._encode(bench.job(form=Json("rle")), small, found[:1], holding))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        await asyncio.gather(large, other)
+    assert order.index("small") <= 5
+
+
+async def test_pixels_are_taken_as_they_are() -> None:
+    pixels = np.full((48, 64, 3), (200, 0, 0), np.uint8)
+    async with running(Bench()) as bench:
+        sent, encoded = await asyncio.gather(
+            bench.pipeline.run(bench.job(Pixels(pixels))), bench.pipeline.run(bench.job(picture(red=200)))
+        )
+        with pytest.raises(TooLargeError, match="200 x 100 pixels"):
+            await bench.pipeline.run(bench.job(Pixels(np.zeros((100, 200, 3), np.uint8))))
+    assert sent.encoded == encoded.encoded
+
+
+async def test_detections_leave_as_tensors() -> None:
+    async with running(Bench()) as bench:
+        answer = await bench.pipeline.run(bench.job(form=Tensors()))
+    arrays = read_tensors(answer.encoded)
+    assert arrays["labels"].tolist() == [1, 2]
+    assert arrays["masks"].shape == (2, 28, 28)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A plan: the left half of an image and the right one."""
+
+    job: Job
+
+    def split(self, image: Image) -> list[Query]:
+        middle = image.width // 2
+        halves = (image.pixels[:, :middle], image.pixels[:, middle:])
+        return [Query(Image(np.ascontiguousarray(half)), self.job.options) for half in halves]
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        left, right = (prediction.detections.arrays() for prediction in predictions)
+        right["boxes"] = right["boxes"] + np.array([image.width // 2, 0] * 2, np.float32)
+        both = Detections.of({name: np.concatenate([left[name], right[name]]) for name in left})
+        return replace(predictions[0], detections=both)
+
+
+async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs() -> None:
+    async with running(Bench()) as bench:
+        bench.pipeline._plan_for = Halves
+        answer = await bench.pipeline.run(bench.job())
+        found = orjson.loads(answer.encoded)
+    assert [one["box"] for one in found if one["label"] == "cat"] == [[0, 0, 16, 48], [32, 0, 48, 48]]
+    assert (answer.detections, answer.image_size) == (4, (48, 64))
+    assert sum(bench.predictor.batches) == 2
+
+
+async def test_images_of_a_batch_request_that_are_being_decoded_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread decodes them one after the other, and the device is free."""
+    monkeypatch.setattr(pipeline, "_MATES_SECONDS", 60)
+    async with running(Bench()) as bench:
+        jobs = [replace(bench.job(), is_bulk=True) for _ in range(3)]
+        answers = await asyncio.gather(*map(bench.pipeline.run, jobs))
+        assert [answer.batch_size for answer in answers] == [3, 3, 3]
+        alone = await bench.pipeline.run(replace(bench.job(), is_bulk=True))
+        assert alone.batch_size == 1
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:
@@ -179,7 +326,7 @@ async def test_deadline_ends_the_wait_for_a_decoder() -> None:
 
 async def test_deadline_ends_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(pipeline, "encode_json", lambda *_: gate.wait())
+    monkeypatch.setattr(JsonEncoder, "encode", lambda *_, **__: gate.wait())
     async with running(Bench()) as bench:
         with pytest.raises(DeadlineExceededError) as raised:
             await bench.pipeline.run(bench.job(seconds=0.5))
@@ -187,13 +334,13 @@ async def test_deadline_ends_the_encoding(monkeypatch: pytest.MonkeyPatch) -> No
     assert raised.value.stage == "encode"
 
 
-async def test_errand_runs_on_the_devices_thread_and_its_error_comes_back_as_it_was() -> None:
+async def test_task_runs_on_the_devices_thread_and_its_error_comes_back_as_it_was() -> None:
     def name_thread() -> None:
         raise ValueError(threading.current_thread().name)
 
     async with running(Bench()) as bench:
         with pytest.raises(ValueError, match="batcher"):
-            await bench.pipeline.run_errand(name_thread)
+            await bench.pipeline.run_on_device_thread(name_thread)
         assert (await bench.pipeline.run(bench.job())).detections == 2
 
 
@@ -220,7 +367,7 @@ async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
     async with running(Bench(batch_policy=policy)) as bench:
         jobs = [bench.job(picture(height=height)) for height in (32, 64)]
         bench.predictor.device_is_free.clear()
-        held = asyncio.create_task(bench.pipeline.run_errand(bench.predictor.device_is_free.wait))
+        held = asyncio.create_task(bench.pipeline.run_on_device_thread(bench.predictor.device_is_free.wait))
         running_jobs = [asyncio.create_task(bench.pipeline.run(job)) for job in jobs]
         while len(bench.pipeline.waiting_pixels("fake@1")) < len(jobs):
             await asyncio.sleep(0)
@@ -259,23 +406,23 @@ class Watched(Progress):
 async def test_job_is_at_risk_from_before_its_header_is_read_and_while_it_is_worked_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def spy(module: Any, name: str) -> None:
-        original = getattr(module, name)
+    def spy(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
         def call(*args: Any, **options: Any) -> Any:
             seen.append((name, progress.threads))
             return original(*args, **options)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     seen: list[tuple[str, int]] = []
     progress = Watched()
     spy(decode, "read_container")
-    spy(pipeline, "encode_json")
+    spy(JsonEncoder, "encode")
     async with running(Bench()) as bench:
         spy(bench.predictor, "predict")
         await bench.pipeline.run(replace(bench.job(), progress=progress))
-        assert (seen, progress.threads) == ([("read_container", 1), ("predict", 1), ("encode_json", 1)], 0)
+        assert (seen, progress.threads) == ([("read_container", 1), ("predict", 1), ("encode", 1)], 0)
         with pytest.raises(InvalidImageError):
             await bench.pipeline.run(replace(bench.job(picture()[:-30]), progress=progress))
         assert progress.threads == 0
@@ -310,10 +457,10 @@ async def test_decoder_that_waits_for_room_is_freed_when_its_caller_goes() -> No
 
 
 async def test_lack_of_memory_while_encoding_is_no_error_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lack_memory(*args: object) -> bytes:
+    def lack_memory(*args: object, **options: object) -> bytes:
         raise MemoryError
 
-    monkeypatch.setattr(pipeline, "encode_json", lack_memory)
+    monkeypatch.setattr(JsonEncoder, "encode", lack_memory)
     async with running(Bench()) as bench:
         with pytest.raises(OutOfMemoryError, match="encode"):
             await bench.pipeline.run(bench.job())

@@ -26,6 +26,7 @@ STATUSES = {
     "UnsupportedImageError": 415,
     "InvalidImageError": 422,
     "TooLargeError": 413,
+    "AnswerTooLargeError": 422,
     "PoisonousImageError": 422,
     "ModelNotFoundError": 404,
     "OverloadedError": 429,

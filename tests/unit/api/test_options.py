@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from service.api.body import Upload
-from service.api.options import MAX_PROPOSALS, DetectParameters, merge_options, read_proposals, understand
+from service.api.options import MAX_PROPOSALS, DetectParameters, merge_options, read_proposals, resolve_options
 from service.errors import InvalidRequestError
 from service.structures import DetectOptions
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO
@@ -59,18 +59,18 @@ def test_numbers_are_written_as_everybody_writes_them(option: str) -> None:
 
 
 def test_defaults_are_left_to_the_model() -> None:
-    wish = understand(DetectParameters(), FAKE_INFO)
-    assert wish.options == DetectOptions(with_masks=True)
-    assert wish.mask_format == "rle"
+    resolved = resolve_options(DetectParameters(), FAKE_INFO)
+    assert resolved.options == DetectOptions(with_masks=True)
+    assert resolved.mask_format == "rle"
 
 
 def test_nobody_who_asks_for_no_masks_pays_for_them() -> None:
-    assert not understand(DetectParameters(masks="none"), FAKE_INFO).options.with_masks
-    assert not understand(DetectParameters(), FAKE_BOXES_INFO).options.with_masks
+    assert not resolve_options(DetectParameters(masks="none"), FAKE_INFO).options.with_masks
+    assert not resolve_options(DetectParameters(), FAKE_BOXES_INFO).options.with_masks
 
 
 def test_labels_become_ids_which_begin_with_1() -> None:
-    assert understand(DetectParameters(labels=["dog"]), FAKE_INFO).options.label_ids == frozenset({2})
+    assert resolve_options(DetectParameters(labels=["dog"]), FAKE_INFO).options.label_ids == frozenset({2})
 
 
 def test_proposals_are_the_same_in_form_and_json() -> None:
@@ -79,7 +79,7 @@ def test_proposals_are_the_same_in_form_and_json() -> None:
     for upload in (json, form):
         proposals = read_proposals(upload)
         assert merge_options(DetectParameters(), upload) == DetectParameters(score_thresh=0.5)
-        assert understand(DetectParameters(), FAKE_INFO, proposals).options.proposals == ((0.0, 1.5, 10.0, 20.0),)
+        assert resolve_options(DetectParameters(), FAKE_INFO, proposals).options.proposals == ((0.0, 1.5, 10.0, 20.0),)
 
 
 def test_no_proposals_differ_from_none_at_all() -> None:
@@ -121,20 +121,20 @@ def test_proposals_of_a_form_are_json() -> None:
 
 
 def test_roi_op_is_one_that_the_model_can_take() -> None:
-    assert understand(DetectParameters(roi_op="roi_pool"), FAKE_INFO).options.roi_op == "roi_pool"
+    assert resolve_options(DetectParameters(roi_op="roi_pool"), FAKE_INFO).options.roi_op == "roi_pool"
     with pytest.raises(InvalidRequestError, match="cannot take roi_op='spp'; it can take: roi_pool, roi_align"):
-        understand(DetectParameters(roi_op="spp"), FAKE_INFO)
+        resolve_options(DetectParameters(roi_op="spp"), FAKE_INFO)
     with pytest.raises(InvalidRequestError, match="only its own, roi_align"):
-        understand(DetectParameters(roi_op="roi_align"), FAKE_BOXES_INFO)
+        resolve_options(DetectParameters(roi_op="roi_align"), FAKE_BOXES_INFO)
     adaptive = replace(FAKE_INFO, roi_ops=("roi_pool", "roi_align", "roi_align_max"))
     with pytest.raises(InvalidRequestError, match=r"as its sampling_ratio is 0, adaptive, .*; it can take: roi_pool"):
-        understand(DetectParameters(roi_op="roi_warp"), adaptive)
+        resolve_options(DetectParameters(roi_op="roi_warp"), adaptive)
 
 
 def test_model_that_proposes_nothing_itself_is_given_proposals_or_refuses() -> None:
     info = replace(FAKE_BOXES_INFO, architecture="fast_rcnn", needs_proposals=True)
     with pytest.raises(InvalidRequestError, match=r"fast_rcnn that proposes no boxes itself; .* option 'proposals'"):
-        understand(DetectParameters(), info)
-    assert understand(DetectParameters(), info, ()).options.proposals == ()
+        resolve_options(DetectParameters(), info)
+    assert resolve_options(DetectParameters(), info, ()).options.proposals == ()
     box = (0.0, 0.0, 10.0, 10.0)
-    assert understand(DetectParameters(), info, (box,)).options.proposals == (box,)
+    assert resolve_options(DetectParameters(), info, (box,)).options.proposals == (box,)

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+from dataclasses import asdict, replace
 
+import numpy as np
 import orjson
 import pytest
 
 from service.errors import DeadlineExceededError, InferenceError, OverloadedError, ServiceError
-from service.structures import DetectOptions
+from service.structures import (
+    NOT_FINITE,
+    DetectOptions,
+    Drawing,
+    Encoded,
+    Form,
+    Json,
+    Pixels,
+    Tensors,
+    Verification,
+    VerifiedValue,
+)
 from service.workers.channel import (
     BlockingChannel,
     FrameReader,
     error_from,
     error_to,
+    form_from,
+    form_to,
+    model_info_from,
     options_from,
     options_to,
     pack,
+    source_from,
+    source_to,
 )
+from tests.fakes import FAKE_INFO
 
 
 def through_json(header: dict[str, object]) -> dict[str, object]:
@@ -82,3 +102,30 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
     again = error_from(through_json(error_to(ZeroDivisionError("by zero"))))
     assert type(again) is ServiceError
     assert "ZeroDivisionError" in str(again.__cause__)
+
+
+@pytest.mark.parametrize("form", [Json("rle"), Json(), Drawing("image/jpeg"), Tensors()])
+def test_forms_come_back_as_they_were(form: Form) -> None:
+    assert form_from(through_json(form_to(form))) == form
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (0, 3, 3)])
+def test_sources_come_back_as_they_were(shape: tuple[int, ...]) -> None:
+    header, body = source_to(Encoded(b"a file"))
+    encoded = source_from(through_json(header), body)
+    assert isinstance(encoded, Encoded)
+    assert encoded.data == b"a file"
+    array = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+    header, body = source_to(Pixels(array))
+    pixels = source_from(through_json(header), body)
+    assert isinstance(pixels, Pixels)
+    assert np.array_equal(pixels.array, array)
+
+
+def test_model_arrives_with_its_verification() -> None:
+    values = {"boxes": VerifiedValue(0.002, 0.01), "scores": VerifiedValue(NOT_FINITE, 0.001)}
+    verified = replace(FAKE_INFO, verification=Verification("compiled", "float16", values, 0.5))
+    for info in (FAKE_INFO, verified):
+        assert model_info_from(through_json(asdict(info))) == info
+    assert verified.verification is not None
+    assert not verified.verification.has_passed

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from service.errors import InvalidImageError, OverloadedError
 from service.metrics import Metrics
 from service.settings import Settings
-from service.structures import DetectOptions, Job, Progress
+from service.structures import DetectOptions, Encoded, Job, Json, Progress
 from service.workers.detector import Admission
 from service.workers.local import LocalDetector
 from tests.fakes import FakePredictor, picture
@@ -32,9 +32,9 @@ class Bench:
     def submit(self, data: bytes | None = None, *, is_bulk: bool = False) -> asyncio.Task[object]:
         job = Job(
             model="fake@1",
-            data=picture() if data is None else data,
+            source=Encoded(picture() if data is None else data),
             options=DetectOptions(),
-            output="none",
+            form=Json(),
             deadline=time.monotonic() + 60,
             progress=Progress("body"),
             is_bulk=is_bulk,

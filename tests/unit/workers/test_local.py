@@ -15,12 +15,13 @@ from unittest.mock import patch
 import pytest
 
 from service import pipeline
+from service.answers.json import JsonEncoder
 from service.batching.queue import RequestQueue
 from service.devices.cpu import CpuDevice
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
 from service.metrics import Observed
 from service.settings import Settings
-from service.structures import DetectOptions, Job, Progress
+from service.structures import DetectOptions, Encoded, Job, Json, Progress
 from service.workers import local as local_module
 from service.workers.local import LocalDetector
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
@@ -33,9 +34,9 @@ def ignore(name: Observed, labels: object, value: float) -> None:
 def job(red: int = 100, model: str = "fake@1") -> Job:
     return Job(
         model=model,
-        data=picture(red=red),
+        source=Encoded(picture(red=red)),
         options=DetectOptions(),
-        output="none",
+        form=Json(),
         deadline=time.monotonic() + 60,
         progress=Progress("body"),
     )
@@ -110,18 +111,18 @@ async def test_device_whose_thread_has_ended_is_noticed_and_gets_no_more_jobs(mo
         await detector.stop()
 
 
-@pytest.mark.parametrize("function", ["decode_image", "encode_json"])
+@pytest.mark.parametrize(("owner", "function"), [(pipeline, "decode_image"), (JsonEncoder, "encode")])
 async def test_thread_that_does_not_come_back_is_a_failure_for_as_long(
-    function: str, monkeypatch: pytest.MonkeyPatch
+    owner: object, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on = threading.Event()
-    original = vars(pipeline)[function]
+    original = getattr(owner, function)
 
     def go_on(*args: object, **options: object) -> object:
         may_go_on.wait()
         return original(*args, **options)
 
-    monkeypatch.setattr(pipeline, function, go_on)
+    monkeypatch.setattr(owner, function, go_on)
     detector = LocalDetector(Settings(device="cpu", probe_timeout_seconds=0.001), load_fakes, ignore)
     await detector.start()
     running = asyncio.create_task(detector.run(job()))

@@ -1,0 +1,35 @@
+"""What was found in an image to the bytes of an answer: one file a form.
+
+An encoder splits what takes long into parts of a few milliseconds. Whoever runs them can stop between two, and share
+its threads fairly with other requests.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from service.answers.drawing import DrawingEncoder
+from service.answers.encoder import Encoder, never
+from service.answers.json import JsonEncoder
+from service.answers.tensors import TensorsEncoder
+from service.structures import Detections, Drawing, Form, Image, Json, ModelInfo, Tensors
+
+
+def encoder_for(form: Form) -> Encoder:
+    """What encodes answers of this form."""
+    match form:
+        case Json():
+            return JsonEncoder(form)
+        case Drawing():
+            return DrawingEncoder(form)
+        case Tensors():
+            return TensorsEncoder()
+        case _:
+            assert_never(form)
+
+
+def encode(form: Form, image: Image, detections: Detections, info: ModelInfo) -> bytes:
+    """Encode a whole answer in this thread."""
+    encoder = encoder_for(form)
+    parts = encoder.split(detections)
+    return encoder.join([encoder.encode(image, part, info, should_stop=never) for part in parts])

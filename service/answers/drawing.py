@@ -1,0 +1,21 @@
+"""The image with the detections drawn into it, as a picture file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from service.answers.encoder import Encoder
+from service.imaging.overlay import draw_detections, encode_picture
+from service.structures import Detections, Drawing, Image, ModelInfo
+
+
+class DrawingEncoder(Encoder):
+    """See the module."""
+
+    def __init__(self, form: Drawing) -> None:
+        self._form = form
+
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
+        """The picture's bytes."""
+        drawn = draw_detections(image, part, info.labels, parts=self._form.parts, should_stop=should_stop)
+        return encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")

@@ -1,0 +1,45 @@
+"""What all encoders have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from service.structures import Detections, Image, ModelInfo
+
+
+class Encoder(ABC):
+    """Encodes answers of one form."""
+
+    def split(self, detections: Detections) -> Sequence[Detections]:
+        """Parts that are encoded one by one, in order; at least one."""
+        return [detections]
+
+    def least_bytes(self, image_size: tuple[int, int], detections: Detections) -> int:
+        """A size that the answer has at the least, known before any of it is encoded.
+
+        Args:
+            image_size: (height, width).
+        """
+        return 0
+
+    @abstractmethod
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
+        """Encode one part.
+
+        Args:
+            info: the model that found them.
+            should_stop: asked now and then by what takes longer than some milliseconds.
+
+        Raises:
+            CancelledRequestError: `should_stop` said yes.
+        """
+
+    def join(self, parts: Sequence[bytes]) -> bytes:
+        """The answer, from its encoded parts in order."""
+        return b"".join(parts)
+
+
+def never() -> bool:
+    """A `should_stop` for callers that wait as long as it takes."""
+    return False

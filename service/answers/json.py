@@ -1,0 +1,67 @@
+"""Detections as the JSON array that `/v1/detect` answers; `api/schemas.py` describes it.
+
+Shapes: D detections of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from service.answers.encoder import Encoder
+from service.masks.png import encode_crops, encode_png, smallest_png
+from service.masks.polygons import encode_polygons
+from service.masks.rle import encode_rle
+from service.structures import Detections, Image, Json, MaskFormat, ModelInfo
+
+MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
+    "rle": encode_rle,
+    "polygons": encode_polygons,
+    "png": encode_png,
+    "crop": encode_crops,
+}
+
+# A mask takes time in proportion to the sides of its box: these are some 2 ms, far above what a thread costs.
+_SIDES_PER_PART_PIXELS = 20_000
+# A PNG of a large image takes a tenth of a millisecond however small its mask is.
+_MOST_MASKS_PER_PART = 64
+
+
+class JsonEncoder(Encoder):
+    """See the module."""
+
+    def __init__(self, form: Json) -> None:
+        self._masks = form.masks
+
+    def split(self, detections: Detections) -> Sequence[Detections]:
+        """Parts of about 2 ms, as long as a single mask allows it."""
+        if self._masks == "none" or detections.masks is None or len(detections) == 0:
+            return [detections]
+        boxes = detections.boxes
+        sides = (boxes[:, 2:] - boxes[:, :2]).sum(axis=1).cumsum()
+        part = np.maximum(sides // _SIDES_PER_PART_PIXELS, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
+        ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
+        return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def least_bytes(self, image_size: tuple[int, int], detections: Detections) -> int:
+        """Only pictures of the whole image have a size that is known beforehand."""
+        return len(detections) * smallest_png(image_size) if self._masks == "png" else 0
+
+    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
+        """An array of an object for each detection."""
+        found: list[dict[str, Any]] = [
+            {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
+            for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
+        ]
+        if self._masks != "none" and part.masks is not None:
+            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size)
+            for detection, mask in zip(found, masks, strict=True):
+                detection["mask"] = mask
+        return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def join(self, parts: Sequence[bytes]) -> bytes:
+        """One array of the parts' elements."""
+        return b"[" + b",".join(part[1:-1] for part in parts) + b"]"

@@ -1,0 +1,222 @@
+"""JSON bodies: one image in base64, and options. A body is as large as its image, but what stands beside the image is
+bounded before anything is parsed, so that no document of many small values takes time and memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import reprlib
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import orjson
+
+from service.api.errors import MAX_MISTAKES, and_more
+from service.errors import InvalidRequestError, TooLargeError
+
+MAX_JSON_BYTES = 256 * 1024
+"""What a JSON body may hold beside its longest text, which is the image: more than 2000 proposals with all digits."""
+
+EXPECTED_JSON = 'a JSON object with the image in base64: {"image": "...", ...}'
+# Base64 is decoded in pieces: each holds Python's global lock, which the event loop wants, too. A multiple of 4.
+_PIECE_BYTES = 1024 * 1024
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = b" \t\r\n"
+# The longest JSON escape: \u0041.
+_ESCAPE_BYTES = 6
+# Of a run that is looked at, in documents that are larger than all but their image may be.
+_MAX_BACKSLASHES = 64
+# What other services call it.
+_OTHER_NAMES = {
+    "images": "one image goes into 'image'; several go to /v1/detect/batch, as the files 'image' of a multipart form",
+    "image_url": "addresses are not fetched; send the image's bytes in base64 as 'image'",
+    "url": "addresses are not fetched; send the image's bytes in base64 as 'image'",
+    "instances": "one image goes into 'image', beside its options",
+    "inputs": "one image goes into 'image', beside its options",
+    "data": "the image's bytes in base64 go into 'image'",
+    "file": "the image's bytes in base64 go into 'image'",
+}
+
+
+def parse_json(data: bytes) -> tuple[bytes, dict[str, object]]:
+    """Read a body of the form `{"image": "<base64>", ...}`.
+
+    Returns:
+        The encoded image and the other fields, with JSON's types.
+
+    Raises:
+        InvalidRequestError: it is not that, or names a key twice.
+        TooLargeError: it holds more than `MAX_JSON_BYTES` beside its longest text.
+    """
+    start, end = (0, 0) if len(data) <= MAX_JSON_BYTES else _longest_text(data)
+    if (size := len(data) - (end - start)) > MAX_JSON_BYTES:
+        raise _too_large(size)
+    # Cut out at its own place, and known again by a word that nobody can guess.
+    placeholder = uuid.uuid4().hex
+    fields = _parse(data[:start] + placeholder.encode() + data[end:] if end else data)
+    if placeholder in fields:
+        raise InvalidRequestError(f"the JSON has a key of {end - start} bytes")
+    if "image" not in fields:
+        raise InvalidRequestError(f"expected {EXPECTED_JSON}; {_describe_keys(fields)}")
+    image = fields.pop("image")
+    if not isinstance(image, str):
+        raise InvalidRequestError(f"'image': expected base64, got {reprlib.repr(image)}")
+    if not end:
+        return decode_base64(image.encode(errors="replace")), fields
+    if image != placeholder:
+        raise _too_large(len(data) - len(image))
+    return decode_base64(data[start:end]), fields
+
+
+def _too_large(size: int) -> TooLargeError:
+    return TooLargeError(
+        f"the JSON has {size} bytes beside its longest text, which should be the image; at most {MAX_JSON_BYTES} are "
+        "read"
+    )
+
+
+def _longest_text(data: bytes) -> tuple[int, int]:
+    """Where the longest text between quotes stands, without them. Gives up as soon as all else is too much."""
+    longest = (0, 0)
+    at = 0
+    while (start := data.find(b'"', at) + 1) > 0:
+        end = data.find(b'"', start)
+        while end >= 0 and _is_escaped(data, end, start):
+            # Base64 has no quotes, so what lies between them is none: it counts as any other text.
+            if end - longest[1] + longest[0] > MAX_JSON_BYTES:
+                raise _too_large(end - longest[1] + longest[0])
+            end = data.find(b'"', end + 1)
+        if end < 0:
+            break
+        if end - start > longest[1] - longest[0]:
+            longest = (start, end)
+        at = end + 1
+        if (size := at - longest[1] + longest[0]) > MAX_JSON_BYTES:
+            raise _too_large(size)
+    return longest
+
+
+def _is_escaped(data: bytes, quote: int, start: int) -> bool:
+    before = data[max(start, quote - _MAX_BACKSLASHES) : quote]
+    backslashes = len(before) - len(before.rstrip(b"\\"))
+    if backslashes == _MAX_BACKSLASHES:
+        raise InvalidRequestError("a text of the JSON has a long run of backslashes")
+    return backslashes % 2 == 1
+
+
+def _parse(document: bytes) -> dict[str, object]:
+    try:
+        # Not strict: a shell's "$(base64 photo.jpg)" has line breaks, which JSON wants escaped.
+        fields = json.loads(
+            document.decode(), strict=False, object_pairs_hook=_no_key_twice, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise InvalidRequestError("the JSON is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("the body is not JSON: it is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}") from None
+    except ValueError:
+        raise InvalidRequestError("a number of the JSON has thousands of digits") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequestError(f"expected {EXPECTED_JSON}, got {reprlib.repr(fields)}")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidRequestError(f"the body is not JSON: {name} is no number there")
+
+
+def _no_key_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Which of two equal keys a caller means, nobody knows; a parser would keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        seen: set[str] = set()
+        first = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidRequestError(
+            f"the JSON has the key {reprlib.repr(first)} {keys.count(first)} times; expected each once"
+        )
+    return fields
+
+
+def _describe_keys(fields: dict[str, object]) -> str:
+    if not fields:
+        return "got an empty one"
+    for key in fields:
+        if (hint := _OTHER_NAMES.get(key.lower())) is not None:
+            return f"got {key!r}: {hint}"
+    names = ", ".join([*(reprlib.repr(key) for key in list(fields)[:MAX_MISTAKES]), *and_more(len(fields))])
+    return f"got the keys {names}"
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Decode base64 as it comes: of either alphabet, with line breaks, after `data:…;base64,`, with or without padding.
+
+    Args:
+        text: as it stands between the quotes of JSON, escapes included.
+
+    Raises:
+        InvalidRequestError: it is something else; says what.
+    """
+    text = text[_prefix_length(text) :]
+    decoded: list[bytes] = []
+    rest = b""
+    try:
+        for piece in _unescaped(text):
+            rest += piece.translate(_FROM_URL_SAFE, _WHITE_SPACE)
+            whole = len(rest) // 4 * 4
+            # The last characters wait for the next piece, in case they are the end, where padding may stand.
+            whole = max(0, whole - 4)
+            decoded.append(binascii.a2b_base64(rest[:whole], strict_mode=True) if whole else b"")
+            if b"=" in rest[:whole]:
+                raise binascii.Error("more follows the padding")
+            rest = rest[whole:]
+        padding = b"=" * (-len(rest) % 4) if b"=" not in rest else b""
+        decoded.append(base64.b64decode(rest + padding, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequestError(_describe_no_base64(text, str(error))) from None
+    return b"".join(decoded)
+
+
+def _prefix_length(text: bytes) -> int:
+    """Of `data:image/png;base64,`, which a browser's FileReader puts before the base64."""
+    if text[:5].lower() != b"data:":
+        return 0
+    comma = text.find(b",", 0, 300)
+    if comma < 0 or not text[:comma].replace(b"\\/", b"/").lower().endswith(b";base64"):
+        raise InvalidRequestError("'image' is a data: URL, but not in base64; expected 'data:image/png;base64,...'")
+    return comma + 1
+
+
+def _unescaped(text: bytes) -> Iterator[bytes]:
+    """JSON's text in pieces, without escapes: some write them for each slash, and must for line breaks."""
+    at = 0
+    while at < len(text):
+        piece = text[at : at + _PIECE_BYTES]
+        if b"\\" in piece:
+            if b"\\\\" in piece:
+                raise ValueError("a backslash")
+            # An escape must not be cut; with no double ones among them, each backslash begins one.
+            last = piece.rfind(b"\\")
+            if last > len(piece) - _ESCAPE_BYTES and at + len(piece) < len(text):
+                piece = piece[:last]
+            yield orjson.loads(b'"%s"' % piece.translate(None, b"\r\n\t")).encode()
+        else:
+            yield piece
+        at += len(piece)
+
+
+def _describe_no_base64(text: bytes, why: str) -> str:
+    beginning = text[:100].replace(b"\\/", b"/").decode(errors="replace")
+    if beginning.lower().startswith(("http://", "https://", "s3://", "gs://", "file://", "ftp://")):
+        return (
+            f"'image' is an address, {reprlib.repr(beginning)}; addresses are not fetched, send the image's bytes in "
+            "base64"
+        )
+    if len(text) < 1000 and "." in beginning[1:]:
+        return f"'image' looks like a path, {reprlib.repr(beginning)}; send the file's bytes in base64"
+    return f"'image' is not base64: {why[:1].lower()}{why[1:]}"

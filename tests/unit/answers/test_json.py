@@ -1,0 +1,58 @@
+"""Our JSON: the same bytes however it is split, in parts that are soon done."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import orjson
+import pytest
+
+from service.answers import encode, encoder_for
+from service.answers.encoder import never
+from service.answers.json import JsonEncoder
+from service.structures import Detections, Image, Json, MaskFormat
+from tests.fakes import FAKE_INFO
+from tests.unit.masks.cases import objects
+
+IMAGE = Image(np.zeros((3000, 4000, 3), np.uint8))
+
+
+def found(number: int) -> Detections:
+    masks, boxes = objects(0, IMAGE.size, number)
+    labels, scores = 1 + np.arange(number) % 2, np.linspace(1, 0.1, number, dtype=np.float32)
+    return Detections(boxes, labels, scores, masks)
+
+
+@pytest.mark.parametrize("masks", get_args(MaskFormat))
+def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None:
+    detections, form = found(30), Json(masks)
+    whole = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
+    assert encode(form, IMAGE, detections, FAKE_INFO) == whole
+    assert [set(one) - {"mask"} for one in orjson.loads(whole)] == [{"box", "label", "label_id", "score"}] * 30
+
+
+@pytest.mark.parametrize(
+    ("sides", "parts"),
+    [([], 1), ([100] * 60, 1), ([1000] * 9, 1), ([1000] * 20, 3), ([3000] * 99, 30), ([1] * 200, 4)],
+)
+def test_parts_end_where_they_would_take_long(sides: list[int], parts: int) -> None:
+    boxes = np.zeros((len(sides), 4), np.float32)
+    boxes[:, 2], boxes[:, 3] = sides, sides
+    numbers = np.zeros(len(sides))
+    detections = Detections(
+        boxes, numbers.astype(np.int64), numbers.astype(np.float32), np.zeros((len(sides), 2, 2), np.float32)
+    )
+    split = JsonEncoder(Json("rle")).split(detections)
+    assert len(split) == parts
+    assert np.array_equal(np.concatenate([part.boxes for part in split]), boxes)
+    assert len(JsonEncoder(Json("none")).split(detections)) == 1
+
+
+def test_size_that_is_known_beforehand_is_never_more_than_the_real_one() -> None:
+    for number in (0, 1, 12):
+        detections = found(number)
+        for masks in get_args(MaskFormat):
+            real = len(encode(Json(masks), IMAGE, detections, FAKE_INFO))
+            assert encoder_for(Json(masks)).least_bytes(IMAGE.size, detections) <= real
+    assert encoder_for(Json("png")).least_bytes(IMAGE.size, found(12)) > 10_000
