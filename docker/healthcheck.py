@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Ask the server on this host, on the port that it was told to listen on."""
     # Kubernetes sets ROISERVE_PORT=tcp://… for a Service named roiserve; the server ignores it, too.
-    given = os.environ.get("ROISERVE_PORT", "8000")
+    given = os.environ.get("ROISERVE_ADMIN_PORT") or os.environ.get("ROISERVE_PORT", "8000")
     port = int(given) if given.isdecimal() else 8000
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)  # not urllib, which would ask a proxy
     try:

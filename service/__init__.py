@@ -25,18 +25,20 @@ service/
 ├── training/           dataset, targets, loop, evaluation
 ├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
+├── tracing.py          the traces of requests
 ├── logs.py             events with keys, one line a request
 ├── settings.py         every setting: environment variable, flag and help in one
 ├── cores.py            how many CPU cores may be used
 ├── jit.py              numeric loops to machine code, kept on disk
 ├── structures.py       the nouns that travel between rooms
+├── tasks.py            several coroutines at a time
 └── errors.py           the error tree
 
 Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
 
     cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
-    | inference → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → cores
-    | errors
+    | inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load | devices
+    → cores | errors | tasks
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

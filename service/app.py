@@ -20,13 +20,16 @@ from starlette.middleware.gzip import GZipMiddleware
 from service.api import detect, docs, health, metrics, models, start
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
+from service.api.management import management_server
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
+from service.api.quotas import Quotas
 from service.api.state import ApiState, Lifecycle, LoadedModels, Phase
 from service.batching.held_bytes import HeldBytes
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracer
 from service.workers.detector import Admission, Detector, PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD, stored_predictors
@@ -66,6 +69,8 @@ def create_app(
         lifecycle=Lifecycle(),
         held_bytes=HeldBytes(settings.max_held_bytes),
         changing_models=asyncio.Lock(),
+        quotas=Quotas(settings),
+        tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint, version=version("roiserve")),
     )
     measures.ready.set_function(lambda: state.is_ready)
     measures.queue_limit_images.set(settings.max_queue_size)
@@ -73,12 +78,15 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_get_ready(state, app.openapi))
-        yield
-        loading.cancel()
-        with suppress(asyncio.CancelledError):
-            await loading
-        await runs_models.stop()
+        async with management_server(state):
+            loading = asyncio.create_task(_get_ready(state, app.openapi))
+            yield
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+            await runs_models.stop()
+        if state.tracer is not None:
+            await asyncio.to_thread(state.tracer.stop)
 
     app = FastAPI(
         title="RoIServe",
@@ -94,7 +102,10 @@ def create_app(
     # At the least effort, and in a thread if it takes long; pictures go as they are.
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
     app.add_middleware(RequestMiddleware, state=state)
-    routers = [resource.router for resource in (detect, models, health, metrics, docs, start)]
+    resources = [detect, models, health, metrics, docs, start]
+    if settings.admin_port is not None:
+        resources = [detect, models, docs, start]
+    routers = [resource.router for resource in resources]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]

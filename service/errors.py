@@ -11,6 +11,7 @@
     - ModelNotFoundError      no model of that name or version
     - ModelNeededError        a model that must not go
   - OverloadedError           the queue is full; try again later
+    - QuotaError              this caller's key has used up its share
   - NotReadyError             loading, draining, or the model is not loaded
   - DeadlineExceededError     no answer within the request's time
   - CancelledRequestError     the caller has gone; nobody waits for the answer
@@ -89,6 +90,12 @@ class OverloadedError(ServiceError):
     def __init__(self, message: str, *, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class QuotaError(OverloadedError):
+    """This caller's key has used up its share; others have not."""
+
+    code = "quota_exceeded"
 
 
 class NotReadyError(ServiceError):

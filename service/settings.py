@@ -214,6 +214,28 @@ class Settings(BaseSettings):
     drain_timeout_seconds: float = Field(
         30.0, ge=0, le=3600, description="How long accepted requests may take to finish after that, in seconds."
     )
+    max_images_per_minute: float | None = Field(
+        None, gt=0, description="Most images that each API key may send in a minute; more get a 429. Unset: no limit."
+    )
+    max_pixels_per_minute: float | None = Field(
+        None,
+        gt=0,
+        description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
+        "Unset: no limit.",
+    )
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port for /metrics, /healthz and /readyz, which are then not on the other one; unset keeps all "
+        "on one.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where spans of requests and batches go, by OTLP over HTTP, such as "
+        "http://collector:4318/v1/traces; unset records none. Needs the extra otel.",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Format of the log lines: text or json.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Minimum severity to log: debug, info, warning or error."

@@ -16,6 +16,7 @@ from service import pipeline
 from service.answers.json import JsonEncoder
 from service.devices.cpu import CpuDevice
 from service.errors import InvalidRequestError, ModelStoreError
+from service.imaging import decode
 from service.imaging.decode import decode_image
 from service.settings import Settings
 from service.structures import Image
@@ -24,6 +25,8 @@ from tests.fakes import FakePredictor, load_fakes
 
 # A picture whose top left pixel has this red value makes a stage fail, if a factory says so.
 FATAL = 21
+# What follows the end of a picture that is fatal before its pixels are known.
+DEADLY_TAIL = b"DEADLY"
 # A model of this name is loaded when there is a file `go` in the folder of the model store, and one of that name never.
 GATED, ENDLESS = "gated", "endless"
 
@@ -50,11 +53,14 @@ class Lost(CpuDevice):
 
 
 class OnGpus:
-    """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models."""
+    """Pretends GPUs, from when it arrives in the worker; a worker on one of them may die as soon as it loads models, or
+    say that it cannot.
+    """
 
-    def __init__(self, gpus: int, *, dead: str | None = None) -> None:
+    def __init__(self, gpus: int, *, dead: str | None = None, refusing: str | None = None) -> None:
         self.gpus = gpus
         self.dead = dead
+        self.refusing = refusing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -64,7 +70,16 @@ class OnGpus:
     def __call__(self, settings: Settings) -> Iterator[FakePredictor]:
         if settings.device == self.dead:
             die()
+        if self.refusing is not None and settings.device.startswith(self.refusing):
+            raise ModelStoreError(f"no kernel image for {settings.device}")
         return load_fakes(settings)
+
+
+def die_while_starting(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that dies before it has any models, while there is a file `die` in the folder of the model store."""
+    if (settings.model_store / "die").exists():
+        die()
+    return load_fakes(settings)
 
 
 def die_when_asked(settings: Settings) -> Iterator[FakePredictor]:
@@ -82,6 +97,19 @@ def hang_when_asked(settings: Settings) -> Iterator[FakePredictor]:
 def die_in_decode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose decoder dies of fatal pictures."""
     _harm_decoder(die)
+    return load_fakes(settings)
+
+
+def die_in_header(settings: Settings) -> Iterator[FakePredictor]:
+    """A worker that dies of pictures with a deadly tail while it reads their headers."""
+    read = vars(decode)["read_container"]
+
+    def read_or_die(data: bytes, *args: Any) -> Any:
+        if data.endswith(DEADLY_TAIL):
+            die()
+        return read(data, *args)
+
+    vars(decode).update(read_container=read_or_die)
     return load_fakes(settings)
 
 

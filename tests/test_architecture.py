@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).parent.parent / "service"
 # Rooms on one floor (between two arrows) do not import one another either.
 ORDER = (
     "cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks "
-    "| inference → model_store → modeling → ops → metrics → structures → settings | logs | jit | load | devices → "
-    "cores | errors"
+    "| inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load "
+    "| devices → cores | errors | tasks"
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER.split(" → ")) for room in rooms.split(" | ")}
 

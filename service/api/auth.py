@@ -8,6 +8,8 @@ from fastapi import Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from service.api.errors import KeyNotAllowedError, MissingKeyError
+from service.api.middleware import Record
+from service.api.quotas import fingerprint
 from service.api.state import State
 
 _Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
@@ -16,15 +18,19 @@ _HOW_TO_SEND = "send a key as `Authorization: Bearer KEY` or as `X-API-Key: KEY`
 _UNKNOWN = "unknown key: this server does not know the key that was sent"
 
 
-async def require_key(state: State, bearer: _Bearer, header: _Header) -> None:
+async def require_key(state: State, record: Record, bearer: _Bearer, header: _Header) -> None:
     """Let a request pass that bears a user's or an administrator's key, or any request if `/v1` needs no key.
 
     Raises:
         MissingKeyError: no key came, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
         KeyNotAllowedError: it is not one of ours.
     """
-    if state.keys.are_needed and not state.keys.is_known(_sent(bearer, header)):
+    if not state.keys.are_needed:
+        return
+    key = _sent(bearer, header)
+    if not state.keys.is_known(key):
         raise KeyNotAllowedError(_UNKNOWN)
+    record.notes["key"] = record.caller = fingerprint(key)
 
 
 async def require_admin_key(state: State, bearer: _Bearer, header: _Header) -> None:

@@ -4,7 +4,6 @@ detector and writes what comes back.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Generic, TypeVar
@@ -28,8 +27,9 @@ from service.api.options import (
 )
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
-from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
+from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
 from service.structures import Answer, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
+from service.tasks import all_of
 
 router = APIRouter(
     prefix="/v1",
@@ -51,6 +51,7 @@ class _Order(Generic[P]):
     info: ModelInfo
     resolved: ResolvedOptions
     deadline: float
+    caller: str | None
 
     def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
@@ -66,6 +67,11 @@ class _Order(Generic[P]):
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
         return detections_document(self.info, answer, progress, roi_op=self.resolved.options.roi_op)
 
+    def charge(self, state: ApiState, answer: Answer) -> None:
+        """Count the pixels of an image for the quota of the caller's key."""
+        height, width = answer.image_size
+        state.quotas.charge(self.caller, pixels=height * width)
+
     def only_image(self) -> bytes:
         if not self.images:
             raise InvalidRequestError("expected one image, as the field 'image', got none")
@@ -79,6 +85,7 @@ class _Order(Generic[P]):
 async def _read_order(request: Request, state: ApiState, record: RequestRecord, query: P) -> _Order[P]:
     settings = state.settings
     state.lifecycle.require_serving()
+    state.quotas.require(record.caller)
     try:
         upload = await read_upload(
             request,
@@ -89,6 +96,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     except CancelledRequestError:
         state.metrics.cancelled.labels(record.progress.stage).inc()
         raise
+    state.quotas.charge(record.caller, images=len(upload.images))
     parameters = merge_options(query, upload)
     if parameters.roi_op is not None and not settings.allow_roi_op_override:
         raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
@@ -98,7 +106,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
     deadline = record.progress.started_at + timeout_ms / 1000
     resolved = resolve_options(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, resolved, deadline)
+    return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
 
 
 @router.post(
@@ -118,6 +126,8 @@ async def detect(
     order = await _read_order(request, state, record, query)
     job = order.job(order.only_image(), record.progress, Json(order.resolved.mask_format))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
+    record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
@@ -146,24 +156,29 @@ async def detect_batch(
 
 
 async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list[dict[str, object]]:
-    # Two batches' worth at a time keep the device busy and leave the queue to others.
-    places = asyncio.Semaphore(2 * state.settings.max_batch_size)
+    """A document for each image, in order. A mistake of ours in one of them ends all the others."""
+    max_bytes, size = state.settings.max_answer_bytes, 0
 
     async def answer_one(image: bytes) -> dict[str, object]:
-        async with places:
-            return await _answer_or_error(state, order, image)
+        nonlocal size
+        progress = Progress("decode")
+        job = order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True)
+        try:
+            answer = await state.admission.run(job)
+            order.charge(state, answer)
+            if size + len(answer.encoded) > max_bytes:
+                raise AnswerTooLargeError(
+                    f"the answers to this request's images would have more than {max_bytes} bytes in all; send fewer "
+                    "images, or ask for masks=rle, masks=crop or masks=none"
+                )
+        except ServiceError as error:
+            report(error, state.metrics)
+            return {"error": problem(error)}
+        size += len(answer.encoded)
+        return order.describe(answer, progress)
 
-    return await asyncio.gather(*map(answer_one, order.images))
-
-
-async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
-    progress = Progress("decode")
-    try:
-        answer = await state.admission.run(order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True))
-    except ServiceError as error:
-        report(error, state.metrics)
-        return {"error": problem(error)}
-    return order.describe(answer, progress)
+    # Two batches' worth at a time keep the device busy and leave the queue to others.
+    return await all_of(answer_one, order.images, at_a_time=2 * state.settings.max_batch_size)
 
 
 @router.post(
@@ -178,6 +193,7 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, Drawing(picture_type))
+    job = order.job(order.only_image(), record.progress, Drawing(picture_type, order.parameters.drawn_parts))
     answer = await while_connected(request, state.admission.run(job))
+    order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)

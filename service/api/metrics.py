@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+from prometheus_client.exposition import choose_encoder
 
 from service.api.state import State
 
 router = APIRouter(tags=["metrics"])
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(state: State) -> Response:
-    """All metrics of this process, in Prometheus' text format."""
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
+)
+async def metrics(state: State, accept: Annotated[str, Header()] = "") -> Response:
+    """All metrics of this process, in Prometheus' text format, or in OpenMetrics, which has ids of traces as exemplars,
+    for those who accept that.
+    """
     state.metrics.set_device_memory(state.detector.memory())
-    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    encode, media_type = choose_encoder(accept)
+    return Response(encode(state.metrics.registry), media_type=media_type)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
@@ -25,6 +25,10 @@ from service.batching.held_bytes import Holding
 from service.errors import NotReadyError, OverloadedError, ServiceError
 from service.logs import request_id_context
 from service.structures import Progress
+from service.tracing import Outcome, TraceParent, trace_id_of
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +57,32 @@ class RequestRecord:
 
     Attributes:
         holding: the bytes of its body, accounted for until its answer has been sent.
+        parent: the caller's span, if it named one.
+        span: of the request, if spans are recorded.
         resources: what else it holds until then.
         notes: for the log line, such as the model.
         status: of the answer, once it has begun.
+        batch_id: of the batch that its image was in.
+        caller: the fingerprint of its API key, if keys are needed.
     """
 
     request_id: str
     holding: Holding
+    parent: TraceParent | None = None
+    span: Span | None = None
     progress: Progress = field(default_factory=lambda: Progress("body"))
     notes: dict[str, object] = field(default_factory=dict)
     status: int | None = None
+    batch_id: str | None = None
+    caller: str | None = None
     resources: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def trace_id(self) -> str | None:
+        """Of the trace that the request belongs to: its span's or its caller's."""
+        if self.span is not None:
+            return trace_id_of(self.span)
+        return None if self.parent is None else self.parent.trace_id
 
     @property
     def seconds(self) -> float:
@@ -96,8 +115,11 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        parent = TraceParent.parse(headers.get("traceparent"))
+        span = None if self._state.tracer is None else self._state.tracer.begin(parent)
         with self._state.held_bytes.hold() as holding:
-            await self._serve(scope, receive, send, RequestRecord(_request_id(Headers(scope=scope)), holding))
+            await self._serve(scope, receive, send, RequestRecord(_request_id(headers), holding, parent, span))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         scope.setdefault("state", {})["record"] = record
@@ -119,7 +141,7 @@ class RequestMiddleware:
         self._state.lifecycle.enter(task)
         try:
             if scope["method"] == "POST" and _path(scope) in _ONE_IMAGE_PATHS:
-                self._state.admission.require_place()
+                self._state.admission.require_place(seconds_left=self._state.settings.request_timeout_ms / 1000)
             preflight = self._cross_origin.preflight(scope["method"], Headers(scope=scope))
             await (preflight or self._app)(scope, exchange.receive, exchange.send)
             return
@@ -147,7 +169,12 @@ class RequestMiddleware:
         route = path if path in _ONE_IMAGE_PATHS else getattr(scope.get("route"), "path", "unmatched")
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
-        self._state.metrics.request_duration.labels(route).observe(record.seconds)
+        trace_id = record.trace_id
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self._state.metrics.request_duration.labels(route).observe(record.seconds, exemplar)
+        if self._state.tracer is not None and record.span is not None:
+            outcome = Outcome(scope["method"], path, route, status, record.request_id, record.notes, record.batch_id)
+            self._state.tracer.end(record.span, record.progress, outcome)
         is_quiet = route in _PROBES or (route == "/metrics" and status < 400)
         logger.log(
             logging.DEBUG if is_quiet else logging.INFO,
@@ -163,6 +190,7 @@ class RequestMiddleware:
                         for stage, seconds in record.progress.stage_seconds.items()
                     },
                     "total_ms": round(1000 * record.seconds, 1),
+                    **({} if trace_id is None else {"trace_id": trace_id}),
                     **record.notes,
                 }
             },

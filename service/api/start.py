@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.docs import page_headers
 from service.api.schemas import json_response
+from service.api.state import ApiState
 
 router = APIRouter(include_in_schema=False)
 
@@ -55,17 +56,20 @@ async def start(request: Request) -> Response:
     """A page if the caller is a browser, else JSON."""
     root = request.scope.get("root_path", "")
     version = request.app.version
+    state: ApiState = request.app.state.api
+    links = dict(_LINKS)
+    if state.settings.admin_port is not None:
+        del links["ready"], links["metrics"]  # which are there
     if "text/html" not in request.headers.get("accept", ""):
-        paths = {name: f"{root}{path}" for name, (path, _) in _LINKS.items()}
+        paths = {name: f"{root}{path}" for name, (path, _) in links.items()}
         return json_response({"name": "RoIServe", "version": version, "detect": f"{root}/v1/detect", **paths})
-    needs_key = request.app.state.api.keys.are_needed
     page = _PAGE.format(
         root=escape(root),
         version=escape(version),
         url=escape(f"{request.url.scheme}://{request.url.netloc}{root}"),
-        note="<p>This server wants an API key, which a form cannot send: use /docs.</p>\n" if needs_key else "",
-        links="\n".join(
-            f'<li><a href="{escape(root)}{path}">{path}</a>: {what}</li>' for path, what in _LINKS.values()
-        ),
+        note="<p>This server wants an API key, which a form cannot send: use /docs.</p>\n"
+        if state.keys.are_needed
+        else "",
+        links="\n".join(f'<li><a href="{escape(root)}{path}">{path}</a>: {what}</li>' for path, what in links.values()),
     )
     return Response(page, media_type="text/html", headers=page_headers("style-src 'unsafe-inline'"))

@@ -16,11 +16,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.keys import Keys
+from service.api.quotas import Quotas
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import ModelInfo
+from service.tracing import Tracer
 from service.workers.detector import Admission, Detector
 
 logger = logging.getLogger(__name__)
@@ -187,6 +189,8 @@ class ApiState:
     lifecycle: Lifecycle
     held_bytes: HeldBytes
     changing_models: asyncio.Lock
+    quotas: Quotas
+    tracer: Tracer | None = None
 
     @property
     def is_ready(self) -> bool:

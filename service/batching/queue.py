@@ -1,8 +1,9 @@
-"""The request queue: decides who is admitted and which entries make the next batch. Called by `batcher.py`.
-A synchronous data structure for one thread at a time; the time is an argument, so it can be tested on integers.
-Knows nothing of futures, threads, images or models.
+"""The request queue: decides which entries are admitted and which make the next batch. A synchronous data structure for
+one thread at a time. The time is an argument, so it can be tested on integers. Knows nothing of futures, threads,
+images or models.
 
 * Two lines, one a priority; each has its own bounds, so neither can shut the other out.
+* An entry that would not be done before its deadline is refused at once, rather than kept waiting for nothing.
 * A batch holds one group of one priority: the oldest entry of the line and its mates in order of age. Since the oldest
   always goes, an entry with k older ones in its line is in one of the line's next k + 1 batches: nobody starves.
 * Mates of different shapes are padded to the largest of them, and a batch costs what it has become by that. A mate that
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
+from service.batching.backlog import SAFETY
 from service.batching.memory_limit import MemoryLimit
 from service.errors import NotReadyError, OverloadedError
 
@@ -54,6 +56,8 @@ class Entry(Generic[T]):
             if nothing is padded.
         enqueued_at: when it came.
         deadline: from this time on its answer is of no use; None for never.
+        mates_until: its mates are on their way: a free device may wait for them until then, for as long as all members
+            of the batch say so. Entries of the other priority do not wait.
     """
 
     item: T
@@ -63,6 +67,7 @@ class Entry(Generic[T]):
     enqueued_at: float
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    mates_until: float = -math.inf
 
     def __post_init__(self) -> None:
         if self.cost < 1:
@@ -122,6 +127,7 @@ class RequestQueue(Generic[T]):
         self._last_batch_cost = 0
         self._measured_cost = 0.0
         self._measured_seconds = 0.0
+        self._busy_until = -math.inf
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -141,13 +147,13 @@ class RequestQueue(Generic[T]):
     def held_until(self) -> float | None:
         """When the oldest entry will be held back no longer, whoever joins it; None for an empty queue."""
         oldest = self._next_line().oldest
-        return None if oldest is None else oldest.enqueued_at + self._max_batch_wait_seconds
+        return None if oldest is None else max(oldest.enqueued_at + self._max_batch_wait_seconds, oldest.mates_until)
 
     def admit(self, entry: Entry[T]) -> None:
         """Let an entry wait.
 
         Raises:
-            OverloadedError: its line is full; says when all that is here now will be done.
+            OverloadedError: its line is full, or too long for the entry's deadline; says when a new try may do better.
             NotReadyError: the queue is closed.
         """
         if self._is_closed:
@@ -158,6 +164,7 @@ class RequestQueue(Generic[T]):
         if len(line) > 0 and line.cost + entry.cost > self._max_queue_cost:
             total = line.cost + entry.cost
             raise self._overloaded(f"images of {total} pixels would wait, at most {self._max_queue_cost}")
+        self._require_time(line, entry)
         line.add(entry)
 
     def remove(self, entry: Entry[T]) -> bool:
@@ -179,12 +186,16 @@ class RequestQueue(Generic[T]):
             waits, or when the batch is held back for more mates until `held_until`.
         """
         line = self._next_line()
-        batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
-        if not is_full and self._may_be_held(batch, now):
-            return []
+        batch = self._next_batch(line, now)
+        if not batch and line is self._bulk:
+            line = self._interactive
+            batch = self._next_batch(line, now)
         for entry in batch:
             line.remove(entry)
-        self._share_out(line, sum(entry.cost for entry in batch))
+        cost = sum(entry.cost for entry in batch)
+        self._share_out(line, cost)
+        if batch and self._measured_cost > 0:
+            self._busy_until = now + self._seconds_for(cost)
         return batch
 
     def measure(self, cost: int, seconds: float) -> None:
@@ -211,6 +222,11 @@ class RequestQueue(Generic[T]):
         bulk_is_due = len(self._interactive) == 0 or self._cost_owed_to_bulk > 0
         return self._bulk if len(self._bulk) > 0 and bulk_is_due else self._interactive
 
+    def _next_batch(self, line: _Line[T], now: float) -> list[Entry[T]]:
+        """What goes next of a line; empty if it is held back."""
+        batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
+        return [] if not is_full and self._may_be_held(batch, now) else batch
+
     def _fill_batch(self, line: _Line[T], max_batch_cost: int) -> tuple[list[Entry[T]], bool]:
         """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
         that nobody of its group is overtaken but who would be padded too much. Scans the line: microseconds beside a
@@ -234,8 +250,8 @@ class RequestQueue(Generic[T]):
     def _may_be_held(self, batch: Sequence[Entry[T]], now: float) -> bool:
         if self._is_closed or not batch:
             return False
-        held_until = batch[0].enqueued_at + self._max_batch_wait_seconds
-        # Who would expire while the device idles goes now instead.
+        held_until = max(batch[0].enqueued_at + self._max_batch_wait_seconds, min(entry.mates_until for entry in batch))
+        # A batch is not held back if one of its members would expire while the device sits idle.
         return now < held_until and not any(entry.is_expired(held_until) for entry in batch)
 
     def _share_out(self, line: _Line[T], cost: int) -> None:
@@ -250,6 +266,33 @@ class RequestQueue(Generic[T]):
             self._cost_owed_to_bulk -= cost
         self._last_batch_cost = cost
 
+    def _require_time(self, line: _Line[T], entry: Entry[T]) -> None:
+        """Refuse an entry that would not be done before its deadline, at the measured rate and with some reserve."""
+        if entry.deadline is None or self._measured_cost == 0:
+            return
+        running_seconds = max(0.0, self._busy_until - entry.enqueued_at)
+        if len(self) == 0 and running_seconds == 0:
+            return  # it has only itself to wait for
+        ahead = line.cost + entry.cost
+        # What the other line may take meanwhile: bulk its share, interactive at least what waits there now.
+        others = (
+            min(self._interactive.cost, ahead / self._bulk_per_interactive)
+            if line is self._bulk
+            else min(self._bulk.cost, ahead * self._bulk_per_interactive)
+        )
+        seconds = running_seconds + self._seconds_for(ahead + others)
+        seconds_left = entry.deadline - entry.enqueued_at
+        if seconds > SAFETY * seconds_left:
+            raise OverloadedError(
+                f"with {len(self)} images waiting it would take {seconds:.1f} s, too late for the deadline in "
+                f"{seconds_left:.1f} s",
+                retry_after_seconds=seconds - SAFETY * max(seconds_left, 0.0),
+            )
+
+    def _seconds_for(self, cost: float) -> float:
+        """How long the device needs at the measured rate."""
+        return cost * self._measured_seconds / self._measured_cost
+
     def _overloaded(self, reason: str) -> OverloadedError:
         return OverloadedError(f"the queue is full: {reason}", retry_after_seconds=self._seconds_until_done())
 
@@ -257,7 +300,7 @@ class RequestQueue(Generic[T]):
         if self._measured_cost == 0:
             return UNMEASURED_RETRY_AFTER_SECONDS
         # A full queue means a busy device, so the batch taken last is still on it.
-        return (self.cost + self._last_batch_cost) * self._measured_seconds / self._measured_cost
+        return self._seconds_for(self.cost + self._last_batch_cost)
 
 
 class _Line(Generic[T]):

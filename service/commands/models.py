@@ -27,8 +27,6 @@ models_app = typer.Typer(
     name="models", no_args_is_help=True, help="List, show, import and download the models of a model store."
 )
 
-models_app.command("verify")(verify_model)
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _MAX_PIXELS = 500_000_000
 
@@ -290,6 +288,9 @@ def pull(
             on_progress=lambda present, total: progress.update(task, completed=present, total=total),
         )
     _tell_stored(stored)
+
+
+models_app.command("verify")(plain(verify_model))
 
 
 def _tell_stored(stored: StoredModel) -> None:

@@ -25,6 +25,7 @@ class CpuDevice(Device):
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",  # Windows
         "bad_alloc",  # a C++ library that was called
+        "Failed to allocate",  # OpenVINO
     )
 
     def use(self, precision: str = "float32") -> AbstractContextManager[None]:

@@ -1,11 +1,13 @@
-"""Bytes of an image file to upright RGB pixels: the whole path. Called by `pipeline.py` in a thread; holds no state.
+"""Bytes of an image file to upright RGB pixels: the whole path. Holds no state.
+
 Images come from strangers: limits are checked on the header before anything is decoded, and whatever a decoder raises
-becomes one of three errors, each the fault of this image alone; but for a lack of memory, which is ours.
+becomes one of three errors that blame this image alone; except a lack of memory, which is ours.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +15,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import cv2
-import numpy as np
 import simplejpeg
 from PIL import ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -23,11 +24,20 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from service.errors import InvalidImageError, InvalidRequestError, OutOfMemoryError, TooLargeError
+from service.errors import (
+    CancelledRequestError,
+    InvalidImageError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    TooLargeError,
+)
 from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
-from service.imaging.pixels import to_rgb
+from service.imaging.pixels import rgb_pixels
+from service.imaging.quiet import complaints_counted
 from service.structures import Image, UInt8Array
+
+logger = logging.getLogger(__name__)
 
 _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
@@ -39,6 +49,8 @@ _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
 }
 # What these kinds of JPEG mean in RGB leaves no choice. Ink (CMYK) and whatever is rarer is Pillow's.
 _PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
+# What has more pixels times scans goes to Pillow at once, so that it is not decoded twice if it is out of order.
+_MAX_TRIED_PIXELS = 200_000_000
 # By EXIF orientation: swap rows and columns, then mirror (OpenCV's flip code: 0 upside down, 1 left to right, -1 both).
 _UPRIGHT = {
     2: (False, 1),
@@ -85,7 +97,11 @@ class ImageLimits:
 
 
 def decode_image(
-    data: bytes, *, limits: ImageLimits, before_decoding: Callable[[int], None] = lambda pixels: None
+    data: bytes,
+    *,
+    limits: ImageLimits,
+    before_decoding: Callable[[int], None] = lambda pixels: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Image:
     """Decode the first picture of an image file and turn it upright.
 
@@ -95,12 +111,14 @@ def decode_image(
         data: a whole JPEG, PNG, WebP, GIF, BMP or TIFF file.
         limits: what to refuse before decoding.
         before_decoding: called with the number of pixels when the header is known to be good. May wait, and may raise.
+        should_stop: asked between pieces of the work, each well below a second: whether nobody waits any more.
 
     Raises:
         UnsupportedImageError: not one of these formats, or a rare kind of one.
         TooLargeError: over one of the limits.
         InvalidImageError: no bytes, or bytes that do not decode.
         OutOfMemoryError: there is no memory for the pixels.
+        CancelledRequestError: `should_stop` said yes.
     """
     image_format = sniff_format(data)
     with _as_invalid_image(image_format):
@@ -109,17 +127,43 @@ def decode_image(
     height, width = container.image_size
     before_decoding(height * width)
     with _as_invalid_image(image_format):
-        pixels = _decode(container, image_format)
+        pixels = _decode(container, image_format, _Watch(should_stop))
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 
 
-def _decode(container: Container, image_format: ImageFormat) -> UInt8Array:
-    if image_format == "JPEG":
+class _Watch:
+    """Called between pieces of the work; raises when nobody waits for it any more."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self) -> None:
+        if self._should_stop():
+            raise CancelledRequestError("nobody waits for this image any more")
+
+
+class _WatchedFile(io.BytesIO):
+    """A file in memory. Pillow feeds most decoders 64 KiB at a time, and before each the watch is called."""
+
+    def __init__(self, data: bytes, watch: _Watch) -> None:
+        super().__init__(data)
+        self._watch = watch
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._watch()
+        return super().read(size)
+
+
+def _decode(container: Container, image_format: ImageFormat, watch: _Watch) -> UInt8Array:
+    watch()
+    height, width = container.image_size
+    if image_format == "JPEG" and container.num_passes * height * width <= _MAX_TRIED_PIXELS:
         # It takes a half to a third of Pillow's time for the same pixels, but would accept less: it calls anything out
         # of order an error, which Pillow does only where pixels are missing. So what it refuses, Pillow judges.
         with suppress(ValueError):
             return _decode_plain_jpeg(container)
-    return _decode_with_pillow(container, image_format)
+        watch()
+    return _decode_with_pillow(container, image_format, watch)
 
 
 def _decode_plain_jpeg(container: Container) -> UInt8Array:
@@ -135,14 +179,17 @@ def _decode_plain_jpeg(container: Container) -> UInt8Array:
     return pixels
 
 
-def _decode_with_pillow(container: Container, image_format: ImageFormat) -> UInt8Array:
+def _decode_with_pillow(container: Container, image_format: ImageFormat, watch: _Watch) -> UInt8Array:
     # Always from memory: from a real file Pillow believes a chunk's length and allocates it. And not through
     # `PIL.Image.open`, which tries formats in turn and warns about sizes that our limits allow.
-    picture = _DECODERS[image_format](io.BytesIO(container.pixel_data))
-    if (picture.height, picture.width) != container.image_size:
-        raise InvalidImageError(f"two parts of the {image_format} data disagree about the size")
-    picture.load()
-    return np.array(to_rgb(picture))
+    with complaints_counted() as complaints:
+        picture = _DECODERS[image_format](_WatchedFile(container.pixel_data, watch))
+        if (picture.height, picture.width) != container.image_size:
+            raise InvalidImageError(f"two parts of the {image_format} data disagree about the size")
+        picture.load()
+    if complaints.count:
+        logger.debug("libtiff complains", extra={"fields": {"lines": complaints.count}})
+    return rgb_pixels(picture, before_band=watch)
 
 
 def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:
@@ -158,7 +205,7 @@ def _as_invalid_image(image_format: ImageFormat) -> Iterator[None]:
     """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, OverflowError, ..."""
     try:
         yield
-    except InvalidRequestError:
+    except (InvalidRequestError, CancelledRequestError):
         raise
     except MemoryError as error:
         # What the header asks for is within the limits, so the memory is short, not the file at fault.

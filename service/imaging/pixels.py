@@ -1,4 +1,4 @@
-"""Any of Pillow's modes to 8-bit RGB, so that what the model sees is what a viewer shows. Called by `decode.py`.
+"""Any of Pillow's modes to 8-bit RGB, so that what the model sees is what a viewer shows.
 
 Pillow's own `convert("RGB")` is right for most modes. Not for these: 16-bit grey (it clips at 255, so pictures turn
 white), 32-bit grey (clipped as well), and transparency (it shows the colours that lie hidden under transparent pixels).
@@ -9,25 +9,54 @@ Shapes: H x W the image.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
 from service.structures import UInt8Array
 
+# A band of this size takes some tens of megabytes to convert, whatever its mode.
+_BAND_PIXELS = 1 << 22
+# 32-bit grey: what is black and what is white the picture itself must say.
+_WITHOUT_RANGE = ("I", "F")
 _BACKGROUND = (255, 255, 255)  # what a browser shows through a transparent picture
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert a loaded picture of any mode to mode RGB.
+def rgb_pixels(picture: PIL.Image.Image, *, before_band: Callable[[], None] = lambda: None) -> UInt8Array:
+    """Convert a loaded picture of any mode to pixels, in bands, so that no second copy of the whole is made.
+
+    Args:
+        before_band: called before each band of up to 4 megapixels; may raise.
+
+    Returns:
+        (H, W, 3) uint8.
 
     Raises:
         ValueError: a mode that has no conversion to RGB.
     """
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    bands = list(_bands(picture))
+    value_range = _value_range(picture, bands) if picture.mode in _WITHOUT_RANGE else None
+    for top, bottom in bands:
+        before_band()
+        band = picture.crop((0, top, picture.width, bottom)) if len(bands) > 1 else picture
+        pixels[top:bottom] = np.asarray(_to_rgb(band, value_range))
+    return pixels
+
+
+def _bands(picture: PIL.Image.Image) -> Iterator[tuple[int, int]]:
+    rows = max(1, _BAND_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        yield top, min(top + rows, picture.height)
+
+
+def _to_rgb(picture: PIL.Image.Image, value_range: tuple[float, float] | None) -> PIL.Image.Image:
     if picture.mode.startswith("I;16"):
         return PIL.Image.fromarray(_from_16_bits(np.asarray(picture))).convert("RGB")
-    if picture.mode in ("I", "F"):
-        return PIL.Image.fromarray(_stretched(np.asarray(picture))).convert("RGB")
+    if value_range is not None:
+        return PIL.Image.fromarray(_stretched(np.asarray(picture), *value_range)).convert("RGB")
     if picture.has_transparency_data:
         return _on_background(picture.convert("RGBA"))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
@@ -39,17 +68,25 @@ def _from_16_bits(grey: NDArray[np.uint16]) -> UInt8Array:
     return nearest.astype(np.uint8)
 
 
-def _stretched(grey: NDArray[np.int32] | NDArray[np.float32]) -> UInt8Array:
-    """Scale the smallest value to 0 and the largest to 255: 32-bit grey has no nominal range. Not finite is 0."""
+def _value_range(picture: PIL.Image.Image, bands: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The smallest and the largest finite value; infinite, the wrong way round, if there is none."""
+    low, high = np.inf, -np.inf
+    for top, bottom in bands:
+        values = np.asarray(picture.crop((0, top, picture.width, bottom))).astype(np.float32)
+        finite = np.isfinite(values)
+        low = min(low, float(values.min(where=finite, initial=np.inf)))
+        high = max(high, float(values.max(where=finite, initial=-np.inf)))
+    return low, high
+
+
+def _stretched(grey: NDArray[np.int32] | NDArray[np.float32], low: float, high: float) -> UInt8Array:
+    """Scale `low` to 0 and `high` to 255: 32-bit grey has no nominal range. Values that are not finite become 0."""
     values = grey.astype(np.float32)
-    finite = np.isfinite(values)
-    low = values.min(where=finite, initial=np.inf)
-    high = values.max(where=finite, initial=-np.inf)
     if high <= low:
         return np.zeros(values.shape, np.uint8)
-    values[~finite] = low
-    values -= low
-    values *= 255 / (high - low)
+    values[~np.isfinite(values)] = low
+    values -= np.float32(low)
+    values *= np.float32(255 / (high - low))
     return np.rint(values, out=values).astype(np.uint8)
 
 

@@ -35,7 +35,8 @@ from service.modeling.config import BackboneConfig, Norm
 NormLayer = Callable[[int], nn.Module]
 _GROUPS = 32
 """Of group norms (Wu and He 2018), as torchvision's users and detectron2 have them."""
-_FAMILIES_WITH_FEATURES = ("alexnet", "convnext", "densenet", "efficientnet", "mobilenet", "squeezenet", "vgg")
+_FAMILIES_WITH_FEATURES = ("mobilenet", "vgg", "squeezenet", "alexnet", "densenet", "efficientnet", "convnext")
+"""Those that people fine-tune most come first."""
 
 
 class Backbone(NamedTuple):
@@ -264,7 +265,8 @@ def torchvision_features(model: str) -> nn.Sequential:
 @cache
 def models_with_features() -> tuple[str, ...]:
     """Names of torchvision's classifiers that make their map in a module of the name `features`."""
-    return tuple(name for name in list_models(module=torchvision.models) if name.startswith(_FAMILIES_WITH_FEATURES))
+    known = list_models(module=torchvision.models)
+    return tuple(name for family in _FAMILIES_WITH_FEATURES for name in known if name.startswith(family))
 
 
 @cache

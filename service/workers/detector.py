@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from service.errors import CancelledRequestError, OverloadedError, ServiceError
+from service.batching.backlog import SAFETY, Backlog
+from service.errors import CancelledRequestError, DeadlineExceededError, OverloadedError, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 
 # Loads the models that the settings name, one after the other. A worker process gets it pickled.
 PredictorFactory = Callable[[Settings], "Iterator[Predictor]"]
-
-# What one job is taken to last before the first was measured.
-_UNMEASURED_SECONDS = 1.0
-
-# How much of the measured time of a job the next one leaves in place: about the last fifty count.
-_TIME_MEMORY = 0.98
 
 
 class Detector(Protocol):
@@ -83,45 +77,62 @@ class Detector(Protocol):
 
 
 class Admission:
-    """The way to a detector. Jobs of each priority have places of their own, so that neither shuts the other out."""
+    """The way to a detector. Jobs of each priority have places of their own, so that neither shuts the other out. What
+    could not be done before its deadline gets no place: it is better off asking elsewhere, or later.
+    """
 
     def __init__(self, detector: Detector, *, metrics: Metrics) -> None:
         self._detector = detector
         self._metrics = metrics
-        self._jobs: Counter[bool] = Counter()  # under way, by whether they are bulk
-        self._seconds_per_job = _UNMEASURED_SECONDS
+        self._backlogs = {False: Backlog(), True: Backlog()}  # by whether they are bulk
 
     async def run(self, job: Job) -> Answer:
         """Do a job, as `Detector.run` does.
 
         Raises:
-            OverloadedError: too many are under way.
+            OverloadedError: too much is under way.
         """
-        with self._outcome_counted(job), self._place_taken(is_bulk=job.is_bulk):
+        with self._outcome_counted(job), self._place_taken(job):
             return await self._detector.run(job)
 
-    def require_place(self, *, is_bulk: bool = False) -> None:
-        """Raise OverloadedError if a job would be refused now; takes nothing."""
-        if self._jobs[is_bulk] >= self._detector.capacity:
-            # Little's law: what is under way now will be done after about the time that one job takes.
+    def require_place(self, *, seconds_left: float, is_bulk: bool = False, cost: int = 1) -> None:
+        """Raise OverloadedError if a job would be refused now; takes nothing.
+
+        Args:
+            seconds_left: until its deadline.
+            cost: its pixels, or a guess.
+        """
+        backlog = self._backlogs[is_bulk]
+        seconds = backlog.seconds_until_done(cost)
+        if backlog.count >= self._detector.capacity:
             raise OverloadedError(
-                f"the queue is full: {self._jobs[is_bulk]} images wait or are under way, at most "
-                f"{self._detector.capacity}",
-                retry_after_seconds=self._seconds_per_job,
+                f"the queue is full: {backlog.count} images wait or are under way, at most {self._detector.capacity}",
+                retry_after_seconds=seconds,
+            )
+        if not backlog.is_in_time(cost, seconds_left):
+            raise OverloadedError(
+                f"{backlog.count} images wait or are under way; one more would be done in {seconds:.1f} s, too late "
+                f"for its deadline in {seconds_left:.1f} s",
+                retry_after_seconds=seconds - SAFETY * max(seconds_left, 0.0),
             )
 
     @contextmanager
-    def _place_taken(self, *, is_bulk: bool) -> Iterator[None]:
-        """Hold one of the detector's places, and learn how long a job takes."""
-        self.require_place(is_bulk=is_bulk)
-        started_at = time.monotonic()
-        self._jobs[is_bulk] += 1
+    def _place_taken(self, job: Job) -> Iterator[None]:
+        """Hold one of the detector's places, and learn how long jobs take."""
+        backlog, cost = self._backlogs[job.is_bulk], job.likely_pixels
+        self.require_place(seconds_left=job.deadline - time.monotonic(), is_bulk=job.is_bulk, cost=cost)
+        backlog.add(cost)
+        work: int | None = cost
         try:
             yield
-            seconds = time.monotonic() - started_at
-            self._seconds_per_job += (1 - _TIME_MEMORY) * (seconds - self._seconds_per_job)
+        except DeadlineExceededError:
+            work = 0  # the time was spent, and for nothing
+            raise
+        except (OverloadedError, asyncio.CancelledError):
+            work = None
+            raise
         finally:
-            self._jobs[is_bulk] -= 1
+            backlog.remove(cost, work=work)
 
     @contextmanager
     def _outcome_counted(self, job: Job) -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""One worker process as its supervisor sees it: start it, talk to it, notice its end. Used by `pool.py`, on the event
-loop; knows frames and processes, nothing of jobs.
+"""One worker process as its supervisor sees it: start it, talk to it, notice its end. Runs on the event loop; knows
+frames and processes, nothing of jobs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.structures import ModelInfo
 from service.workers.channel import FrameReader, Header, error_from, pack
 from service.workers.detector import PredictorFactory
 
-# What a worker may take to end when its socket has.
+# How long a worker may take to end after its socket was closed.
 _LEAVE_SECONDS = 5.0
 # The frames that answer `ask`.
 _REPLIES = ("pong", "loaded", "unloaded", "refused")
@@ -31,21 +31,23 @@ class WorkerHandle(asyncio.Protocol):
     """See the module.
 
     Args:
-        receive: takes every frame but answers to `ask`.
+        receive: takes every frame but the replies to `ask`.
 
     Attributes:
-        models: what it has loaded, by key; none while it is not ready.
+        models: what it has loaded, by key; empty while it is not ready.
         memory: bytes by device and kind, when it was last asked.
         is_ready: whether it takes jobs.
-        was_killed_for: why its supervisor ended it.
-        got_ready: set when it first was.
-        ended: set when nothing more will come of it.
+        has_been_of_use: whether it has answered a job, or been well for a while.
+        was_killed_for: why its supervisor ended it, in a word.
+        got_ready: set when it becomes ready.
+        ended: set when the process has ended or is about to.
     """
 
     def __init__(self, receive: Callable[[WorkerHandle, Header, bytes], None]) -> None:
         self.models: dict[str, ModelInfo] = {}
         self.memory: Mapping[tuple[str, str], float] = {}
         self.is_ready = False
+        self.has_been_of_use = False
         self.was_killed_for: str | None = None
         self.got_ready = asyncio.Event()
         self.ended = asyncio.Event()
@@ -64,8 +66,8 @@ class WorkerHandle(asyncio.Protocol):
             target=_run_worker, args=(theirs, settings, factory), daemon=True
         )
         self._process = process
-        # In a thread, since it waits until the fork server has imported what it shall.
-        self._starting = asyncio.ensure_future(asyncio.to_thread(_start_deaf, process))
+        # In a thread, since it waits until the fork server has imported the modules that it preloads.
+        self._starting = asyncio.ensure_future(asyncio.to_thread(_start_with_signals_blocked, process))
         try:
             await asyncio.shield(self._starting)
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
@@ -79,8 +81,13 @@ class WorkerHandle(asyncio.Protocol):
                 self._starting.add_done_callback(lambda _: theirs.close())
 
     @property
+    def pending_commands(self) -> int:
+        """How many calls of `ask` wait for their reply."""
+        return len(self._questions)
+
+    @property
     def pid(self) -> int | None:
-        """Of the process."""
+        """The number of the process; None before it is started."""
         return None if self._process is None else self._process.pid
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is a stream's
@@ -106,7 +113,7 @@ class WorkerHandle(asyncio.Protocol):
                 question.set_exception(NotReadyError("the worker stopped meanwhile; try again"))
 
     def send(self, header: Header, body: bytes = b"") -> None:
-        """Send a frame. What cannot be sent any more is lost; `ended` says so."""
+        """Send a frame; it is lost if the worker has ended."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(pack(header, body))
 
@@ -130,17 +137,21 @@ class WorkerHandle(asyncio.Protocol):
         return reply
 
     def kill(self, reason: str) -> None:
-        """End it at once, unless it has ended."""
+        """End the process at once, unless it has ended."""
         if self.ended.is_set():
             return
         self.was_killed_for = reason
         if self._process is not None and self._process.pid is not None:
-            # By its number: once the fork server is gone, `Process.kill` takes the process for gone, too.
+            # By its number: `Process.kill` does nothing once the fork server is gone.
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
     async def finish(self) -> int | None:
-        """Let it end, if need be with force; its exit status, negative for a signal."""
+        """Wait for the end of the process, and kill it if that takes too long.
+
+        Returns:
+            Its exit status, negative for a signal; None if it was never started.
+        """
         if self._starting is not None:
             await asyncio.wait([self._starting])
         if self._transport is not None:
@@ -151,17 +162,17 @@ class WorkerHandle(asyncio.Protocol):
 
 
 def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
-    # Imported there only: the process that serves HTTP has no use for what it brings along.
+    # Imported in the worker only: it brings torch along, which the process that serves HTTP does not need.
     from service.workers.process import run_worker
 
     run_worker(end, settings, factory)
 
 
-def _start_deaf(process: BaseProcess) -> None:
-    """Start a process that no Ctrl-C and no SIGTERM reaches, nor the fork server that bears it: they may go to a whole
-    group of processes, of which only the one that serves HTTP knows how to leave in order.
+def _start_with_signals_blocked(process: BaseProcess) -> None:
+    """Start a worker, and the fork server before the first one, with SIGINT and SIGTERM blocked. Terminals and service
+    managers signal the whole process group, but only the process that serves HTTP knows how to drain.
     """
-    # It would unblock them itself as it is started with the fork server, in this thread.
+    # The fork server would start it otherwise, in this thread, and unblock the signals as it does.
     resource_tracker.ensure_running()
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)

@@ -1,9 +1,10 @@
-"""The worker process: a `LocalDetector` at the end of a socket. Started by `pool.py` from the fork server; ends when
-its socket does, so that no worker outlives the process that it works for.
+"""The worker process: a `LocalDetector` at the end of a socket. It ends when the socket is closed, so that no worker
+outlives the process that it works for.
 
-It says `hello` at once and `ready` or `failed` when its models are loaded. Then, for each `job` an `answer` or an
-`error`; a `mark` whenever dangerous work on a job begins or ends; for each `ping` a `pong`, for each `load` and
-`unload` a `loaded`, `unloaded` or `refused`. Observations for the metrics ride on answers and pongs.
+It sends `hello` at once, and `ready` or `failed` when its models are loaded. Then it sends an `answer` or an `error`
+for each `job`; a `mark` whenever a thread begins or ends work on a job, and `queued` when the job waits for the device;
+a `pong` for each `ping`; and `loaded`, `unloaded` or `refused` for each `load` and `unload`. Observations for the
+metrics travel with answers and pongs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict
@@ -35,13 +37,14 @@ logger = logging.getLogger(__name__)
 def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
     """Serve the other end of the socket until it closes."""
     configure_logging(log_format=settings.log_format, log_level=settings.log_level)
-    # A worker starts no process, but numba makes a lock for some; of this kind it leaves no name behind to warn about.
+    # Workers start no processes, but numba creates a multiprocessing lock on import. With `fork` that lock is unnamed,
+    # so the resource tracker has no leak to warn about at exit.
     multiprocessing.set_start_method("fork", force=True)
     asyncio.run(_Worker(BlockingChannel(end), settings, factory).serve())
 
 
 class _MarkedProgress(Progress):
-    """Tells the other process of dangerous work before it begins."""
+    """Reports work to the other process before it begins and after it has ended."""
 
     def __init__(self, stage: str, *, job_id: int, channel: BlockingChannel) -> None:
         super().__init__(stage)
@@ -71,14 +74,21 @@ class _Worker:
         self._observations: deque[tuple[Observed, Sequence[str], float]] = deque()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._commands: set[asyncio.Task[None]] = set()
+        self._probing: asyncio.Task[None] | None = None
+        self._probed_at = 0.0
+        self._probe_failure: str | None = None
+        self._memory: list[list[object]] = []
 
     async def serve(self) -> None:
-        """Load the models, and obey."""
-        self._detector = LocalDetector(self._settings, self._factory, self._observe)
+        """Load the models, then do what the other process asks."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
-        may_use_gpus = self._settings.device != "cpu"
-        self._channel.send({"kind": "hello", "gpus": await asyncio.to_thread(count_gpus) if may_use_gpus else 0})
+        gpus = 0 if self._settings.device == "cpu" else await asyncio.to_thread(count_gpus)
+        self._channel.send({"kind": "hello", "gpus": gpus})
+        if gpus > 0 and self._settings.device in ("auto", "cuda"):
+            # Named as the others are, so that all workers on one GPU report the same label.
+            self._settings = self._settings.model_copy(update={"device": "cuda:0"})
+        self._detector = LocalDetector(self._settings, self._factory, self._observe)
         try:
             infos = await self._detector.start()
         except Exception as error:
@@ -96,7 +106,7 @@ class _Worker:
         except OSError:
             pass  # reset rather than closed: the other process was killed
         finally:
-            # At once, whatever the other threads are at: nobody wants it any more.
+            # At once, whatever the other threads are doing: nobody waits for it any more.
             os._exit(0)
 
     def _obey(self, header: Header, body: bytes) -> None:
@@ -140,6 +150,7 @@ class _Worker:
             "orientation_applied": answer.orientation_applied,
             "detections": answer.detections,
             "batch_size": answer.batch_size,
+            "batch_id": answer.batch_id,
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
@@ -157,21 +168,40 @@ class _Worker:
         self._reply("refused", reply | {"id": header["id"]})
 
     def _reply(self, kind_of_error: str, header: Header, body: bytes = b"") -> None:
-        """Send a reply. What no frame can hold becomes an error, for somebody waits."""
+        """Send a reply. If no frame can hold it, send an error instead, since somebody waits."""
         try:
             self._channel.send(header, body)
         except (TypeError, struct.error) as error:
             self._channel.send({"kind": kind_of_error, "id": header["id"], "error": error_to(error)})
 
     async def _ping(self, header: Header) -> Header:
-        await asyncio.to_thread(self._detector.probe)
-        memory = [[*labels, size] for labels, size in self._detector.memory().items()]
+        """Reply at once: a device that hangs shows in `busy_seconds`, silence means that the process does."""
+        if self._probing is None:
+            self._probing = asyncio.create_task(self._probe())
+            self._probed_at = time.monotonic()
+            await asyncio.sleep(0)
         return {
             "kind": "pong",
-            "busy_seconds": self._detector.busy_seconds,
-            "memory": memory,
+            "busy_seconds": max(self._detector.busy_seconds, self._probe_seconds()),
+            "failure": self._probe_failure,
+            "memory": self._memory,
             "observations": self._take_observations(),
         }
+
+    def _probe_seconds(self) -> float:
+        return 0.0 if self._probing is None else time.monotonic() - self._probed_at
+
+    async def _probe(self) -> None:
+        def probe() -> list[list[object]]:
+            self._detector.probe()
+            return [[*labels, size] for labels, size in self._detector.memory().items()]
+
+        try:
+            self._memory = await asyncio.to_thread(probe)
+        except Exception as error:
+            self._probe_failure = f"the device fails its probe: {error}"
+        finally:
+            self._probing = None
 
     async def _load(self, header: Header) -> Header:
         return {"kind": "loaded", "model": asdict(await self._detector.load(header["model"]))}
@@ -184,5 +214,5 @@ class _Worker:
         self._observations.append((name, labels, value))
 
     def _take_observations(self) -> list[tuple[Observed, Sequence[str], float]]:
-        # One after the other, since the device's thread may be adding some.
+        # One by one, since the device's thread may be adding more.
         return [self._observations.popleft() for _ in range(len(self._observations))]

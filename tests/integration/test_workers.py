@@ -12,15 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from service.workers import pool
+from service.workers import supervision
 from service.workers.pool import WorkerPool
 from tests.fakes import KILLER, picture
-from tests.faulty_workers import die_when_asked
+from tests.faulty_workers import die_while_starting
 from tests.integration.conftest import Live, running_workers
 from tests.integration.test_errors import assert_problem
 from tests.integration.test_lifecycle import ROOT
@@ -30,7 +31,7 @@ ADMIN = {"X-API-Key": "root"}
 
 @pytest.fixture
 def live() -> Iterator[Live]:
-    with running_workers(admin_keys="root") as live:
+    with running_workers(admin_keys="root", request_timeout_ms=300_000) as live:
         live.client.headers.update(ADMIN)
         live.wait_until_ready()
         yield live
@@ -60,20 +61,31 @@ def test_not_ready_while_no_worker_is_alive_but_healthy_since_one_is_coming(live
     assert live.client.get("/readyz").status_code == 200
 
 
-def test_not_healthy_when_the_workers_cannot_be_revived(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_FIRST_BACKOFF_SECONDS", 0.001)
-    with running_workers(die_when_asked) as live:
+def test_not_healthy_while_no_worker_can_be_started_and_healthy_again_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_FIRST_BACKOFF_SECONDS", 0.001)
+    with running_workers(die_while_starting, model_store=tmp_path) as live:
+        live.wait_until_ready()
+        (tmp_path / "die").touch()
+        os.kill(worker_pid(live), signal.SIGKILL)
         while (response := live.client.get("/healthz")).status_code == 200:
             pass
-        assert_problem(response, 503, "not_ready", "cannot be revived")
+        assert_problem(response, 503, "not_ready", "starts in a row failed")
         assert live.client.get("/readyz").status_code == 503
-        assert_problem(live.detect(picture()), 503, "not_ready", "cannot be revived")
+        refused = live.detect(picture())
+        assert_problem(refused, 503, "not_ready", "another try will follow")
+        assert int(refused.headers["Retry-After"]) >= 1
+        (tmp_path / "die").unlink()
+        live.wait_until_ready()
+        assert live.client.get("/healthz").status_code == 200
+        assert live.detect(picture()).status_code == 200
 
 
 def test_only_the_image_that_kills_its_worker_is_refused(live: Live) -> None:
     reds = [*range(30, 40), KILLER, *range(40, 50)]
     sent = [live.in_background(live.detect, picture(red=red)) for red in reds]
-    assert_problem(sent.pop(10).result(), 422, "poisonous_image", "stopped the worker twice")
+    assert_problem(sent.pop(10).result(), 422, "poisonous_image", "stopped the worker 2 times")
     assert [future.result().status_code for future in sent] == [200] * 20
 
 

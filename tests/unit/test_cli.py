@@ -27,6 +27,7 @@ COMMANDS = (
     ["models", "show"],
     ["models", "import"],
     ["models", "pull"],
+    ["models", "verify"],
 )
 
 

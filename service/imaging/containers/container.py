@@ -13,8 +13,10 @@ class Container:
         image_size: (height, width) in pixels as stored, before orientation is applied.
         pixel_data: a valid file of the same format that holds the first picture and nothing else.
         orientation: EXIF orientation, 1 to 8; 1 is upright.
+        num_passes: how often a decoder goes over all pixels: the scans of a progressive JPEG, else 1.
     """
 
     image_size: tuple[int, int]
     pixel_data: bytes
     orientation: int = 1
+    num_passes: int = 1

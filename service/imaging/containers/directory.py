@@ -56,17 +56,36 @@ class Directory:
     entries: Mapping[int, Entry]
 
     def integers(self, tag: int) -> tuple[int, ...]:
-        """The values of a tag, empty if it is missing or not of a whole-number type.
+        """All values of a tag, empty if it is missing or not of an integer type. Bound its count first.
 
         Raises:
             InvalidImageError: the values lie outside the file.
         """
         entry = self.entries.get(tag)
-        if entry is None or entry.value_type not in _INTEGER_TYPES:
+        return () if entry is None else self._first_integers(tag, entry, entry.count)
+
+    def integer(self, tag: int) -> int | None:
+        """The first value of a tag, whatever its count says; None if it is missing or not of an integer type.
+
+        Raises:
+            InvalidImageError: the value lies outside the file.
+        """
+        entry = self.entries.get(tag)
+        values = () if entry is None else self._first_integers(tag, entry, min(entry.count, 1))
+        return values[0] if values else None
+
+    def entry_of(self, tag: int, value: int) -> bytes:
+        """An entry of one 32-bit value, as bytes."""
+        if self.is_big:
+            return struct.pack(f"{self.byte_order}HHQII", tag, 4, 1, value & 0xFFFFFFFF, 0)
+        return struct.pack(f"{self.byte_order}HHII", tag, 4, 1, value & 0xFFFFFFFF)
+
+    def _first_integers(self, tag: int, entry: Entry, count: int) -> tuple[int, ...]:
+        if entry.value_type not in _INTEGER_TYPES:
             return ()
-        if entry.value_offset + entry.value_bytes > len(self.data):
+        kind = f"{self.byte_order}{count}{_INTEGER_TYPES[entry.value_type]}"
+        if entry.value_offset + struct.calcsize(kind) > len(self.data):
             raise InvalidImageError(f"the values of TIFF tag {tag} lie outside the data")
-        kind = f"{self.byte_order}{entry.count}{_INTEGER_TYPES[entry.value_type]}"
         return struct.unpack_from(kind, self.data, entry.value_offset)
 
 

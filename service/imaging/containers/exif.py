@@ -20,7 +20,7 @@ def read_orientation(exif: bytes) -> int:
     Broken EXIF, a string or a number that means nothing is no reason to refuse a picture: all are 1, upright.
     """
     try:
-        values = read_directory(exif).integers(ORIENTATION_TAG)
+        orientation = read_directory(exif).integer(ORIENTATION_TAG)
     except (InvalidImageError, struct.error):
         return 1
-    return values[0] if values and 1 <= values[0] <= 8 else 1
+    return orientation if orientation is not None and 1 <= orientation <= 8 else 1

@@ -32,8 +32,8 @@ def read_gif(data: bytes) -> Container:
             length = data[position]
             position += 1 + length
             num_blocks += 1
-        if num_blocks > MAX_EXTENSION_BLOCKS:
-            raise InvalidImageError(f"the GIF data hold over {MAX_EXTENSION_BLOCKS} extension blocks")
+            if num_blocks > MAX_EXTENSION_BLOCKS:
+                raise InvalidImageError(f"the GIF data hold over {MAX_EXTENSION_BLOCKS} extension blocks")
     if data[position] != _FRAME:
         raise InvalidImageError("the GIF data hold no picture")
     left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, position + 1)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from service.errors import InvalidImageError
+from service.errors import InvalidImageError, TooLargeError
 from service.imaging.containers.container import Container
 from service.imaging.containers.exif import read_orientation
 
 # The usual encoders write up to 10 scans, the most eager optimisers about 20.
 MAX_SCANS = 32
+# Each scan beyond the usual ten goes over all pixels again, at up to 5 ns a pixel: one second for all of them.
+USUAL_SCANS = 10
+MAX_EXTRA_SCAN_PIXELS = 200_000_000
 # Metadata come in segments of at most 64 KiB, so large ones need some hundreds.
 MAX_SEGMENTS = 4096
 
@@ -37,6 +41,7 @@ def read_jpeg(data: bytes) -> Container:
     """Read the frame header and EXIF, count the scans, and keep only the segments that make the pixels."""
     image_size: tuple[int, int] | None = None
     orientation = 1
+    has_exif = False
     num_scans = 0
     # Views, so that what may be megabytes is copied once, where all of them are joined.
     view = memoryview(data)
@@ -48,7 +53,8 @@ def read_jpeg(data: bytes) -> Container:
             image_size = struct.unpack_from(">HH", data, start + 3)
         elif marker == _SOS:
             num_scans += 1
-        elif marker == _APP1 and data.startswith(b"Exif\0\0", start + 2):
+        elif marker == _APP1 and not has_exif and data.startswith(b"Exif\0\0", start + 2):
+            has_exif = True  # the first counts, as in browsers: a file may hold thousands
             orientation = read_orientation(data[start + 8 : end])
         if has_fill:
             kept += (b"\xff", _FILL.sub(b"\xff", view[start - 1 : end]))
@@ -56,9 +62,54 @@ def read_jpeg(data: bytes) -> Container:
             kept += (b"\xff", view[start - 1 : end])
     if image_size is None or num_scans == 0:
         raise InvalidImageError("the JPEG data end before the first scan")
+    check_scans(num_scans, image_size[0] * image_size[1])
+    return Container(image_size, b"".join(kept), orientation, num_passes=num_scans)
+
+
+def check_scans(num_scans: int, num_pixels: int) -> None:
+    """Bound how often a decoder goes over a picture.
+
+    Raises:
+        InvalidImageError: more scans than any encoder writes.
+        TooLargeError: more than the usual ones, for so many pixels.
+    """
     if num_scans > MAX_SCANS:
         raise InvalidImageError(f"the JPEG data hold {num_scans} scans; we read up to {MAX_SCANS}")
-    return Container(image_size, b"".join(kept), orientation)
+    if (num_scans - USUAL_SCANS) * num_pixels > MAX_EXTRA_SCAN_PIXELS:
+        most = USUAL_SCANS + MAX_EXTRA_SCAN_PIXELS // num_pixels
+        raise TooLargeError(f"{num_scans} scans of {num_pixels} pixels; of a JPEG this large we read up to {most}")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a JPEG asks of a decoder.
+
+    Attributes:
+        num_scans: how often it goes over the pixels.
+        num_pixels: of the largest frame header; 0 if there is none.
+        fill_bytes: that stand before markers.
+    """
+
+    num_scans: int
+    num_pixels: int
+    fill_bytes: int
+
+
+def count_work(data: bytes) -> Work:
+    """Look through a JPEG, or tables for one, that lies within another file.
+
+    Raises:
+        InvalidImageError: a segment that does not end, or too many.
+    """
+    num_scans = num_pixels = length = 0
+    for marker, start, end, _ in _segments(data):
+        length = end
+        if marker in _FRAME_HEADERS:
+            height, width = struct.unpack_from(">HH", data, start + 3)
+            num_pixels = max(num_pixels, height * width)
+        num_scans += marker == _SOS
+    fill_bytes = sum(len(run.group()) - 1 for run in _FILL.finditer(data, 0, length))
+    return Work(num_scans, num_pixels, fill_bytes)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:

@@ -17,6 +17,10 @@ from service.imaging.containers.exif import read_orientation
 # libpng writes 8 KiB a chunk, so this is room for 800 MB.
 MAX_CHUNKS = 100_000
 
+MAX_EXPANSION = 2
+_FREE_BYTES = 1 << 20
+
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 
@@ -26,6 +30,7 @@ def read_png(data: bytes) -> Container:
     header = palette = transparency = b""
     image_data: list[bytes] = []
     orientation = 1
+    has_exif = False
     position = len(_SIGNATURE)
     for _ in range(MAX_CHUNKS):
         if position == len(data):
@@ -48,7 +53,8 @@ def read_png(data: bytes) -> Container:
             transparency = data[start:end]
         elif kind == b"IDAT":
             image_data.append(data[start:end])
-        elif kind == b"eXIf":
+        elif kind == b"eXIf" and not has_exif:
+            has_exif = True
             orientation = read_orientation(data[start:end])
         position = end + 4
     else:
@@ -56,11 +62,21 @@ def read_png(data: bytes) -> Container:
     if not image_data:
         raise InvalidImageError("the PNG data hold no image data")
     width, height = struct.unpack_from(">II", header)
+    _check_length(sum(map(len, image_data)), header)
     chunks = [_chunk(b"IHDR", header)]
     chunks += [_chunk(b"PLTE", palette)] if palette else []
     chunks += [_chunk(b"tRNS", transparency)] if transparency else []
     chunks += [_chunk(b"IDAT", b"".join(image_data)), _chunk(b"IEND", b"")]
     return Container((height, width), _SIGNATURE + b"".join(chunks), orientation)
+
+
+def _check_length(coded_bytes: int, header: bytes) -> None:
+    """Refuse image data that can only be blocks without pixels; deflate makes noise hardly longer than it is."""
+    width, height, depth, colour = struct.unpack_from(">IIBB", header)
+    row_bytes = width * depth * _SAMPLES.get(colour, 4) // 8 + 2
+    decoded_bytes = 2 * height * row_bytes  # interlaced ones have more rows and filter bytes
+    if coded_bytes > MAX_EXPANSION * decoded_bytes + _FREE_BYTES:
+        raise InvalidImageError(f"the PNG holds {coded_bytes} coded bytes for {height * row_bytes} bytes of pixels")
 
 
 def _chunk(kind: bytes, payload: bytes) -> bytes:

@@ -1,68 +1,213 @@
 """TIFF: directories of tags that point anywhere in the file. The first picture is kept by writing a new directory at
 the end, with only the tags that its pixels need, and pointing the header at it. So Pillow reads no second directory,
 no EXIF, and copies no value of a tag that nobody asked for (65,535 tags may each point at the same megabytes).
+
+A decoder's work is bounded before it starts: strips and tiles may hardly reach beyond the picture, no byte of the file
+may be decoded twice, and a JPEG in a strip is held to the same bounds as a JPEG file.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
 from service.imaging.containers.container import Container
 from service.imaging.containers.directory import Directory, read_directory
 from service.imaging.containers.exif import ORIENTATION_TAG
+from service.imaging.containers.jpeg import check_scans, count_work
 
 # One strip a row is legal and common, in each of three planes. Pillow makes an object of every strip.
 MAX_STRIPS = 65_536
+# Each has a decoder of its own to set up, tens of microseconds. Writers make strips of 8 rows at least.
+MAX_JPEG_STRIPS = 8_192
 # A tile may be larger than the picture, and the decoder allocates it whole.
 MAX_TILE_PIXELS = 1 << 24
+# LZW of noise takes 1.5 bytes for one, fax of a chequered picture 4.5. More can only be codes that make no pixels.
+MAX_EXPANSION = 6
+_FREE_BYTES = 1 << 20
+_MAX_JPEG_TABLES_BYTES = 1 << 16
+# libjpeg takes 0.3 µs for a fill byte; a file of our own would leave them out, but here lengths stand in a directory.
+MAX_FILL_BYTES = 1 << 16
 
-_WIDTH, _HEIGHT, _COMPRESSION = 256, 257, 259
-_STRIP_OFFSETS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS = 273, 322, 323, 324
-# Besides: bits per sample, photometric interpretation, fill order, samples per pixel, rows per strip, byte counts,
-# planes, CCITT options, predictor, palette, extra samples, sample format, JPEG tables, and how YCbCr is to be read.
-_NEEDED_TAGS = frozenset(
-    {_WIDTH, _HEIGHT, 258, _COMPRESSION, 262, 266, _STRIP_OFFSETS, 277, 278, 279, 284, 292, 293, 317, 320}
-    | {_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, 325, 338, 339, 347, 529, 530, 531, 532}
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS, _PLANES = 256, 257, 258, 259, 277, 278, 284
+_STRIP_OFFSETS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 322, 323, 324, 325
+_JPEG_TABLES = 347
+# Tags of one number. A decoder would read all that the count announces, and warn.
+_SINGLE_TAGS = frozenset(
+    {_WIDTH, _HEIGHT, _COMPRESSION, 262, 266, _SAMPLES, _ROWS, _PLANES, 292, 293, 317, _TILE_WIDTH, _TILE_HEIGHT, 531}
 )
+# Besides: bits per sample, palette, extra samples, sample format, JPEG tables, and how YCbCr is to be read.
+_NEEDED_TAGS = _SINGLE_TAGS | {
+    *(_BITS, _STRIP_OFFSETS, _STRIP_BYTES, 320, _TILE_OFFSETS, _TILE_BYTES, 338, 339, _JPEG_TABLES, 529, 530, 532),
+}
+_JPEG = 7
 # None, CCITT, LZW, JPEG, deflate, PackBits, Zstandard. Not LZMA, with which a file may ask for gigabytes of memory.
-_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000)
+_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 50000)
+# Pillow reads nothing beyond, and libtiff would allocate what these ask for.
+_MAX_SAMPLES, _MAX_BITS = 8, 64
+_SEPARATE_PLANES = 2
 
 
 def read_tiff(data: bytes) -> Container:
     """Read size and orientation from the first directory, and bound what its tags ask a decoder to do."""
     directory = read_directory(data)
-    width, height = _integer(directory, _WIDTH), _integer(directory, _HEIGHT)
-    compression = _integer(directory, _COMPRESSION, default=1)
+    image_size = _required(directory, _HEIGHT), _required(directory, _WIDTH)
+    compression = _integer(directory, _COMPRESSION, 1)
     if compression not in _COMPRESSIONS:
         raise UnsupportedImageError(f"TIFF with compression {compression}; we read {_COMPRESSIONS}")
-    if _integer(directory, _TILE_WIDTH, default=1) * _integer(directory, _TILE_HEIGHT, default=1) > MAX_TILE_PIXELS:
-        raise TooLargeError(f"a tile of the TIFF is over {MAX_TILE_PIXELS} pixels")
-    offsets = [entry for tag, entry in directory.entries.items() if tag in (_STRIP_OFFSETS, _TILE_OFFSETS)]
-    if any(entry.count > MAX_STRIPS for entry in offsets):
-        raise TooLargeError(f"the TIFF is cut into over {MAX_STRIPS} strips or tiles")
-    orientation = _integer(directory, ORIENTATION_TAG, default=1)
-    return Container((height, width), _first_picture(directory), orientation if 1 <= orientation <= 8 else 1)
+    layout = _layout(directory, image_size)
+    num_passes = _check_work(directory, layout, image_size, compression)
+    orientation = _integer(directory, ORIENTATION_TAG, 1)
+    return Container(
+        image_size, _first_picture(directory), orientation if 1 <= orientation <= 8 else 1, num_passes=num_passes
+    )
 
 
-def _integer(directory: Directory, tag: int, *, default: int | None = None) -> int:
-    values = directory.integers(tag)
-    if values:
-        return values[0]
-    if default is None:
+def _required(directory: Directory, tag: int) -> int:
+    value = directory.integer(tag)
+    if value is None:
         raise InvalidImageError(f"the TIFF data lack tag {tag} (256 is the width, 257 the height)")
-    return default
+    return value
+
+
+def _integer(directory: Directory, tag: int, default: int) -> int:
+    value = directory.integer(tag)
+    return default if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a picture is cut into strips or tiles.
+
+    Attributes:
+        segment_pixels: width times height of each.
+        count: how many a decoder may go through, of all planes.
+        offsets, byte_counts: the tags that say where they are.
+        pixel_bits: of all samples of a pixel that lie in one segment.
+    """
+
+    segment_pixels: int
+    count: int
+    planes: int
+    offsets: int
+    byte_counts: int
+    pixel_bits: int
+
+
+def _layout(directory: Directory, image_size: tuple[int, int]) -> _Layout:
+    """Read the layout.
+
+    Raises:
+        TooLargeError: too many strips or tiles, or such that reach far beyond the picture.
+    """
+    height, width = image_size
+    samples, bits = _integer(directory, _SAMPLES, 1), _integer(directory, _BITS, 1)
+    if samples > _MAX_SAMPLES or bits > _MAX_BITS:
+        raise UnsupportedImageError(
+            f"TIFF with {samples} samples a pixel of {bits} bits; we read up to {_MAX_SAMPLES} of {_MAX_BITS}"
+        )
+    is_tiled = _TILE_WIDTH in directory.entries or _TILE_OFFSETS in directory.entries
+    if is_tiled:
+        tile_width, tile_height = _integer(directory, _TILE_WIDTH, 0), _integer(directory, _TILE_HEIGHT, 0)
+    else:
+        tile_width, tile_height = width, min(_integer(directory, _ROWS, height), height)
+    if min(height, width, tile_width, tile_height) <= 0:
+        raise InvalidImageError(f"the TIFF is {width} x {height} pixels in parts of {tile_width} x {tile_height}")
+    if is_tiled and tile_width * tile_height > MAX_TILE_PIXELS:
+        raise TooLargeError(f"a tile of the TIFF is over {MAX_TILE_PIXELS} pixels")
+    planes = samples if _integer(directory, _PLANES, 1) == _SEPARATE_PLANES else 1
+    offsets, byte_counts = (_TILE_OFFSETS, _TILE_BYTES) if is_tiled else (_STRIP_OFFSETS, _STRIP_BYTES)
+    # libtiff goes by the picture's size, Pillow, for what is not compressed, by the number of offsets.
+    needed = planes * -(-height // tile_height) * -(-width // tile_width)
+    listed = directory.entries[offsets].count if offsets in directory.entries else 0
+    count = max(needed, listed)
+    if count > MAX_STRIPS:
+        raise TooLargeError(f"the TIFF is cut into over {MAX_STRIPS} strips or tiles")
+    if count * tile_width * tile_height > planes * (2 * height * width + MAX_TILE_PIXELS):
+        raise TooLargeError(
+            f"{count} strips or tiles of {tile_width} x {tile_height} pixels reach far beyond the {width} x {height} "
+            "pixels of the TIFF"
+        )
+    pixel_bits = bits * (1 if planes > 1 else samples)
+    return _Layout(tile_width * tile_height, count, planes, offsets, byte_counts, pixel_bits)
+
+
+def _check_work(directory: Directory, layout: _Layout, image_size: tuple[int, int], compression: int) -> int:
+    """Bound what the strips or tiles ask for; returns how often a decoder goes over all pixels, rounded up.
+
+    Raises:
+        InvalidImageError: they overlap, or hold more than their pixels can need.
+        TooLargeError: the JPEGs in them are costly.
+    """
+    for tag in (layout.offsets, layout.byte_counts):
+        if tag in directory.entries and directory.entries[tag].count > MAX_STRIPS:
+            raise TooLargeError(f"the TIFF is cut into over {MAX_STRIPS} strips or tiles")
+    offsets, byte_counts = directory.integers(layout.offsets), directory.integers(layout.byte_counts)
+    if not byte_counts and layout.count > 1:
+        # libtiff would take the rest of the file for each.
+        raise InvalidImageError(f"the TIFF has {layout.count} strips or tiles and does not say how long they are")
+    num_bytes = sum(byte_counts)
+    # But for one: some writers give the last strip, which is shorter, the length of the others.
+    if layout.count > 1 and num_bytes - max(byte_counts, default=0) > len(directory.data):
+        raise InvalidImageError(
+            f"the strips or tiles of the TIFF overlap: {num_bytes} bytes in {len(directory.data)} bytes of data"
+        )
+    if not byte_counts:
+        num_bytes = len(directory.data)
+    decoded_bytes = layout.count * layout.segment_pixels * layout.pixel_bits // 8
+    num_bytes = min(num_bytes, len(directory.data))
+    if compression != 1 and num_bytes > MAX_EXPANSION * decoded_bytes + _FREE_BYTES:
+        raise InvalidImageError(f"the TIFF holds {num_bytes} coded bytes for {decoded_bytes} bytes of pixels")
+    if compression != _JPEG:
+        return 1
+    return _check_jpegs(directory, layout, image_size, offsets, byte_counts)
+
+
+def _check_jpegs(
+    directory: Directory,
+    layout: _Layout,
+    image_size: tuple[int, int],
+    offsets: tuple[int, ...],
+    byte_counts: tuple[int, ...],
+) -> int:
+    if layout.count > MAX_JPEG_STRIPS:
+        raise TooLargeError(f"the TIFF is cut into over {MAX_JPEG_STRIPS} strips or tiles of JPEG")
+    tables = directory.entries.get(_JPEG_TABLES)
+    view = memoryview(directory.data)
+    num_fill = work = most_scans = 0
+    if tables is not None:
+        if tables.value_bytes > _MAX_JPEG_TABLES_BYTES:
+            raise InvalidImageError(f"JPEG tables of {tables.value_bytes} bytes in the TIFF")
+        num_fill += count_work(bytes(view[tables.value_offset : tables.value_offset + tables.value_bytes])).fill_bytes
+    for index, offset in enumerate(offsets):
+        end = offset + byte_counts[index] if index < len(byte_counts) and byte_counts[index] else len(view)
+        if layout.count == 1:
+            end = len(view)
+        part = count_work(bytes(view[offset:end]))
+        num_fill += part.fill_bytes
+        most_scans = max(most_scans, part.num_scans)
+        work += part.num_scans * max(part.num_pixels, layout.segment_pixels)
+    if num_fill > MAX_FILL_BYTES:
+        raise InvalidImageError(f"the JPEG data in the TIFF hold over {MAX_FILL_BYTES} fill bytes")
+    pixels = layout.planes * (image_size[0] * image_size[1])
+    num_passes = max(most_scans, -(-(work - layout.planes * MAX_TILE_PIXELS) // pixels), 1)
+    check_scans(num_passes, pixels)
+    return num_passes
 
 
 def _first_picture(directory: Directory) -> bytes:
     """The file with a new directory of the needed tags at its end."""
-    needed = [entry for tag, entry in sorted(directory.entries.items()) if tag in _NEEDED_TAGS]
-    if sum(entry.value_bytes for entry in needed) > len(directory.data):
+    needed = [(tag, entry) for tag, entry in sorted(directory.entries.items()) if tag in _NEEDED_TAGS]
+    if sum(entry.value_bytes for tag, entry in needed if tag not in _SINGLE_TAGS) > len(directory.data):
         raise InvalidImageError("the tags of the TIFF are larger than its data")
     data, order = directory.data, directory.byte_order
     padding = bytes(-len(data) % 8)
     count, pointer, header_bytes = ("Q", "Q", 8) if directory.is_big else ("H", "I", 4)
-    new_directory = struct.pack(order + count, len(needed)) + b"".join(entry.raw for entry in needed)
+    new_directory = struct.pack(order + count, len(needed))
+    for tag, entry in needed:
+        value = directory.integer(tag) if tag in _SINGLE_TAGS and entry.count > 1 else None
+        new_directory += entry.raw if value is None else directory.entry_of(tag, value)
     no_next_directory = struct.pack(order + pointer, 0)
     new_pointer = struct.pack(order + pointer, len(data) + len(padding))
     rest = data[header_bytes + len(new_pointer) :]

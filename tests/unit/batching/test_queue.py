@@ -150,6 +150,23 @@ class TestHolding:
         admit(queue, "a2", at=0, deadline=5)
         assert items(queue.take(now=0)) == ["a1", "a2"]
 
+    def test_entry_whose_mates_are_on_their_way_is_held_while_all_of_its_batch_are(self) -> None:
+        queue = make_queue()
+        expecting = {"priority": BULK, "cost": 1, "enqueued_at": 0.0}
+        queue.admit(Entry(item="a1", group="a", mates_until=5, **expecting))  # type: ignore[arg-type]  # of a kind each
+        assert (queue.take(now=1), queue.held_until) == ([], 5)
+        admit(queue, "b1")  # of the other priority, which does not wait
+        assert items(queue.take(now=1)) == ["b1"]
+        assert queue.take(now=1) == []
+        admit(queue, "a2", at=2, priority=BULK)  # the last of them
+        assert items(queue.take(now=2)) == ["a1", "a2"]
+
+    def test_mates_are_not_waited_for_for_ever(self) -> None:
+        queue = make_queue()
+        queue.admit(Entry(item="a1", group="a", cost=1, enqueued_at=0, mates_until=5))
+        assert queue.take(now=4) == []
+        assert items(queue.take(now=5)) == ["a1"]
+
     def test_closed_queue_holds_nothing_back(self) -> None:
         queue = make_queue(max_batch_wait_seconds=5)
         admit(queue, "a1")
@@ -212,6 +229,85 @@ class TestAdmission:
             make_queue(max_queue_size=0)
         with pytest.raises(ValueError, match="bulk_share"):
             make_queue(bulk_share=1)
+
+
+class TestDeadlines:
+    """An entry that would not be done in time is refused instead of kept waiting for nothing."""
+
+    @staticmethod
+    def measured(**bounds: int) -> RequestQueue[str]:
+        """A second a pixel."""
+        queue = make_queue(**bounds)
+        queue.measure(cost=10, seconds=10)
+        return queue
+
+    def test_what_waits_before_it_runs_counts(self) -> None:
+        queue = self.measured(max_batch_size=1)
+        admit(queue, "a1", cost=4)
+        queue.take(now=0)
+        admit(queue, "a2", cost=6)
+        # At 1: 3 seconds of the batch that runs, 6 and 2 of what waits; of 15 seconds 11.25 are used at most.
+        admit(queue, "a3", cost=2, at=1, deadline=16)
+        with pytest.raises(OverloadedError, match=r"with 2 images waiting it would take 13.0 s, too late .* in 15.0 s"):
+            admit(queue, "a4", cost=2, at=1, deadline=16)
+
+    def test_it_is_told_when_a_new_try_may_do_better(self) -> None:
+        queue = self.measured()
+        admit(queue, "a1", cost=20)
+        with pytest.raises(OverloadedError) as refusal:
+            admit(queue, "a2", cost=4, deadline=8)
+        assert refusal.value.retry_after_seconds == pytest.approx(24 - 0.75 * 8)
+
+    def test_free_device_tries_and_so_does_one_that_was_never_measured(self) -> None:
+        admit(self.measured(), "a1", cost=100, deadline=1)
+        queue = make_queue()
+        for number in range(9):
+            admit(queue, f"a{number}", cost=100, deadline=1)
+
+    def test_the_other_line_takes_its_share(self) -> None:
+        queue = self.measured()
+        admit(queue, "a1", cost=100, priority=BULK)
+        admit(queue, "a2", cost=8)
+        with pytest.raises(OverloadedError, match=r"20\.0 s"):  # of 16 pixels, and 4 of bulk
+            admit(queue, "a3", cost=8, deadline=26)
+        admit(queue, "a3", cost=8, deadline=27)
+        with pytest.raises(OverloadedError, match=r"117\.0 s"):
+            admit(queue, "a4", cost=1, deadline=155, priority=BULK)
+
+    @settings(deadline=None, max_examples=60)
+    @given(
+        arrivals=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9), st.integers(1, 60)), max_size=60),
+        max_batch_size=st.integers(1, 4),
+    )
+    def test_what_is_admitted_is_done_in_time(self, arrivals: list[tuple[int, int, int]], max_batch_size: int) -> None:
+        """One group, a second a pixel: each arrival comes some seconds after the one before, with a cost and a
+        deadline. Who is refused would have been late, or nearly.
+        """
+        queue = self.measured(max_batch_size=max_batch_size, max_batch_cost=10)
+        now = device_free_at = 0
+        for wait, cost, seconds_left in arrivals:
+            now += wait
+            while queue.cost and device_free_at <= now:
+                device_free_at += self.run_batch(queue, device_free_at)
+            device_free_at = max(device_free_at, now)
+            needed = device_free_at - now + queue.cost + cost
+            is_alone = device_free_at == now and len(queue) == 0
+            try:
+                admit(queue, "a", cost=cost, at=now, deadline=now + seconds_left)
+            except OverloadedError:
+                assert not is_alone
+                assert needed > 0.75 * seconds_left
+            else:
+                assert is_alone or needed <= seconds_left
+            if is_alone:
+                device_free_at += self.run_batch(queue, now)
+        while queue.cost:
+            device_free_at += self.run_batch(queue, device_free_at)
+
+    @staticmethod
+    def run_batch(queue: RequestQueue[str], now: int) -> int:
+        assert not queue.expire(now)
+        return sum(entry.cost for entry in queue.take(now))
 
 
 class TestRetryAfter:

@@ -11,6 +11,10 @@ import torch
 from service.devices.cpu import CpuDevice
 from service.devices.cuda import CudaDevice
 
+ON_CPU = RuntimeError(
+    "Exception from src/inference/src/cpp/infer_request.cpp:224:\nCheck 'ptr' failed at cpu_memory.cpp:257:\n"
+    "Failed to allocate 603979776 bytes of memory"
+)
 CPU, CUDA = CpuDevice("cpu"), CudaDevice("cuda:0")
 
 ON_ANY = [
@@ -50,6 +54,10 @@ def test_lack_of_memory_is_known(error: Exception) -> None:
 def test_other_failures_are_not_taken_for_it(error: Exception) -> None:
     assert not CUDA.is_out_of_memory(error)
     assert not CPU.is_out_of_memory(error)
+
+
+def test_lack_of_memory_in_openvino_is_known() -> None:
+    assert CPU.is_out_of_memory(ON_CPU)
 
 
 def test_what_torch_really_says_is_known() -> None:

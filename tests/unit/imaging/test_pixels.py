@@ -7,13 +7,11 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
-from service.imaging.pixels import to_rgb
+from service.imaging.pixels import rgb_pixels
 
 
 def row(picture: PIL.Image.Image) -> list[list[int]]:
-    converted = to_rgb(picture)
-    assert converted.mode == "RGB"
-    pixels: list[list[int]] = np.asarray(converted)[0].tolist()
+    pixels: list[list[int]] = rgb_pixels(picture)[0].tolist()
     return pixels
 
 

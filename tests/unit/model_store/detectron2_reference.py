@@ -31,45 +31,62 @@ DETECTIONS_PER_IMAGE = 100
 Weights = Mapping[str, Tensor]
 
 
-def detectron2_answer(weights: Weights, image: Tensor) -> dict[str, Tensor]:
+def detectron2_answer(
+    weights: Weights,
+    image: Tensor,
+    *,
+    mean: Sequence[float] = PIXEL_MEAN_BGR,
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    stride_in_1x1: bool = True,
+) -> dict[str, Tensor]:
     """What detectron2 finds in a picture that needs no resizing and no padding.
 
     Args:
-        image: (3, H, W) float32, BGR in 0 to 255.
+        image: (3, H, W) float32, in 0 to 255, in the order of colours that the network reads (INPUT.FORMAT).
+        mean: PIXEL_MEAN in that order.
+        std: PIXEL_STD likewise.
+        stride_in_1x1: RESNETS.STRIDE_IN_1X1.
 
     Returns:
         `boxes` (D, 4), `scores` (D,), `labels` (D,) from 0, and with a mask head `masks` (D, M, M) probabilities.
     """
-    x = (image - torch.tensor(PIXEL_MEAN_BGR)[:, None, None])[None]
+    x = ((image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
     answer = _on_c4 if "backbone.res2.0.conv1.weight" in weights else _on_a_pyramid
-    return answer(weights, x, (image.shape[1], image.shape[2]))
+    return answer(weights, x, (image.shape[1], image.shape[2]), stride_in_1x1)
 
 
-def _on_c4(weights: Weights, x: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def _on_c4(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool) -> dict[str, Tensor]:
     """`Res5ROIHeads`: boxes and masks see res5 of the same pooled patches."""
-    features = _trunk(weights, "backbone.", x)[-1:]
+    features = _trunk(weights, "backbone.", x, stride_in_1x1)[-1:]
 
     def res5(boxes: Tensor) -> Tensor:
-        return _stage(weights, "roi_heads.res5.", _pool(features, [16], boxes, 14), stride=2)
+        patches = _pool(features, [16], boxes, 14)
+        return _stage(weights, "roi_heads.res5.", patches, stride=2, stride_in_1x1=stride_in_1x1)
 
     proposals = _proposals(weights, features, [16], [SIZES], size, *C4_TOPK)
     found = _boxes(weights, proposals, res5(proposals).mean(dim=[2, 3]), size)
     return _with_masks(weights, found, res5)
 
 
-def _on_a_pyramid(weights: Weights, x: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def _on_a_pyramid(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool) -> dict[str, Tensor]:
     """`StandardROIHeads`: each branch has its own pooler; p6 is for proposals only."""
-    maps, strides = _pyramid(weights, _trunk(weights, "backbone.bottom_up.", x)), [4, 8, 16, 32, 64]
+    maps = _pyramid(weights, _trunk(weights, "backbone.bottom_up.", x, stride_in_1x1))
+    strides = [4, 8, 16, 32, 64]
 
     def mask_convolutions(boxes: Tensor) -> Tensor:
         patches = _pool(maps[:4], strides[:4], boxes, 14)
         for number in (1, 2, 3, 4):
-            patches = _conv(weights, f"roi_heads.mask_head.mask_fcn{number}.", patches, padding=1).relu()
+            if f"roi_heads.mask_head.mask_fcn{number}.weight" in weights:
+                patches = _conv(weights, f"roi_heads.mask_head.mask_fcn{number}.", patches, padding=1).relu()
         return patches
 
     proposals = _proposals(weights, maps, strides, [[side] for side in SIZES], size, *FPN_TOPK)
-    box_features = _pool(maps[:4], strides[:4], proposals, 7).flatten(1)
-    for layer in ("fc1", "fc2"):
+    box_patches = _pool(maps[:4], strides[:4], proposals, 7)
+    for number in (1, 2, 3, 4):
+        if f"roi_heads.box_head.conv{number}.weight" in weights:
+            box_patches = _conv(weights, f"roi_heads.box_head.conv{number}.", box_patches, padding=1).relu()
+    box_features = box_patches.flatten(1)
+    for layer in ("fc1", "fc2") if "roi_heads.box_head.fc2.weight" in weights else ("fc1",):
         box_features = _linear(weights, f"roi_heads.box_head.{layer}.", box_features).relu()
     return _with_masks(weights, _boxes(weights, proposals, box_features, size), mask_convolutions)
 
@@ -79,6 +96,7 @@ def _boxes(weights: Weights, proposals: Tensor, features: Tensor, size: tuple[in
     predictor = "roi_heads.box_predictor."
     scores = _linear(weights, f"{predictor}cls_score.", features).softmax(dim=1)[:, :-1]
     deltas = _linear(weights, f"{predictor}bbox_pred.", features).reshape(len(proposals), -1, 4)
+    deltas = deltas.expand(-1, scores.shape[1], -1)  # CLS_AGNOSTIC_BBOX_REG has one for all classes
     boxes = _clipped(_applied(deltas, proposals[:, None], BOX_WEIGHTS), size)
     chosen = scores > SCORE_THRESH
     classes = chosen.nonzero()[:, 1]
@@ -100,25 +118,27 @@ def _with_masks(
     return {**found, "masks": logits[torch.arange(len(logits)), found["labels"]].sigmoid()}
 
 
-def _trunk(weights: Weights, prefix: str, x: Tensor) -> list[Tensor]:
+def _trunk(weights: Weights, prefix: str, x: Tensor, stride_in_1x1: bool) -> list[Tensor]:
     """The outputs of res2 to the last stage that the trunk has: res4 on C4, res5 with a pyramid."""
     x = _conv(weights, f"{prefix}stem.conv1.", x, stride=2, padding=3).relu()
     x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     outputs = []
     for stage in (2, 3, 4, 5):
         if f"{prefix}res{stage}.0.conv1.weight" in weights:
-            x = _stage(weights, f"{prefix}res{stage}.", x, stride=1 if stage == 2 else 2)
+            stride = 1 if stage == 2 else 2
+            x = _stage(weights, f"{prefix}res{stage}.", x, stride=stride, stride_in_1x1=stride_in_1x1)
             outputs.append(x)
     return outputs
 
 
-def _stage(weights: Weights, prefix: str, x: Tensor, *, stride: int) -> Tensor:
+def _stage(weights: Weights, prefix: str, x: Tensor, *, stride: int, stride_in_1x1: bool) -> Tensor:
     blocks = {int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix)}
     for block in sorted(blocks):
         name, stride_here = f"{prefix}{block}.", stride if block == 0 else 1
         # STRIDE_IN_1X1: the first convolution strides, not the 3 x 3.
-        out = _conv(weights, f"{name}conv1.", x, stride=stride_here).relu()
-        out = _conv(weights, f"{name}conv2.", out, padding=1).relu()
+        strides = (stride_here, 1) if stride_in_1x1 else (1, stride_here)
+        out = _conv(weights, f"{name}conv1.", x, stride=strides[0]).relu()
+        out = _conv(weights, f"{name}conv2.", out, stride=strides[1], padding=1).relu()
         out = _conv(weights, f"{name}conv3.", out)
         has_shortcut = f"{name}shortcut.weight" in weights
         shortcut = _conv(weights, f"{name}shortcut.", x, stride=stride_here) if has_shortcut else x
@@ -209,10 +229,14 @@ def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _conv(weights: Weights, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
-    """A convolution with its bias or its frozen batch norm."""
-    x = functional.conv2d(x, weights[f"{name}weight"], weights.get(f"{name}bias"), stride, padding)
+    """A convolution with its bias, its frozen batch norm or its group norm."""
+    weight = weights[f"{name}weight"]
+    groups = x.shape[1] // weight.shape[1]
+    x = functional.conv2d(x, weight, weights.get(f"{name}bias"), stride, padding, groups=groups)
     if f"{name}norm.weight" not in weights:
         return x
+    if f"{name}norm.running_mean" not in weights:
+        return functional.group_norm(x, 32, weights[f"{name}norm.weight"], weights[f"{name}norm.bias"], eps=1e-5)
     mean, var, scale, shift = (
         weights[f"{name}norm.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
     )

@@ -31,23 +31,30 @@ NAMES = (
     (r"(res\d\.\d+)\.bn(\d)\.", r"\1.conv\2.norm."),
     (r"downsample\.0\.", "shortcut."),
     (r"downsample\.1\.", "shortcut.norm."),
-    (r"fpn\.inner_blocks\.0\.0", "fpn_lateral2"),
-    (r"fpn\.inner_blocks\.1\.0", "fpn_lateral3"),
-    (r"fpn\.inner_blocks\.2\.0", "fpn_lateral4"),
-    (r"fpn\.inner_blocks\.3\.0", "fpn_lateral5"),
-    (r"fpn\.layer_blocks\.0\.0", "fpn_output2"),
-    (r"fpn\.layer_blocks\.1\.0", "fpn_output3"),
-    (r"fpn\.layer_blocks\.2\.0", "fpn_output4"),
-    (r"fpn\.layer_blocks\.3\.0", "fpn_output5"),
+    (r"(fpn\.\w+_blocks\.\d)\.0\.", r"\1."),
+    (r"(fpn\.\w+_blocks\.\d)\.1\.", r"\1.norm."),
+    (r"fpn\.inner_blocks\.0", "fpn_lateral2"),
+    (r"fpn\.inner_blocks\.1", "fpn_lateral3"),
+    (r"fpn\.inner_blocks\.2", "fpn_lateral4"),
+    (r"fpn\.inner_blocks\.3", "fpn_lateral5"),
+    (r"fpn\.layer_blocks\.0", "fpn_output2"),
+    (r"fpn\.layer_blocks\.1", "fpn_output3"),
+    (r"fpn\.layer_blocks\.2", "fpn_output4"),
+    (r"fpn\.layer_blocks\.3", "fpn_output5"),
     (r"rpn\.head\.conv\.0\.0", "proposal_generator.rpn_head.conv"),
     (r"rpn\.head\.cls_logits", "proposal_generator.rpn_head.objectness_logits"),
     (r"rpn\.head\.bbox_pred", "proposal_generator.rpn_head.anchor_deltas"),
     (r"box_head\.fc6", "box_head.fc1"),
     (r"box_head\.fc7", "box_head.fc2"),
-    (r"mask_head\.0\.0", "mask_head.mask_fcn1"),
-    (r"mask_head\.1\.0", "mask_head.mask_fcn2"),
-    (r"mask_head\.2\.0", "mask_head.mask_fcn3"),
-    (r"mask_head\.3\.0", "mask_head.mask_fcn4"),
+    (r"((?:box|mask)_head\.\d)\.0\.", r"\1."),
+    (r"((?:box|mask)_head\.\d)\.1\.", r"\1.norm."),
+    (r"mask_head\.0", "mask_head.mask_fcn1"),
+    (r"mask_head\.1", "mask_head.mask_fcn2"),
+    (r"mask_head\.2", "mask_head.mask_fcn3"),
+    (r"mask_head\.3", "mask_head.mask_fcn4"),
+    (r"box_head\.3\.(weight|bias)", r"box_head.fc1.\1"),  # behind two convolutions and a flattening
+    (r"box_head\.0", "box_head.conv1"),
+    (r"box_head\.1", "box_head.conv2"),
     (r"mask_predictor\.conv5_mask", "mask_head.deconv"),
     (r"mask_predictor\.mask_fcn_logits", "mask_head.predictor"),
 )
@@ -175,6 +182,117 @@ def test_a_detectron2_checkpoint_answers_as_detectron2_and_as_the_same_network_i
         torch.testing.assert_close(found[key], tensor, atol=1e-4 if key == "scores" else 1e-3, rtol=0)
     with torch.no_grad():
         assert_agree(found, detectron2_answer(detectron2, image.flip(2).permute(2, 0, 1).float()))
+
+
+def resnext(name: str = "resnext50_32x4d_fpn") -> dict[str, Any]:
+    """As X-101-32x8d is configured, which is too large for a test that computes something."""
+    return {
+        "backbone": {"name": name},
+        "transform": {"mean": MEAN, "std": tuple(one / 255 for one in (58.395, 57.12, 57.375))},
+    }
+
+
+MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+GROUP_NORM = {"norm": "group_norm", "fpn_norm": "group_norm"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "resnext": resnext(),
+    "group norm": {
+        "backbone": {"name": "resnet50_fpn", **GROUP_NORM},
+        "transform": {"mean": MEAN, "std": (1 / 255, 1 / 255, 1 / 255)},
+        "roi": {"box_head_convs": [256, 256], "head_norm": "group_norm", "mask_head_channels": [256]},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_trunks_and_norms_answer_as_detectron2(
+    variant: str, path: Path, save: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """Neither of them strides in 1 x 1, which no weight tells; only the resnext's deviation is not 1."""
+    torch.manual_seed(0)
+    tables = VARIANTS[variant]
+    base = zoo_config("mask_rcnn_R_50_FPN").model_dump()
+    document = {table: {**base[table], **tables.get(table, {})} for table in ("transform", "anchors", "rpn", "roi")}
+    config = ModelConfig.model_validate({**base, **document, "backbone": tables["backbone"]})
+    image = torch.from_numpy(blobs(64, 96))
+    network = network_of(ImportedModel(config, build_model(config).state_dict()), image)
+    enliven(network, lambda: answer(network, image))
+    detectron2 = as_detectron2(network.state_dict())
+    save(detectron2)
+    imported = import_checkpoint(path, labels=LABELS)
+    assert imported.config.transform.std == pytest.approx(config.transform.std)
+    assert imported.config.backbone == config.backbone
+    assert imported.config.roi == config.roi
+    std = [255 * one for one in config.transform.std][::-1]
+    bgr = image.flip(2).permute(2, 0, 1).float()
+    with torch.no_grad():
+        assert_agree(
+            answer(network_of(imported, image), image), detectron2_answer(detectron2, bgr, std=std, stride_in_1x1=False)
+        )
+
+
+def test_the_zoos_strongest_is_recognised(path: Path) -> None:
+    base = zoo_config("mask_rcnn_R_50_FPN").model_dump()
+    config = ModelConfig.model_validate({**base, **resnext("resnext101_32x8d_fpn")})
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in build_model(config).state_dict().items()}
+    state_dict = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    torch.save({"model": as_detectron2(state_dict)}, path)
+    imported = import_checkpoint(path, labels=LABELS).config
+    assert imported.backbone.name == "resnext101_32x8d_fpn"
+    assert not imported.backbone.stride_in_1x1
+    assert imported.transform.std == pytest.approx(config.transform.std)
+
+
+def test_one_box_for_all_classes_answers_as_detectron2(path: Path, save: Callable[[dict[str, Tensor]], None]) -> None:
+    torch.manual_seed(0)
+    config = zoo_config("faster_rcnn_R_50_FPN")
+    image = torch.from_numpy(blobs(64, 96))
+    network = network_of(ImportedModel(config, build_model(config).state_dict()), image)
+    enliven(network, lambda: answer(network, image))
+    detectron2 = as_detectron2(network.state_dict())
+    for kind in ("weight", "bias"):
+        key = f"roi_heads.box_predictor.bbox_pred.{kind}"
+        detectron2[key] = detectron2[key][:4]
+    save(detectron2)
+    imported = import_checkpoint(path, labels=LABELS)
+    assert any("class-agnostic" in note for note in imported.notes)
+    with torch.no_grad():
+        reference = detectron2_answer(detectron2, image.flip(2).permute(2, 0, 1).float())
+    assert_agree(answer(network_of(imported, image), image), reference)
+
+
+def detectron2_files(**buffers: Tensor) -> dict[str, Tensor]:
+    """The shapes of a network, and buffers that older releases have stored beside it."""
+    with torch.device("meta"):
+        shapes = {key: one.shape for key, one in build_model(zoo_config("faster_rcnn_R_50_FPN")).state_dict().items()}
+    state_dict = as_detectron2({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()})
+    return {**state_dict, **buffers}
+
+
+def test_what_a_file_says_of_its_pixels_and_anchors_is_taken(path: Path) -> None:
+    """A network that was trained on RGB from torchvision's weights, with anchors of its own."""
+    cells = {}
+    for level, size in enumerate((8.0, 16.0, 24.0, 48.0, 96.0)):
+        corners = []
+        for ratio in (0.25, 1.0, 3.0):
+            width, height = size / math.sqrt(ratio), size * math.sqrt(ratio)
+            corners.append([-width / 2, -height / 2, width / 2, height / 2])
+        cells[f"proposal_generator.anchor_generator.cell_anchors.{level}"] = torch.tensor(corners)
+    pixels = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
+    buffers = {key: torch.tensor(value).reshape(3, 1, 1) for key, value in pixels.items()}
+    torch.save({"model": detectron2_files(**buffers, **cells)}, path)
+    imported = import_checkpoint(path, labels=LABELS)
+    config = imported.config
+    assert config.transform.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert config.transform.std == pytest.approx((0.229, 0.224, 0.225))
+    assert not config.backbone.stride_in_1x1
+    assert [list(level) for level in config.anchors.sizes] == [[8], [16], [24], [48], [96]]
+    assert list(config.anchors.aspect_ratios) == [0.25, 1.0, 3.0]
+    told = {key: source for key, _, source in imported.rows}
+    assert told["anchors.sizes"] == "the file: cell_anchors"
+    assert told["transform.mean"] == "the file: pixel_mean"
+    assert told["roi.aligned"] == "assumed: detectron2's model zoo"
 
 
 @pytest.mark.parametrize("on", ["R_101_FPN", "R_101_C4"])

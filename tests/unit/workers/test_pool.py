@@ -22,28 +22,29 @@ from service.errors import (
     InvalidImageError,
     ModelStoreError,
     NotReadyError,
-    OverloadedError,
     PoisonousImageError,
     ServiceError,
 )
+from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
-from service.workers import pool as pool_module
-from service.workers.channel import Header, error_to
+from service.workers import served_models, supervision
 from service.workers.detector import PredictorFactory
-from service.workers.handle import WorkerHandle
-from service.workers.pool import WorkerPool, _Worker
+from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD
-from tests.fakes import FAKE_INFO, HANG, KILLER, POISON, load_fakes, picture
+from tests.fakes import HANG, KILLER, POISON, load_fakes, picture
 from tests.faulty_workers import (
+    DEADLY_TAIL,
     ENDLESS,
     FATAL,
     GATED,
     OnGpus,
     die_in_decode,
     die_in_encode,
+    die_in_header,
     die_when_asked,
+    die_while_starting,
     hang_in_decode,
     hang_when_asked,
     load_from_folder,
@@ -65,7 +66,7 @@ class Bench:
     @property
     def models(self) -> list[list[str]]:
         """What each worker has loaded that is ready."""
-        return [sorted(handle.models) for handle in self.pool._workers if handle.is_ready]
+        return [sorted(handle.models) for handle in self.pool._ready_workers()]
 
     async def wait_for(self, *models: list[str]) -> None:
         """Until the workers that are ready have these models; the test's own timeout ends it if they never do."""
@@ -108,7 +109,7 @@ def score(answer: Answer) -> int:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little time between the starts of a worker."""
-    monkeypatch.setattr(pool_module, "_FIRST_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(supervision, "_FIRST_BACKOFF_SECONDS", 0.001)
 
 
 async def test_every_job_gets_its_own_answer_and_its_stages_are_timed() -> None:
@@ -138,10 +139,10 @@ async def test_errors_of_the_worker_are_raised_here_as_they_were() -> None:
 async def test_worker_is_ended_also_when_the_fork_server_that_bore_it_is_gone() -> None:
     async with running(workers=2) as bench:
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]  # its own
-        first, second = bench.pool._workers
+        first, second = bench.pool._workers()
         os.kill(first.pid or 0, signal.SIGKILL)
         await first.ended.wait()
-        while sum(handle.is_ready for handle in bench.pool._workers) < 2:  # a new one, by a new fork server
+        while sum(handle.is_ready for handle in bench.pool._workers()) < 2:  # a new one, by a new fork server
             await asyncio.sleep(0.01)
         os.kill(second.pid or 0, signal.SIGSTOP)
         second.kill("hung")
@@ -181,7 +182,7 @@ async def test_hanging_worker_is_replaced_and_the_image_to_blame_is_found() -> N
 
 async def test_reply_that_nobody_awaits_any_more_is_dropped() -> None:
     async with running() as bench:
-        [handle] = bench.pool._workers
+        [handle] = bench.pool._workers()
         jobs = [bench.submit(red) for red in range(30, 40)]
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(handle.ask({"kind": "ping"}), 0)
@@ -201,7 +202,7 @@ async def test_abandoned_job_is_forgotten_and_others_go_on() -> None:
             job.cancel()
         kept = await asyncio.gather(*jobs[1::2])
         assert [score(answer) for answer in kept] == list(range(31, 60, 2))
-        assert bench.pool._tickets == {}
+        assert bench.pool._dispatcher._tickets == {}
 
 
 async def test_several_workers_share_the_work_and_cover_for_each_other() -> None:
@@ -209,7 +210,7 @@ async def test_several_workers_share_the_work_and_cover_for_each_other() -> None
         assert len(set(bench.pool.pids)) == 2
         jobs = [bench.submit(red) for red in range(30, 90)]
         await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-        assert {ticket.worker for ticket in bench.pool._tickets.values()} == set(bench.pool._workers)
+        assert {ticket.worker for ticket in bench.pool._dispatcher._tickets.values()} == set(bench.pool._workers())
         os.kill(bench.pool.pids[0], signal.SIGKILL)
         assert [score(answer) for answer in await asyncio.gather(*jobs)] == list(range(30, 90))
         assert bench.pool.is_alive
@@ -224,7 +225,7 @@ async def test_models_that_cannot_be_loaded_end_the_start() -> None:
 async def test_stop_while_starting_leaves_no_process() -> None:
     bench = Bench()
     starting = asyncio.create_task(bench.pool.start())
-    while not bench.pool._workers:
+    while not bench.pool._workers():
         await asyncio.sleep(0)
     starting.cancel()
     await bench.pool.stop()
@@ -262,7 +263,7 @@ async def test_model_unloaded_while_a_worker_starts_does_not_stay_there(tmp_path
         await bench.pool.load(GATED)
         (tmp_path / "go").unlink()
         os.kill(bench.pool.pids[1], signal.SIGKILL)
-        while not (bench.restarts("killed") and len(bench.pool._workers) == 2):
+        while not (bench.restarts("killed") and len(bench.pool._workers()) == 2):
             await asyncio.sleep(0.01)
         await bench.pool.unload("gated@1")
         (tmp_path / "go").touch()
@@ -287,7 +288,7 @@ async def test_model_that_never_comes_to_be_loaded_is_given_up(monkeypatch: pyte
             monkeypatch.context() as patched,
             pytest.raises(NotReadyError, match=r"endless was not loaded within 0\.5 s"),
         ):
-            patched.setattr(pool_module, "_START_SECONDS", 0.5)
+            patched.setattr(served_models, "START_SECONDS", 0.5)
             await bench.pool.load(ENDLESS)
         assert score(await bench.submit(90)) == 90
         assert bench.models == [["fake@1"]]
@@ -296,37 +297,55 @@ async def test_model_that_never_comes_to_be_loaded_is_given_up(monkeypatch: pyte
 
 async def test_gpus_are_employed_one_worker_each() -> None:
     async with running(OnGpus(3), device="cuda") as bench:
-        devices = [handle.models["fake@1"].device for handle in bench.pool._workers]
-        assert sorted(devices) == ["cuda", "cuda:1", "cuda:2"]
+        devices = [handle.models["fake@1"].device for handle in bench.pool._workers()]
+        assert sorted(devices) == ["cuda:0", "cuda:1", "cuda:2"]
         assert bench.pool.capacity == 3 * (64 + 8)
 
 
 async def test_gpu_that_is_named_is_the_only_one_employed() -> None:
     async with running(OnGpus(3), device="cuda:1") as bench:
-        assert [handle.models["fake@1"].device for handle in bench.pool._workers] == ["cuda:1"]
+        assert [handle.models["fake@1"].device for handle in bench.pool._workers()] == ["cuda:1"]
 
 
 async def test_gpu_whose_worker_cannot_start_is_given_up_and_the_others_serve(hasty: None) -> None:
     async with running(OnGpus(2, dead="cuda:1"), device="cuda") as bench:
-        assert [handle.models["fake@1"].device for handle in bench.pool._workers] == ["cuda"]
-        assert bench.restarts("start_failed") == 5
+        assert [handle.models["fake@1"].device for handle in bench.pool._ready_workers()] == ["cuda:0"]
+        while bench.restarts("start_failed") < 5:
+            assert score(await bench.submit(91)) == 91
         assert bench.pool.failure is None
         assert bench.pool.capacity == 64 + 8
+
+
+async def test_gpu_that_says_why_it_cannot_start_does_not_stop_the_others(hasty: None) -> None:
+    async with running(OnGpus(2, refusing="cuda:1"), device="cuda") as bench:
+        assert [handle.models["fake@1"].device for handle in bench.pool._ready_workers()] == ["cuda:0"]
         assert score(await bench.submit(91)) == 91
+        assert bench.pool.capacity == 64 + 8
+        while bench.restarts("start_failed") < 3:  # it is tried again
+            await asyncio.sleep(0.01)
+        assert bench.pool.failure is None
+
+
+async def test_start_ends_with_the_reason_when_no_gpu_can(hasty: None) -> None:
+    bench = Bench(OnGpus(2, refusing="cuda"), device="cuda")
+    with pytest.raises(ModelStoreError, match="no kernel image for cuda:0"):
+        await bench.pool.start()
+    assert bench.pool.pids == []
 
 
 @pytest.mark.parametrize(
     ("factory", "reason", "limit"), [(die_when_asked, "killed", 60), (hang_when_asked, "hung", 0.2)]
 )
-async def test_workers_that_end_as_soon_as_they_are_ready_cannot_be_revived(
+async def test_device_whose_workers_end_as_soon_as_they_are_ready_is_down_and_tried_again(
     factory: PredictorFactory, reason: str, limit: float, hasty: None
 ) -> None:
     async with running(factory, probe_timeout_seconds=limit) as bench:
         while bench.pool.failure is None:
             await asyncio.sleep(0.01)
-        assert bench.restarts(reason) == 5
-        with pytest.raises(NotReadyError, match="cannot be revived"):
+        with pytest.raises(NotReadyError, match="starts in a row failed"):
             await bench.submit()
+        while bench.restarts(reason) < 7:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("factory", [die_in_decode, die_in_encode])
@@ -354,162 +373,87 @@ async def test_error_that_no_frame_can_hold_is_answered_all_the_same() -> None:
             await bench.submit()
 
 
-async def test_pool_whose_workers_cannot_be_revived_says_so_and_refuses(tmp_path: Path, hasty: None) -> None:
+def failure_of(bench: Bench) -> str | None:
+    return bench.pool.failure
+
+
+async def test_device_that_is_down_is_tried_again_until_a_worker_starts(tmp_path: Path, hasty: None) -> None:
     store = tmp_path / "store"
     store.mkdir()
     async with running(load_from_folder, model_store=store) as bench:
         store.rmdir()
         waiting = bench.submit(KILLER)
-        with pytest.raises(ServiceError, match="cannot be revived"):
+        with pytest.raises(NotReadyError, match=r"starts in a row failed.*there is no model store") as raised:
             await waiting
-        assert bench.pool.failure is not None
-        assert not bench.pool.is_alive
-        assert bench.restarts("start_failed") == 5
-        with pytest.raises(NotReadyError, match="cannot be revived"):
+        assert raised.value.retry_after_seconds >= 1
+        assert failure_of(bench) is not None
+        with pytest.raises(NotReadyError, match="another try will follow"):
             await bench.submit()
+        store.mkdir()
+        while not bench.pool.is_alive:
+            await asyncio.sleep(0.01)
+        assert failure_of(bench) is None
+        assert score(await bench.submit(92)) == 92
 
 
-class Scripted(WorkerHandle):
-    """A worker without a process: says what a test wants."""
-
-    def __init__(self, pool: WorkerPool, *models: str) -> None:
-        super().__init__(pool._receive)
-        self.models = dict.fromkeys(models or ("fake@1",), FAKE_INFO)
-        self.is_ready = True
-        self.jobs: list[int] = []
-        self._pool = pool
-        pool._workers[self] = _Worker(self)
-
-    def send(self, header: Header, body: bytes = b"") -> None:
-        if header["kind"] == "job":
-            self.jobs.append(header["id"])
-
-    def say(self, kind: str, job_id: int, **fields: Any) -> None:
-        self._pool._receive(self, {"kind": kind, "id": job_id, **fields}, b"")
-
-    def begin(self, job_id: int, stage: str = "decode") -> None:
-        self.say("mark", job_id, stage=stage, change=1)
-
-    def fail(self, job_id: int, error: ServiceError | None = None) -> None:
-        """An answer as good as any."""
-        self.say("error", job_id, error=error_to(error or InvalidImageError("no picture")))
-
-    def die(self) -> None:
-        self.is_ready = False
-        self._pool._recover(self._pool._workers.pop(self))
+async def test_workers_that_die_while_starting_are_followed_by_one_that_does_not(tmp_path: Path, hasty: None) -> None:
+    async with running(die_while_starting, model_store=tmp_path) as bench:
+        (tmp_path / "die").touch()
+        os.kill(bench.pool.pids[0], signal.SIGKILL)
+        while bench.pool.failure is None:
+            await asyncio.sleep(0.01)
+        (tmp_path / "die").unlink()
+        while not bench.pool.is_alive:
+            await asyncio.sleep(0.01)
+        assert score(await bench.submit(93)) == 93
+        assert bench.restarts("start_failed") >= 4  # and the one that was killed, of no use so far
 
 
-async def submitted(bench: Bench, count: int = 1, **options: Any) -> list[asyncio.Task[Answer]]:
-    """Jobs that the pool has got; their ids count up from 0."""
-    jobs = [bench.submit(**options) for _ in range(count)]
-    await asyncio.sleep(0)
-    return jobs
+async def test_worker_that_stands_still_is_replaced_long_before_a_slow_batch_would_count_as_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervision, "_MAX_SILENT_SECONDS", 2.0)
+    async with running(probe_timeout_seconds=3600) as bench:
+        os.kill(bench.pool.pids[0], signal.SIGSTOP)
+        assert score(await bench.submit(94)) == 94
+        while bench.restarts("hung") < 1:
+            await asyncio.sleep(0.01)
 
 
-async def abandon(*jobs: asyncio.Task[Answer]) -> None:
-    for job in jobs:
-        job.cancel()
-    await asyncio.wait(jobs)
+async def test_image_that_dies_in_its_header_is_found_and_its_mates_are_answered() -> None:
+    async with running(die_in_header) as bench:
+        jobs = [bench.submit(red) for red in range(30, 40)]
+        jobs.insert(5, bench.submit(data=picture(red=60) + DEADLY_TAIL))
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+        assert isinstance(outcomes.pop(5), PoisonousImageError)
+        assert [score(answer) for answer in outcomes if isinstance(answer, Answer)] == list(range(30, 40))
+        assert bench.restarts("start_failed") == 0
 
 
-async def test_job_goes_to_the_worker_with_the_fewest_pixels_to_do() -> None:
-    bench = Bench()
-    first, second = Scripted(bench.pool), Scripted(bench.pool)
-    jobs = await submitted(bench, 2)
-    assert (first.jobs, second.jobs) == ([0], [1])
-    first.say("queued", 0, pixels=1_000_000)
-    jobs += await submitted(bench, 3)
-    assert (first.jobs, second.jobs) == ([0], [1, 2, 3, 4])
-    await abandon(*jobs)
+async def test_image_that_hangs_its_worker_for_longer_than_its_callers_wait_is_convicted() -> None:
+    async with running(hang_in_decode, probe_timeout_seconds=2) as bench:
+        for deaths in (1, 2):
+            await bench.wait_for(["fake@1"])
+            waiting = bench.submit(FATAL)
+            while not any(map(bench.pool._dispatcher.is_at_risk, bench.pool._workers())):
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            while bench.restarts("hung") < deaths:
+                await asyncio.sleep(0.01)
+        with pytest.raises(PoisonousImageError, match="refused for 60 minutes"):
+            await bench.submit(FATAL)
+        assert score(await bench.submit(95)) == 95
+        assert bench.restarts("hung") == 2
 
 
-async def test_innocent_job_is_not_charged_with_a_death_that_an_abandoned_one_may_have_caused() -> None:
-    """One hangs, and its caller goes. Whoever is alone with it when the worker is ended has done nothing."""
-    bench = Bench()
-    worker = Scripted(bench.pool)
-    [hanging] = await submitted(bench)
-    worker.begin(0)
-    await abandon(hanging)
-    [innocent] = await submitted(bench)
-    for _ in range(2):
-        worker.begin(1)
-        worker.die()
-        worker = Scripted(bench.pool)
-        bench.pool._dispatch()
-    assert worker.jobs == [1]  # of two deaths it was alone at one
-    worker.begin(1)
-    worker.die()
-    with pytest.raises(PoisonousImageError):
-        await innocent
-
-
-async def test_jobs_are_not_charged_with_the_end_of_a_worker_that_could_not_have_its_models() -> None:
-    bench = Bench()
-    [job] = await submitted(bench)
-    for _ in range(3):
-        worker = Scripted(bench.pool)
-        bench.pool._dispatch()
-        worker.begin(0)
-        worker.kill("start_failed")
-        worker.die()
-    assert not job.done()
-    await abandon(job)
-
-
-async def test_suspects_get_a_worker_of_their_own_under_load_though_another_one_starts_for_long() -> None:
-    bench = Bench()
-    starting, dying = Scripted(bench.pool), Scripted(bench.pool)
-    starting.is_ready = False
-    suspects = await submitted(bench, 2)
-    dying.begin(0)
-    dying.begin(1)
-    first, second = Scripted(bench.pool), Scripted(bench.pool)
-    others = await submitted(bench, 4)
-    assert (first.jobs, second.jobs) == ([2, 4], [3, 5])
-    dying.die()
-    others += await submitted(bench, 2)
-    assert (first.jobs, second.jobs) == ([2, 4], [3, 5, 6, 7])  # nothing new for the first
-    first.fail(2)
-    first.fail(4)
-    assert first.jobs == [2, 4, 0]
-    first.fail(0)
-    assert first.jobs == [2, 4, 0, 1]
-    first.fail(1)
-    await abandon(*suspects, *others)
-
-
-async def test_worker_that_was_kept_for_a_suspect_takes_others_when_its_caller_goes() -> None:
-    bench = Bench()
-    dying = Scripted(bench.pool)
-    suspects = await submitted(bench, 2)
-    dying.begin(0)
-    dying.begin(1)
-    dying.die()
-    worker = Scripted(bench.pool)
-    bench.pool._dispatch()
-    assert worker.jobs == [0]
-    others = await submitted(bench)
-    await abandon(suspects[1])
-    await abandon(suspects[0])
-    assert worker.jobs == [0, 2]
-    await abandon(*others)
-
-
-async def test_job_that_was_accepted_once_and_is_refused_is_sent_again_if_nothing_else_will_make_it() -> None:
-    bench = Bench()
-    dying = Scripted(bench.pool)
-    [job, other] = await submitted(bench, 2)
-    dying.die()
-    worker = Scripted(bench.pool)
-    bench.pool._dispatch()
-    assert worker.jobs == [0, 1]
-    full = OverloadedError("full", retry_after_seconds=1)
-    worker.fail(0, full)
-    assert worker.jobs == [0, 1]  # when the other one is done
-    await abandon(other)
-    assert worker.jobs == [0, 1, 0]
-    worker.fail(0, full)
-    assert worker.jobs == [0, 1, 0, 0]
-    worker.fail(0)
-    with pytest.raises(InvalidImageError):
-        await job
+async def test_end_of_a_worker_is_logged_with_the_requests_at_risk(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as bench:
+        token = request_id_context.set("the-guilty-one")
+        with pytest.raises(PoisonousImageError):
+            await bench.submit(KILLER)
+        request_id_context.reset(token)
+        ends = [record for record in caplog.records if record.message == "worker ended"]
+        while len(ends) < 2:
+            await asyncio.sleep(0.01)
+            ends = [record for record in caplog.records if record.message == "worker ended"]
+        assert [record.__dict__["fields"]["requests_at_risk"] for record in ends] == ["the-guilty-one"] * 2

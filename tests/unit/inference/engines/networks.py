@@ -56,6 +56,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "anchors": ONE_MAP,
         "roi": {"box_head_channels": 32},
     },
+    "grouped convolutions": {
+        "architecture": "faster_rcnn",
+        "backbone": {"name": "resnext50_32x4d_fpn", "out_channels": 16},
+        "roi": {"box_head_channels": 32},
+    },
+    "group norms, three maps and two convolutions, of grey pictures": {
+        "architecture": "mask_rcnn",
+        "backbone": {
+            "name": "resnet18_fpn",
+            "out_channels": 64,
+            "norm": "group_norm",
+            "fpn_norm": "group_norm",
+            "returned_layers": [2, 3, 4],
+            "extra_blocks": "p6p7",
+        },
+        "transform": {**SMALL["transform"], "channels": "grey", "mean": [0.5], "std": [0.2]},
+        "anchors": {"sizes": [[16], [32], [48], [64], [96]]},
+        "roi": {
+            "box_head_convs": [64],
+            "box_head_channels": 32,
+            "mask_head_channels": [64],
+            "head_norm": "group_norm",
+        },
+    },
+    "features": {
+        "architecture": "faster_rcnn",
+        "backbone": {"name": "torchvision/mobilenet_v2", "features_stop": 14, "norm": "batch_norm"},
+        "transform": {**SMALL["transform"], "channels": "rgba", "mean": [0.5] * 4, "std": [0.2] * 4},
+        "anchors": ONE_MAP,
+        "roi": {"box_head_channels": 32},
+    },
     "fast r-cnn": {
         "architecture": "fast_rcnn",
         "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},
@@ -107,7 +138,7 @@ def weights_of(family: str) -> dict[str, torch.Tensor]:
                 layer.weight.uniform_(0.5, 1.5)
                 layer.bias.normal_(std=0.1)
         model.train()
-        model.backbone(torch.randn(2, 3, 128, 128))
+        model.backbone(torch.randn(2, model.transform.num_channels, 128, 128))
         model.eval()
         model.roi_heads.box_predictor.cls_score.weight.mul_(20)
         if model.rpn.head is not None:

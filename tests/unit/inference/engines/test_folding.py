@@ -16,7 +16,8 @@ def test_no_norm_is_left_and_the_maps_stay_the_same(family: str) -> None:
     plain, folded = network(family), network(family)
     fold(folded)
     assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm2d | FrozenBatchNorm2d)]
-    batch = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    channels = plain.transform.num_channels
+    batch = torch.randn(1, channels, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = plain.backbone(batch), folded.backbone(batch)
     for name, one in expected.items():

@@ -1,0 +1,198 @@
+"""`DeviceSupervisor`: keeps one worker running on one device, by way of as many processes as it takes. It starts them,
+asks each every second how it is, ends one that hangs, and tries again for as long as the server lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from service.errors import ServiceError
+from service.metrics import Metrics
+from service.workers.channel import Header
+from service.workers.dispatch import Dispatcher
+from service.workers.handle import WorkerHandle
+
+logger = logging.getLogger(__name__)
+
+# After so many starts in a row that failed, the device counts as down until one succeeds.
+MAX_FAILED_STARTS = 5
+_FIRST_BACKOFF_SECONDS = 0.5
+_MAX_BACKOFF_SECONDS = 30.0
+# A worker that has been ready for so long and is well, or has answered a job, did not fail to start.
+_TRIAL_SECONDS = 10.0
+_PING_SECONDS = 1.0
+# A process that is alive answers pings at once, whatever its device and its other threads are at.
+_MAX_SILENT_SECONDS = 15.0
+# What a model may take to load, be compiled and warm up, all of them together.
+START_SECONDS = 900.0
+
+
+class DeviceSupervisor:
+    """See the module.
+
+    Args:
+        device: as the setting of this name.
+        start: starts the process of a worker on a device.
+        receive: takes what a worker says on its own account.
+        on_change: called when a worker has ended, or cannot load its models.
+        probe_timeout_seconds: for how long a worker may make no progress.
+
+    Attributes:
+        worker: the present one; None between two.
+        failed_starts: how many starts in a row have failed.
+        refusal: why the last worker that could not load its models could not.
+        next_start_at: when the next worker is started, in seconds of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        start: Callable[[WorkerHandle, str], Coroutine[Any, Any, None]],
+        receive: Callable[[WorkerHandle, Header, bytes], None],
+        on_change: Callable[[], None],
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        probe_timeout_seconds: float,
+    ) -> None:
+        self.device = device
+        self.worker: WorkerHandle | None = None
+        self.failed_starts = 0
+        self.refusal: ServiceError | None = None
+        self.next_start_at = 0.0
+        self._start = start
+        self._receive = receive
+        self._on_change = on_change
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._limit_seconds = probe_timeout_seconds
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker takes jobs."""
+        return self.worker is not None and self.worker.is_ready
+
+    @property
+    def is_down(self) -> bool:
+        """Whether nothing is to be expected of the device soon."""
+        return self.failed_starts >= MAX_FAILED_STARTS and not self.is_ready
+
+    async def run(self) -> None:
+        """Supervise until cancelled."""
+        while True:
+            pause_seconds = min(_FIRST_BACKOFF_SECONDS * (2 ** min(self.failed_starts, 20) - 1), _MAX_BACKOFF_SECONDS)
+            self.next_start_at = time.monotonic() + pause_seconds
+            await asyncio.sleep(pause_seconds)
+            if await self._run_worker():
+                self.failed_starts, self.refusal = 0, None
+            else:
+                self.failed_starts += 1
+            if self.is_down:
+                fields = {"device": self.device, "failed_starts": self.failed_starts}
+                logger.error("device is down and will be tried again", extra={"fields": fields})
+            self._on_change()
+
+    def refuse(self, error: ServiceError, *, is_first_start: bool) -> None:
+        """The worker says that it cannot load its models: end it. At the first start another try soon would do no
+        better, so the device is down; later, the store may be about to change.
+        """
+        self.refusal = error
+        if is_first_start:
+            self.failed_starts = MAX_FAILED_STARTS
+        if self.worker is not None:
+            self.worker.kill("start_failed")
+        self._on_change()
+
+    async def _run_worker(self) -> bool:
+        """Start a worker and supervise it to its end.
+
+        Returns:
+            Whether it was of use, or may have died of a job: its start did not fail.
+        """
+        handle = self.worker = WorkerHandle(self._receive)
+        watching: asyncio.Task[None] | None = None
+        try:
+            await self._start(handle, self.device)
+            watching = asyncio.create_task(self._watch(handle))
+            await handle.ended.wait()
+        except OSError as error:  # no descriptors, no memory for a process
+            detail = {"device": self.device, "detail": str(error)}
+            logger.error("worker cannot be started", extra={"fields": detail})
+        except Exception as error:
+            logger.error("worker cannot be started", exc_info=error)
+        finally:
+            if watching is not None:
+                watching.cancel()
+            self.worker = None
+            # One that was ended for the models it has did not die of what it did.
+            of_a_job = handle.was_killed_for != "start_failed" and self._dispatcher.is_at_risk(handle)
+            requests = self._dispatcher.requests_at_risk(handle)
+            self._dispatcher.recover(handle, of_a_job=of_a_job)
+            status = await handle.finish()
+        reason = handle.was_killed_for or ("crashed" if status is None or status >= 0 else "killed")
+        reason = reason if handle.got_ready.is_set() else "start_failed"
+        self._metrics.worker_restarts.labels(reason).inc()
+        fields: dict[str, object] = {"device": self.device, "reason": reason, "exit_status": status}
+        if requests:
+            fields["requests_at_risk"] = ",".join(requests)
+        logger.error("worker ended", extra={"fields": fields})
+        return handle.has_been_of_use or of_a_job
+
+    async def _watch(self, handle: WorkerHandle) -> None:
+        """Ask a worker now and then how it is, and end it if it does not answer or makes no progress."""
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await handle.got_ready.wait()
+        except TimeoutError:
+            handle.kill("start_failed")
+            return
+        ready_at = time.monotonic()
+        while not handle.ended.is_set():
+            try:
+                pong = await self._ping(handle)
+            except ServiceError:
+                return  # it has ended
+            if pong is None or (detail := self._complaint(handle, pong)):
+                detail = "it does not answer" if pong is None else detail
+                logger.error("worker hangs", extra={"fields": {"device": self.device, "detail": detail}})
+                handle.kill("hung")
+                return
+            handle.has_been_of_use |= time.monotonic() - ready_at > _TRIAL_SECONDS
+            await asyncio.sleep(self._ping_seconds)
+
+    @property
+    def _ping_seconds(self) -> float:
+        return min(_PING_SECONDS, self._limit_seconds / 4)
+
+    async def _ping(self, handle: WorkerHandle) -> Header | None:
+        """Ask a worker how it is; None if it does not answer in time.
+
+        Time is counted in short waits: if this process itself stands still for a while, that is no silence of a worker.
+        """
+        asking = asyncio.create_task(handle.ask({"kind": "ping"}))
+        silent_seconds = 0.0
+        try:
+            while not (await asyncio.wait([asking], timeout=self._ping_seconds))[0]:
+                silent_seconds += self._ping_seconds
+                # What loads a model may hold the interpreter's lock for longer.
+                limit = _MAX_SILENT_SECONDS if handle.pending_commands == 1 else self._limit_seconds
+                if silent_seconds >= min(limit, self._limit_seconds):
+                    return None
+            return asking.result()
+        finally:
+            asking.cancel()
+
+    def _complaint(self, handle: WorkerHandle, pong: Header) -> str | None:
+        """Take note of what a worker says of itself; why it has to be ended, if it has."""
+        handle.memory = {(device, kind): size for device, kind, size in pong["memory"]}
+        for name, labels, value in pong["observations"]:
+            self._metrics.observe(name, labels, value)
+        if pong["failure"] is not None:
+            return str(pong["failure"])
+        # A suspect has the worker to itself, and others wait for that.
+        limit = self._limit_seconds / (2 if self._dispatcher.tries_suspect(handle) else 1)
+        return f"no progress for more than {limit:g} s" if pong["busy_seconds"] > limit else None
