@@ -289,7 +289,7 @@ def rows() -> Sequence[Row]:
                     "What is loaded, and what runs it.",
                     [Query(_series(_M.model_info))],
                     kind="table",
-                    width=12,
+                    width=24,
                     options={
                         "transformations": [
                             {"id": "labelsToFields", "options": {"mode": "columns"}},
@@ -302,6 +302,13 @@ def rows() -> Sequence[Row]:
                     "Images by outcome",
                     "ok, or the code of the error, a second.",
                     [Query(_sum(_rate(_M.images), "model", "outcome"), "{{model}}: {{outcome}}")],
+                    width=12,
+                ),
+                Panel(
+                    "Verification",
+                    "Largest difference from eager in float32 when the model was loaded, as a share of what is "
+                    "tolerated. Above 1, a slower engine took the place of the one that was wanted.",
+                    [Query(_series(_M.model_verification), "{{model}} {{value}}", needs_trouble=True)],
                     width=6,
                 ),
                 Panel(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from service.answers import encoder_for
 from service.batching.batcher import Batcher
@@ -35,12 +36,14 @@ from service.structures import (
     Progress,
     Query,
 )
+from service.tasks import all_of
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 # Parts of one answer that are encoded, or wait for a thread, at a time: the rest of the threads' queue is for others.
 _PARTS_AT_A_TIME = 4
+# How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
+_MATES_SECONDS = 0.1
 
 
 class Predictor(Protocol):
@@ -193,6 +196,7 @@ class Pipeline:
         self._max_answer_bytes = max_answer_bytes
         self._plan_for = plan_for
         self._submitted: set[Work] = set()
+        self._decoding: Counter[bool] = Counter()  # images, by whether they are bulk
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """Of each image that waits for the device on behalf of one model, its pixels, resized and padded."""
@@ -230,7 +234,11 @@ class Pipeline:
     async def _detect(self, job: Job, holding: PixelHolding) -> tuple[Image, Prediction]:
         predictor = self._predictor(job.model)
         job.progress.enter("decode")
-        image = await self._in_thread(self._decoders, job, self._decode, job, holding)
+        self._decoding[job.is_bulk] += 1
+        try:
+            image = await self._in_thread(self._decoders, job, self._decode, job, holding)
+        finally:
+            self._decoding[job.is_bulk] -= 1
         job.progress.enter("queue")
         plan = self._plan_for(job)
         submit = partial(self._submit, job, predictor)
@@ -307,6 +315,7 @@ class Pipeline:
                 shape=padded_size,
                 deadline=job.deadline,
                 priority=Priority.BULK if job.is_bulk else Priority.INTERACTIVE,
+                mates_seconds=_MATES_SECONDS if job.is_bulk and self._decoding[True] > 0 else 0.0,
             )
         finally:
             self._submitted.remove(work)
@@ -337,31 +346,3 @@ class Pipeline:
                 return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
         except TimeoutError:
             raise too_late from None
-
-
-async def all_of(
-    function: Callable[[S], Coroutine[Any, Any, T]], items: Sequence[S], *, at_a_time: int | None = None
-) -> list[T]:
-    """Await a function of each item; if one fails, cancel the others and raise its error once they have ended.
-
-    Args:
-        at_a_time: how many are under way at a time; None for all.
-
-    Returns:
-        The results, in the order of the items.
-    """
-    results: dict[int, T] = {}
-    waiting = iter(enumerate(items))
-
-    async def work() -> None:
-        for index, item in waiting:
-            results[index] = await function(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(at_a_time or len(items), len(items))):
-                group.create_task(work())
-    except BaseExceptionGroup as failed:
-        error = failed.exceptions[0]
-        raise error from error.__cause__
-    return [results[index] for index in range(len(items))]

@@ -4,7 +4,6 @@ detector and writes what comes back.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Generic, TypeVar
@@ -28,8 +27,9 @@ from service.api.options import (
 )
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
-from service.errors import CancelledRequestError, InvalidRequestError, ServiceError
+from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
 from service.structures import Answer, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
+from service.tasks import all_of
 
 router = APIRouter(
     prefix="/v1",
@@ -156,25 +156,29 @@ async def detect_batch(
 
 
 async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list[dict[str, object]]:
-    # Two batches' worth at a time keep the device busy and leave the queue to others.
-    places = asyncio.Semaphore(2 * state.settings.max_batch_size)
+    """A document for each image, in order. A mistake of ours in one of them ends all the others."""
+    max_bytes, size = state.settings.max_answer_bytes, 0
 
     async def answer_one(image: bytes) -> dict[str, object]:
-        async with places:
-            return await _answer_or_error(state, order, image)
+        nonlocal size
+        progress = Progress("decode")
+        job = order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True)
+        try:
+            answer = await state.admission.run(job)
+            order.charge(state, answer)
+            if size + len(answer.encoded) > max_bytes:
+                raise AnswerTooLargeError(
+                    f"the answers to this request's images would have more than {max_bytes} bytes in all; send fewer "
+                    "images, or ask for masks=rle, masks=crop or masks=none"
+                )
+        except ServiceError as error:
+            report(error, state.metrics)
+            return {"error": problem(error)}
+        size += len(answer.encoded)
+        return order.describe(answer, progress)
 
-    return await asyncio.gather(*map(answer_one, order.images))
-
-
-async def _answer_or_error(state: ApiState, order: _Order[DetectParameters], image: bytes) -> dict[str, object]:
-    progress = Progress("decode")
-    try:
-        answer = await state.admission.run(order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True))
-    except ServiceError as error:
-        report(error, state.metrics)
-        return {"error": problem(error)}
-    order.charge(state, answer)
-    return order.describe(answer, progress)
+    # Two batches' worth at a time keep the device busy and leave the queue to others.
+    return await all_of(answer_one, order.images, at_a_time=2 * state.settings.max_batch_size)
 
 
 @router.post(
@@ -189,7 +193,7 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, Drawing(picture_type))
+    job = order.job(order.only_image(), record.progress, Drawing(picture_type, order.parameters.drawn_parts))
     answer = await while_connected(request, state.admission.run(job))
     order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)

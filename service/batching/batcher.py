@@ -14,6 +14,7 @@ dropped.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -190,6 +191,7 @@ class Batcher(Generic[T, R]):
         shape: tuple[int, ...] = (),
         deadline: float | None = None,
         priority: Priority = Priority.INTERACTIVE,
+        mates_seconds: float = 0.0,
     ) -> Answer[R]:
         """Wait for the item's result. Cancelling the waiting task drops the item before the device sees it, if it can.
 
@@ -200,6 +202,7 @@ class Batcher(Generic[T, R]):
             shape: see `Entry`.
             deadline: when the answer is of no more use, in seconds of the clock.
             priority: which line to wait in.
+            mates_seconds: for how long a free device may wait for mates, see `Entry`.
 
         Raises:
             OverloadedError: the queue is full; nothing was done.
@@ -209,7 +212,14 @@ class Batcher(Generic[T, R]):
         """
         now = self._clock()
         entry = Entry(
-            item=item, group=group, cost=cost, shape=shape, enqueued_at=now, deadline=deadline, priority=priority
+            item=item,
+            group=group,
+            cost=cost,
+            shape=shape,
+            enqueued_at=now,
+            deadline=deadline,
+            priority=priority,
+            mates_until=now + mates_seconds if mates_seconds > 0 else -math.inf,
         )
         outcome = self._admit(entry)
         timeout = None if deadline is None else max(0.0, deadline - now)

@@ -56,6 +56,8 @@ class Entry(Generic[T]):
             if nothing is padded.
         enqueued_at: when it came.
         deadline: from this time on its answer is of no use; None for never.
+        mates_until: its mates are on their way: a free device may wait for them until then, for as long as all members
+            of the batch say so. Entries of the other priority do not wait.
     """
 
     item: T
@@ -65,6 +67,7 @@ class Entry(Generic[T]):
     enqueued_at: float
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    mates_until: float = -math.inf
 
     def __post_init__(self) -> None:
         if self.cost < 1:
@@ -144,7 +147,7 @@ class RequestQueue(Generic[T]):
     def held_until(self) -> float | None:
         """When the oldest entry will be held back no longer, whoever joins it; None for an empty queue."""
         oldest = self._next_line().oldest
-        return None if oldest is None else oldest.enqueued_at + self._max_batch_wait_seconds
+        return None if oldest is None else max(oldest.enqueued_at + self._max_batch_wait_seconds, oldest.mates_until)
 
     def admit(self, entry: Entry[T]) -> None:
         """Let an entry wait.
@@ -183,9 +186,10 @@ class RequestQueue(Generic[T]):
             waits, or when the batch is held back for more mates until `held_until`.
         """
         line = self._next_line()
-        batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
-        if not is_full and self._may_be_held(batch, now):
-            return []
+        batch = self._next_batch(line, now)
+        if not batch and line is self._bulk:
+            line = self._interactive
+            batch = self._next_batch(line, now)
         for entry in batch:
             line.remove(entry)
         cost = sum(entry.cost for entry in batch)
@@ -218,6 +222,11 @@ class RequestQueue(Generic[T]):
         bulk_is_due = len(self._interactive) == 0 or self._cost_owed_to_bulk > 0
         return self._bulk if len(self._bulk) > 0 and bulk_is_due else self._interactive
 
+    def _next_batch(self, line: _Line[T], now: float) -> list[Entry[T]]:
+        """What goes next of a line; empty if it is held back."""
+        batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
+        return [] if not is_full and self._may_be_held(batch, now) else batch
+
     def _fill_batch(self, line: _Line[T], max_batch_cost: int) -> tuple[list[Entry[T]], bool]:
         """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
         that nobody of its group is overtaken but who would be padded too much. Scans the line: microseconds beside a
@@ -241,8 +250,8 @@ class RequestQueue(Generic[T]):
     def _may_be_held(self, batch: Sequence[Entry[T]], now: float) -> bool:
         if self._is_closed or not batch:
             return False
-        held_until = batch[0].enqueued_at + self._max_batch_wait_seconds
-        # Who would expire while the device idles goes now instead.
+        held_until = max(batch[0].enqueued_at + self._max_batch_wait_seconds, min(entry.mates_until for entry in batch))
+        # A batch is not held back if one of its members would expire while the device sits idle.
         return now < held_until and not any(entry.is_expired(held_until) for entry in batch)
 
     def _share_out(self, line: _Line[T], cost: int) -> None:

@@ -1,5 +1,5 @@
 """`roiserve evaluate`: COCO's average precision of a stored model on a data set. Words and tables only; the
-figures come from `service/training/evaluation.py`.
+figures are `service/training/evaluation.py`'s.
 """
 
 from __future__ import annotations

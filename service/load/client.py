@@ -1,6 +1,6 @@
-"""A lean HTTP/1.1 client: whole requests out, whole answers in, over connections that are kept alive. Used by the load
-generators, where a general client would take more of the processor than a fast server does. Knows no redirects, no
-compression, no proxies; never sends a request twice.
+"""A lean HTTP/1.1 client: whole requests out, whole answers in, over connections that are kept alive. A general client
+would take more of the processor than a fast server does. Knows no redirects, no compression and no proxies; never sends
+a request twice.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Client:
     async def _exchange(self, connection: _Connection, request: bytes) -> Reply:
         try:
             reply = await connection.exchange(request)
-        except BaseException:  # also when the caller gave up: what comes now would be taken for the next answer
+        except BaseException:  # also when the caller gave up: a late answer would be taken for that of the next request
             connection.close()
             raise
         if connection.is_usable:
@@ -180,7 +180,7 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:  # an answer to nothing
+        if self._answer is None:  # nothing was asked
             self.close()
             return
         try:

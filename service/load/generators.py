@@ -1,6 +1,6 @@
-"""When requests are sent. A closed loop sends the next one when an answer has come, as so many patient callers would;
-an open loop sends at a rate of its own (Poisson arrivals), as the public does, however slow the answers are. Both
-measure from the intended start, so that a server that stalls is not spared the requests which it kept from being sent.
+"""When requests are sent. A closed loop sends the next request when an answer has come, as patient callers do; an open
+loop sends at a rate of its own (Poisson arrivals), as the public does, however slow the answers are. Both measure from
+the intended start, so that a server that stalls is also charged with the requests that could not be sent meanwhile.
 
 Times are in seconds of the event loop's clock.
 """
@@ -19,7 +19,7 @@ Send = Callable[[], Awaitable[int]]
 
 
 async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: float) -> None:
-    """Keep so many requests under way for so long, then wait for the last answers."""
+    """Keep `concurrency` requests under way for `seconds`, then wait for the last answers."""
     now = asyncio.get_running_loop().time
     begin = now()
 
@@ -33,7 +33,7 @@ async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: 
 
 
 async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, seed: int = 0) -> None:
-    """Send so many requests a second on average, independent of one another, then wait for the last answers.
+    """Send `rate` requests a second on average, independently of each other, then wait for the last answers.
 
     Args:
         rate: requests a second.

@@ -1,5 +1,5 @@
-"""What is sent: the pictures of a folder as they are on disk, in an order that a seed repeats. Used by the command
-`bench`; reads no pixels, since whether the bytes are a picture is for the server to say.
+"""What is sent: the pictures of a folder as they are on disk, in an order that a seed repeats. Decodes nothing, since
+whether the bytes are a picture is for the server to say.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What came of a load: every request with its times, and the figures made of them. Filled by `generators.py`; read by
-the command `bench`, by benchmarks and by trials. Times are in seconds since the load began unless a name says so.
+"""The results of a load: every request with its times, and the figures computed from them. Times are in seconds since
+the load began unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Sample:
     Attributes:
         intended_at: when it should have been sent.
         sent_at: when it was, later where the client or its connections could not keep up.
-        finished_at: when its answer was whole, or none was to be expected any more.
+        finished_at: when its answer was complete, or was given up.
         outcome: the status of the answer as text, or why there was none: `refused, closed, timeout, garbled`.
     """
 
@@ -32,13 +32,13 @@ class Sample:
 
     @property
     def latency_seconds(self) -> float:
-        """From the intended start: who waits for a request that is sent too late waits all the same."""
+        """From the intended start: a caller whose request is sent late waits all the same."""
         return self.finished_at - self.intended_at
 
 
 @dataclass(slots=True)
 class Record:
-    """What has happened so far; grows while the load runs, and is there when the load is broken off.
+    """What has happened so far; grows while the load runs, and stays if the load is interrupted.
 
     Attributes:
         in_flight: requests that were sent and not answered yet.

@@ -48,12 +48,12 @@ class WeightsTable(BaseModel):
 
 
 class ProvenanceTable(BaseModel):
-    """`[provenance]`: where the model came from, for whoever has to answer for it. All optional.
+    """`[provenance]`: where the model came from and under which terms it may be used. All optional.
 
     Attributes:
         data: what it was trained on.
         licence: of the weights.
-        attribution: whom to name when it is used.
+        attribution: who has to be named when the model is used.
         command: the command line that made it.
         created: when.
         software: versions, such as `torch = "2.14.1"`.
@@ -153,7 +153,7 @@ def validated(source: str, document: Mapping[str, object], model: type[_Config])
 
 
 def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    """One line: the key as one would look for it in the file, what was expected, what came."""
+    """One line: the key as it stands in the file, what was expected, what came."""
     *table, key = problem["loc"] or ("(whole file)",)
     place = ".".join(str(part) for part in (*table, key))
     if problem["type"] == "missing":

@@ -1,6 +1,6 @@
 """The model store: a folder of models, `<name>/<version>/`. Lists what is there, broken or not, finds a model by the
-name that a request or a setting gives, and writes new ones so that nobody ever sees half a model. Imports torch only
-when weights are read or written.
+name that a request or a setting gives, and writes new ones atomically. Imports torch only when weights are read or
+written.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StoredModel:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the folder, None if nothing is. Leaves the weights' hash to `load_weights`."""
+        """What is wrong with the folder, or None. The hash of the weights is checked by `load_weights` only."""
         try:
             check_safetensors(self.weights_path)
         except ModelStoreError as error:
@@ -118,7 +118,7 @@ class ModelStore:
         return sorted(stored, key=lambda model: (model.name, model.version))
 
     def misplaced(self) -> Sequence[str]:
-        """A line for every folder that is no `<name>/<version>`, so that nobody wonders why it is not listed.
+        """A line for every folder that is not `<name>/<version>`, which says why it is not listed.
 
         Raises:
             ModelStoreError: the store's folder is missing or cannot be read.
@@ -189,7 +189,7 @@ class ModelStore:
 
         check_name(name, str(version))
         path = self.root / name / str(version)
-        # A neighbour on the same disk with a name that `list` passes over, renamed when it is complete.
+        # On the same disk, under a name that `list` skips; renamed when it is complete.
         unfinished = path.with_name(f".unfinished-{version}-{secrets.token_hex(4)}")
         try:
             unfinished.mkdir(parents=True)

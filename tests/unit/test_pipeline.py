@@ -282,19 +282,15 @@ async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs()
     assert sum(bench.predictor.batches) == 2
 
 
-async def test_failure_of_one_entry_cancels_the_others_of_its_image() -> None:
-    ended: list[int] = []
-
-    async def work(item: int) -> int:
-        try:
-            await asyncio.sleep(0 if item == 1 else 1000)
-            raise NotReadyError("one of them")
-        finally:
-            ended.append(item)
-
-    with pytest.raises(NotReadyError, match="one of them"):
-        await pipeline.all_of(work, [0, 1, 2])
-    assert sorted(ended) == [0, 1, 2]
+async def test_images_of_a_batch_request_that_are_being_decoded_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread decodes them one after the other, and the device is free."""
+    monkeypatch.setattr(pipeline, "_MATES_SECONDS", 60)
+    async with running(Bench()) as bench:
+        jobs = [replace(bench.job(), is_bulk=True) for _ in range(3)]
+        answers = await asyncio.gather(*map(bench.pipeline.run, jobs))
+        assert [answer.batch_size for answer in answers] == [3, 3, 3]
+        alone = await bench.pipeline.run(replace(bench.job(), is_bulk=True))
+        assert alone.batch_size == 1
 
 
 async def test_job_for_a_model_that_is_gone_is_told_so() -> None:

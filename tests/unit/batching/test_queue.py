@@ -150,6 +150,23 @@ class TestHolding:
         admit(queue, "a2", at=0, deadline=5)
         assert items(queue.take(now=0)) == ["a1", "a2"]
 
+    def test_entry_whose_mates_are_on_their_way_is_held_while_all_of_its_batch_are(self) -> None:
+        queue = make_queue()
+        expecting = {"priority": BULK, "cost": 1, "enqueued_at": 0.0}
+        queue.admit(Entry(item="a1", group="a", mates_until=5, **expecting))  # type: ignore[arg-type]  # of a kind each
+        assert (queue.take(now=1), queue.held_until) == ([], 5)
+        admit(queue, "b1")  # of the other priority, which does not wait
+        assert items(queue.take(now=1)) == ["b1"]
+        assert queue.take(now=1) == []
+        admit(queue, "a2", at=2, priority=BULK)  # the last of them
+        assert items(queue.take(now=2)) == ["a1", "a2"]
+
+    def test_mates_are_not_waited_for_for_ever(self) -> None:
+        queue = make_queue()
+        queue.admit(Entry(item="a1", group="a", cost=1, enqueued_at=0, mates_until=5))
+        assert queue.take(now=4) == []
+        assert items(queue.take(now=5)) == ["a1"]
+
     def test_closed_queue_holds_nothing_back(self) -> None:
         queue = make_queue(max_batch_wait_seconds=5)
         admit(queue, "a1")
