@@ -12,7 +12,7 @@ import torch
 
 from service.devices import Device, choose_device
 from service.errors import ModelStoreError, ServiceError, first_line
-from service.inference.engines.choosing import prepare_caches, put_engine
+from service.inference.engines.choosing import keep_kernels, put_engine
 from service.inference.half import PrecisionError
 from service.inference.predictor import Predictor
 from service.inference.verification import Reference
@@ -65,7 +65,7 @@ def load_predictor(
     plan_b = None
     if engine == "auto":
         plan_b = replace(order, engine="eager", precision="float32" if precision == "auto" else order.precision)
-    prepare_caches(cache_dir)
+    keep_kernels(cache_dir)
     try:
         with target.use():
             try:

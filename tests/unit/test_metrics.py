@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from shutil import which
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from service.metrics import Metrics
+from service.structures import Verification, VerifiedValue
 from tests.fakes import FAKE_INFO
 
 
@@ -53,3 +55,17 @@ def test_promtool_accepts_what_has_not_counted_yet() -> None:
     text = page(Metrics(CollectorRegistry()))
     check = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
     assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+
+
+def test_verification_is_told_as_a_share_of_what_is_tolerated_until_the_model_goes() -> None:
+    metrics = Metrics(CollectorRegistry())
+    values = {"boxes": VerifiedValue(0.005, 0.01), "scores": VerifiedValue(0.003, 0.001)}
+    info = replace(FAKE_INFO, verification=Verification("openvino", "float32", values, 0.5))
+    metrics.add_model(info, queue_depth=lambda: 0, queue_pixels=lambda: 0)
+    assert 'roiserve_model_verification_ratio{model="fake@1",value="boxes"} 0.5' in page(metrics)
+    assert 'roiserve_model_verification_ratio{model="fake@1",value="scores"} 3.0' in page(metrics)
+    assert 'roiserve_overflowed_batches_total{model="fake@1"} 0.0' in page(metrics)
+    metrics.observe("overflowed_batches", ["fake@1"], 1)
+    assert 'roiserve_overflowed_batches_total{model="fake@1"} 1.0' in page(metrics)
+    metrics.remove_model(info)
+    assert "verification_ratio{" not in page(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,9 @@ def put_engine(
         ModelStoreError: see `HalfNetwork`.
     """
     chosen = device.fastest_engine if engine == "auto" else engine
+    folder = _cache_folder(cache_dir)
+    if chosen == "compiled" and folder is not None:
+        keep_compiled_code(folder)
     fold(model)
     problem = _why_not(chosen, model, device, precision)
     if problem is None and chosen == "openvino":
@@ -102,11 +106,13 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     return None
 
 
-def prepare_caches(cache_dir: Path | None) -> None:
-    """Have what torch and Triton compile kept where OpenVINO's parts are; to be called before anything is compiled."""
+def keep_kernels(cache_dir: Path | None) -> None:
+    """Have Triton keep its kernels where the engines keep what they compile, unless a variable of its own names another
+    place; to be called before the first is launched.
+    """
     folder = _cache_folder(cache_dir)
     if folder is not None:
-        keep_compiled_code(folder)
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def _cache_folder(cache_dir: Path | None) -> Path | None:

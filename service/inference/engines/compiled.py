@@ -24,14 +24,18 @@ from service.modeling.parts import Parts, TrunkOutput, run_trunk
 Function = TypeVar("Function", bound=Callable[..., Any])
 Backend = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _PATCHES = 128
 """Numbers of patches are rounded up to multiples of this, so that one patch needs no code of its own."""
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Have torch and Triton keep what they compile in a folder, unless a variable of theirs names another."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    """Have torch keep what it compiles in a folder, unless a variable of its own names another."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch sets the variable itself, to a folder below /tmp, as soon as some of its modules are imported.
+    if os.environ.get(_CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[_CACHE_VARIABLE] = str(folder / "inductor")
 
 
 class CompiledNetwork:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 import socket
 import threading
+from dataclasses import asdict, replace
 
 import numpy as np
 import orjson
 import pytest
 
 from service.errors import DeadlineExceededError, InferenceError, OverloadedError, ServiceError
-from service.structures import DetectOptions, Drawing, Encoded, Form, Json, Pixels, Tensors
+from service.structures import (
+    NOT_FINITE,
+    DetectOptions,
+    Drawing,
+    Encoded,
+    Form,
+    Json,
+    Pixels,
+    Tensors,
+    Verification,
+    VerifiedValue,
+)
 from service.workers.channel import (
     BlockingChannel,
     FrameReader,
@@ -19,12 +31,14 @@ from service.workers.channel import (
     error_to,
     form_from,
     form_to,
+    model_info_from,
     options_from,
     options_to,
     pack,
     source_from,
     source_to,
 )
+from tests.fakes import FAKE_INFO
 
 
 def through_json(header: dict[str, object]) -> dict[str, object]:
@@ -106,3 +120,12 @@ def test_sources_come_back_as_they_were(shape: tuple[int, ...]) -> None:
     pixels = source_from(through_json(header), body)
     assert isinstance(pixels, Pixels)
     assert np.array_equal(pixels.array, array)
+
+
+def test_model_arrives_with_its_verification() -> None:
+    values = {"boxes": VerifiedValue(0.002, 0.01), "scores": VerifiedValue(NOT_FINITE, 0.001)}
+    verified = replace(FAKE_INFO, verification=Verification("compiled", "float16", values, 0.5))
+    for info in (FAKE_INFO, verified):
+        assert model_info_from(through_json(asdict(info))) == info
+    assert verified.verification is not None
+    assert not verified.verification.has_passed

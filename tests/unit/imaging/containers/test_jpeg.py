@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from service.errors import InvalidImageError
-from service.imaging.containers.jpeg import MAX_SCANS, MAX_SEGMENTS, read_jpeg
+from service.errors import InvalidImageError, TooLargeError
+from service.imaging.containers.jpeg import MAX_SCANS, MAX_SEGMENTS, check_scans, read_jpeg
 from service.imaging.decode import ImageLimits, decode_image
 from service.structures import UInt8Array
 
@@ -62,6 +63,23 @@ def test_scans_are_counted() -> None:
     assert read_jpeg(with_scans(MAX_SCANS)).image_size == (256, 256)
     with pytest.raises(InvalidImageError, match=f"hold {MAX_SCANS + 1} scans"):
         read_jpeg(with_scans(MAX_SCANS + 1))
+
+
+def test_the_larger_the_picture_the_fewer_scans_beyond_the_usual_ten() -> None:
+    check_scans(10, 50_000_000)
+    check_scans(14, 50_000_000)
+    check_scans(MAX_SCANS, 9_000_000)
+    with pytest.raises(TooLargeError, match="15 scans of 50000000 pixels; of a JPEG this large we read up to 14"):
+        check_scans(15, 50_000_000)
+
+
+def test_of_many_exif_segments_the_first_counts_and_no_other_is_read() -> None:
+    def exif(orientation: int) -> bytes:
+        block = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, orientation)
+        return b"\xff\xe1" + struct.pack(">H", 2 + len(block)) + block
+
+    data = jpeg()
+    assert read_jpeg(data[:2] + exif(6) + exif(3) * 600 + data[2:]).orientation == 6
 
 
 def test_scans_of_thumbnails_and_of_what_follows_the_image_do_not_count() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from service.inference.engines.choosing import prepare_caches
-from service.inference.engines.compiled import CompiledNetwork
+from service.inference.engines.choosing import keep_kernels
+from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
@@ -125,9 +126,16 @@ def test_network_that_goes_is_not_kept_by_what_was_compiled_for_it() -> None:
 def test_what_is_compiled_is_kept_where_the_engines_keep_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen/by/the/user")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    prepare_caches(tmp_path)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
-    assert os.environ["TRITON_CACHE_DIR"] == "/chosen/by/the/user"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "/chosen/by/the/user")
+    keep_compiled_code(tmp_path)
+    keep_kernels(tmp_path)
+    assert cache_dir() == os.environ["TRITON_CACHE_DIR"] == "/chosen/by/the/user"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch does by itself
+    keep_compiled_code(tmp_path)
+    assert cache_dir() == str(tmp_path / "inductor")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "of the user")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    keep_kernels(tmp_path)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
