@@ -4,6 +4,7 @@ work is done by `service/training/comparing.py`.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,12 +84,14 @@ def compare(
     from service.inference.loading import interchangeable_ops, load_predictor
     from service.model_store.model_toml import read_model_config
     from service.model_store.store import ModelStore
-    from service.training.comparing import markdown
+    from service.training.comparing import busy_note, markdown
     from service.training.comparison_plot import draw_bars
     from service.training.dataset import load_coco
     from service.training.loop import TrainConfig
     from service.training.proposals import ProposalCache
 
+    # Before this command makes its own load.
+    remark = busy_note(os.getloadavg()[0], os.cpu_count() or 1)
     if threads:
         torch.set_num_threads(threads)
     if retrain != (train_data is not None):
@@ -142,8 +145,13 @@ def compare(
             )
     title = f"{name} on {len(val)} pictures of {data}"
     _print_table(title, runs)
+    if remark is not None:
+        typer.echo(f"note: {remark}", err=True)
     if out is not None:
-        out.write_text(markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]])), encoding="utf-8")
+        out.write_text(
+            markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]]), remark=remark),
+            encoding="utf-8",
+        )
     if plot is not None:
         plot.write_text(draw_bars(runs, title=title), encoding="utf-8")
 

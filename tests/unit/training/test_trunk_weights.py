@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.models import mobilenet_v3_large, resnet18, resnet34, resnet50, vgg
+from torchvision.models import resnet18, resnet34, resnet50, vgg
+from torchvision.models.mobilenetv3 import mobilenet_v3_large
 
 from service.errors import ModelStoreError
 from service.modeling.build import build_model
