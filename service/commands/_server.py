@@ -63,6 +63,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=list(state.settings.forwarded_allow_ips or ("127.0.0.1", "::1")),
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(state.settings.drain_timeout_seconds) + _GRACE_SECONDS,
     )
