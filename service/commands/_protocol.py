@@ -26,7 +26,8 @@ from service.api.errors import (
     detail_of,
     problem_response,
 )
-from service.errors import ServiceError
+from service.commands._descriptors import is_spare
+from service.errors import NotReadyError, ServiceError
 from service.logs import request_id_context
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     * The head of a request is bounded in bytes and headers, and in time from when the connection is free for it.
     * What is malformed is answered with a problem document, after the answers to the requests before it.
     * `Upgrade` is ignored, as RFC 9110 allows: the request is served as HTTP/1.1.
+    * Connections leave some descriptors free; one too many is refused.
     * A caller that stops reading its answer is disconnected.
     """
 
@@ -71,9 +73,13 @@ class BoundedProtocol(HttpToolsProtocol):
     _refusal: ServiceError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Expect a request."""
+        """Expect a request, unless the connection takes a descriptor that must stay free."""
         super().connection_made(transport)
-        self._await_head()
+        connection = transport.get_extra_info("socket")
+        if connection is not None and is_spare(connection.fileno()):
+            self._refuse(NotReadyError("too many connections are open; try again"))
+        else:
+            self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
