@@ -202,7 +202,8 @@ def test_every_option_and_mask_form_stands_on_the_page_of_the_api() -> None:
 
 def code_block(language: str, word: str) -> str:
     """The block of the page of the API that holds this word."""
-    return next(block for block in re.findall(rf"```{language}\n(.*?)```", HTTP_API, flags=re.DOTALL) if word in block)
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", HTTP_API, flags=re.DOTALL)
+    return next(block for block in blocks if word in block)
 
 
 # Two parts, a hole, and the image's corners.
