@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
+from starlette.middleware.gzip import GZipMiddleware
 
-from service.api import detect, docs, health, metrics, models
+from service.api import detect, docs, health, metrics, models, start
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
 from service.api.management import management_server
@@ -98,17 +99,19 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.api = state
+    # At the least effort, and in a thread if it takes long; pictures go as they are.
+    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
     app.add_middleware(RequestMiddleware, state=state)
-    resources = [detect, models, health, metrics, docs]
+    resources = [detect, models, health, metrics, docs, start]
     if settings.admin_port is not None:
-        resources = [detect, models, docs]
+        resources = [detect, models, docs, start]
     routers = [resource.router for resource in resources]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     paths = [route.path for route in routes if "{" not in route.path]
     add_error_handlers(app, measures, paths=list(dict.fromkeys(paths)))
-    describe_app(app)
+    describe_app(app, state.keys)
     return app
 
 

@@ -14,6 +14,7 @@ import typer
 from service.commands._help import plain
 from service.commands.bench import bench
 from service.commands.compare import compare
+from service.commands.data import data_app
 from service.commands.detect import detect
 from service.commands.evaluate import evaluate
 from service.commands.models import models_app
@@ -49,6 +50,7 @@ def roiserve(
 
 app.command("serve")(serve_command())
 app.add_typer(models_app)
+app.add_typer(data_app, name="data")
 for command in (detect, train, evaluate, compare, bench):
     app.command(command.__name__)(plain(command))
 

@@ -330,7 +330,7 @@ class Pipeline:
             NotReadyError: the batcher is stopping.
         """
         task = ThreadTask(function)
-        await self._batcher.submit(task, group=task, cost=1)
+        await self._batcher.submit(task, group=task, cost=1, is_typical=False)
         if task.error is not None:
             raise task.error
 

@@ -6,6 +6,7 @@ other module reads the environment.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,23 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces, as in a container.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy publishes the server, such as /detector, whether the proxy strips it or "
+        "not.",
+    )
+    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of proxies whose X-Forwarded-For and -Proto are believed, separated by "
+        "commas; * believes everyone. Unset, those on this machine.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call the server from a browser, such as https://app.example.com, "
+        "separated by commas; * for all. Unset, none.",
+    )
 
     model_store: Path = Field(Path("model_store"), description="Folder that holds <name>/<version>/model.toml.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -239,7 +257,7 @@ class Settings(BaseSettings):
         }
         return init_settings, env_settings
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "cors_origins", "forwarded_allow_ips", mode="before")
     @classmethod
     def _split_at_commas(cls, value: str | Sequence[str]) -> Sequence[str]:
         return split_at_commas(value) if isinstance(value, str) else value
@@ -256,6 +274,27 @@ class Settings(BaseSettings):
         for key in keys:
             check_key(key)
         return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"\*|https?://[A-Za-z0-9.-]+(:[0-9]+)?|https?://\[[0-9a-f:]+\](:[0-9]+)?", origin):
+                raise PydanticCustomError(
+                    "origin", "expected origins such as https://app.example.com, without a path, or *"
+                )
+        return value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _check_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            try:
+                if address != "*":
+                    ipaddress.ip_network(address)
+            except ValueError:
+                raise PydanticCustomError("address", "expected IP addresses or networks, or *") from None
+        return value
 
     @field_validator("device")
     @classmethod

@@ -7,10 +7,10 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
 PictureType = Literal["image/png", "image/jpeg"]
+DrawnPart = Literal["boxes", "masks", "labels", "scores"]
+ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
 
 # Roughly, for photographs as JPEG; and what networks resize large images to.
 _PIXELS_PER_BYTE = 8
@@ -71,6 +73,8 @@ class DetectOptions:
         proposals: (x1, y1, x2, y2) each, finite, x1 < x2 and y1 < y2, in pixels of the image: classify and refine these
             instead of the RPN's. They may reach beyond the image, where they are clipped.
         roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
+        nms_thresh: IoU, 0 to 1, above which the better of two detections suppresses the other.
+        class_agnostic_nms: whether it does so whatever their classes are.
     """
 
     score_thresh: float | None = None
@@ -79,6 +83,8 @@ class DetectOptions:
     with_masks: bool = True
     proposals: tuple[Box, ...] | None = None
     roi_op: str | None = None
+    nms_thresh: float | None = None
+    class_agnostic_nms: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -325,9 +331,15 @@ class Json:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An answer as the image with the detections drawn into it."""
+    """An answer as the image with the detections drawn into it.
+
+    Attributes:
+        type: of the picture.
+        parts: what to draw; None leaves it to the drawing, see `imaging/overlay.py`.
+    """
 
     type: PictureType = "image/png"
+    parts: Sequence[DrawnPart] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, Drawing(picture_type))
+    job = order.job(order.only_image(), record.progress, Drawing(picture_type, order.parameters.drawn_parts))
     answer = await while_connected(request, state.admission.run(job))
     order.charge(state, answer)
     return Response(answer.encoded, media_type=picture_type)

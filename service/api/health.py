@@ -1,4 +1,4 @@
-"""Probes: is the process alive, and does it want requests."""
+"""The probes of an orchestrator: whether the process is alive, and whether it wants requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ router = APIRouter(tags=["health"])
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", responses=describe_answer(Health) | describe_errors(503))
 async def live(state: State) -> Response:
-    """Whether the process answers and its workers can do their work, now or soon; if not, restart it."""
+    """Whether the process answers and its workers can do their work, now or soon. 503 while the last starts of all
+    workers have failed; they are tried again, so that it may be 200 later without a restart.
+    """
     if (failure := state.detector.failure) is not None:
         raise NotReadyError(failure)
     return json_response({"status": "ok"})

@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.cors import CrossOrigin
 from service.api.errors import problem_response, report
 from service.api.state import ApiState, Lifecycle, Phase
 from service.batching.held_bytes import Holding
@@ -42,6 +43,9 @@ _SMALL_BODY_BYTES = 64 * 1024
 # would be reset, and a caller that is still sending would never see the answer.
 _LINGER_SECONDS = 2.0
 _CLIENT_CLOSED_REQUEST = 499
+# In a log line.
+_MAX_PATH_LENGTH = 200
+_MAX_ADDRESS_LENGTH = 64
 # Probes and scrapes come every few seconds. What makes a probe say no is logged where it happens; a scrape that fails
 # is not.
 _PROBES = ("/healthz", "/readyz")
@@ -104,6 +108,7 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, state: ApiState) -> None:
         self._app = app
         self._state = state
+        self._cross_origin = CrossOrigin(state.settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI calls it."""
@@ -118,8 +123,10 @@ class RequestMiddleware:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         scope.setdefault("state", {})["record"] = record
+        # Routes are found with it and without it, so a proxy may strip it or not.
+        scope["root_path"] = self._state.settings.root_path
         token = request_id_context.set(record.request_id)
-        exchange = _Exchange(scope, receive, send, record, self._state.lifecycle)
+        exchange = _Exchange(scope, receive, send, record, self._state.lifecycle, self._cross_origin)
         try:
             await self._answer(scope, exchange)
         finally:
@@ -133,9 +140,10 @@ class RequestMiddleware:
         assert task is not None
         self._state.lifecycle.enter(task)
         try:
-            if scope["method"] == "POST" and scope["path"] in _ONE_IMAGE_PATHS:
+            if scope["method"] == "POST" and _path(scope) in _ONE_IMAGE_PATHS:
                 self._state.admission.require_place(seconds_left=self._state.settings.request_timeout_ms / 1000)
-            await self._app(scope, exchange.receive, exchange.send)
+            preflight = self._cross_origin.preflight(scope["method"], Headers(scope=scope))
+            await (preflight or self._app)(scope, exchange.receive, exchange.send)
             return
         except OverloadedError as refused:
             error: ServiceError = refused
@@ -157,7 +165,7 @@ class RequestMiddleware:
 
     def _tell(self, scope: Scope, record: RequestRecord) -> None:
         """Count the request and write its line."""
-        path = scope["path"]
+        path = _path(scope)
         route = path if path in _ONE_IMAGE_PATHS else getattr(scope.get("route"), "path", "unmatched")
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
@@ -173,8 +181,9 @@ class RequestMiddleware:
             "request",
             extra={
                 "fields": {
+                    **({"client": scope["client"][0][:_MAX_ADDRESS_LENGTH]} if scope.get("client") else {}),
                     "method": scope["method"],
-                    "path": path,
+                    "path": path if len(path) <= _MAX_PATH_LENGTH else f"{path[:_MAX_PATH_LENGTH]}…",
                     "status": status,
                     **{
                         f"{stage}_ms": round(1000 * seconds, 1)
@@ -191,8 +200,17 @@ class RequestMiddleware:
 class _Exchange:
     """The messages of one request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: RequestRecord,
+        lifecycle: Lifecycle,
+        cross_origin: CrossOrigin,
+    ) -> None:
         headers = Headers(scope=scope)
+        self._cross_origin_headers = cross_origin.headers(headers)
         self.record = record
         self._receive = receive
         self._send = send
@@ -228,6 +246,9 @@ class _Exchange:
         seconds = self.record.progress.stage_seconds | {"total": self.record.seconds}
         timing = ", ".join(f"{stage};dur={1000 * value:.1f}" for stage, value in seconds.items())
         yield b"server-timing", timing.encode()
+        yield b"x-content-type-options", b"nosniff"
+        for name, value in self._cross_origin_headers.items():
+            yield name.lower().encode(), value.encode()
         if self._lingers or self._lifecycle.phase is Phase.DRAINING:
             yield b"connection", b"close"
 
@@ -239,6 +260,13 @@ class _Exchange:
                     await self.receive()
         except TimeoutError:
             pass
+
+
+def _path(scope: Scope) -> str:
+    """The path that was asked for, without the one under which a proxy publishes the server."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _request_id(headers: Headers) -> str:

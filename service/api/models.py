@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BeforeValidator
 
 from service.api.auth import require_admin_key, require_key
@@ -20,6 +20,8 @@ router = APIRouter(
     responses=describe_errors(401, 403, 503),
 )
 
+Name = Annotated[str, Path(description="name, or name@version", examples=["nuclei"])]
+
 
 @router.get("", responses=describe_answer(ModelList))
 async def list_models(state: State) -> Response:
@@ -30,7 +32,7 @@ async def list_models(state: State) -> Response:
 
 
 @router.get("/{name}", responses=describe_answer(ModelDescription) | describe_errors(404, 422))
-async def show_model(name: str, state: State) -> Response:
+async def show_model(name: Name, state: State) -> Response:
     """One loaded model, by name or name@version."""
     state.lifecycle.require_serving()
     info = state.models.find(name)
@@ -43,7 +45,7 @@ async def show_model(name: str, state: State) -> Response:
     responses=describe_answer(ModelDescription) | describe_errors(404, 409, 422, 429),
 )
 async def load_model(
-    name: str,
+    name: Name,
     state: State,
     version: Annotated[
         int | None,
@@ -68,7 +70,7 @@ async def load_model(
     status_code=204,
     responses=describe_errors(404, 409, 422),
 )
-async def unload_model(name: str, state: State) -> Response:
+async def unload_model(name: Name, state: State) -> Response:
     """Unload a model, by name or name@version, when the requests that came before have their answers."""
     state.lifecycle.require_serving()
     await state.unload_model(name)

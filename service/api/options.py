@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from service.api.body import Upload
 from service.api.errors import MAX_MISTAKES, and_more, describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.structures import Box, DetectOptions, MaskFormat, ModelInfo
+from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, MaskFormat, ModelInfo
 
 MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
@@ -53,6 +53,17 @@ class DetectParameters(BaseModel):
         description="Form of the masks: rle (COCO), polygons, png (of the whole image, base64), crop (png of the mask "
         "alone and its origin) or none. Unset: rle if the model has masks, else none.",
     )
+    nms_thresh: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Of two detections of a class that overlap by more, as IoU, keep the better; unset, the model's.",
+    )
+    class_agnostic_nms: bool | None = Field(
+        None,
+        description="Let a detection suppress those of other classes too (nms_thresh). Unset, as the model has it.",
+    )
     roi_op: str | None = Field(
         None,
         max_length=200,
@@ -80,7 +91,7 @@ class DetectParameters(BaseModel):
             )
         return {name: value for name, value in given.items() if value not in ("", [""])}
 
-    @field_validator("score_thresh", "max_detections", "timeout_ms", mode="before")
+    @field_validator("score_thresh", "max_detections", "nms_thresh", "timeout_ms", mode="before")
     @classmethod
     def _refuse_underscores(cls, given: object) -> object:
         """Python reads 1_0 as ten, nobody else does."""
@@ -117,9 +128,31 @@ class BodyParameters(BaseModel):
 
 
 class AnnotateParameters(DetectParameters):
-    """The options of a detection, and the format of the picture."""
+    """The options of a detection, and what the picture is to be."""
 
     format: Literal["png", "jpeg"] = Field("png", description="Format of the answered picture: png or jpeg.")
+    draw: str | None = Field(
+        None,
+        max_length=100,
+        description=f"What to draw: any of {', '.join(ALL_DRAWN_PARTS)}, separated by commas. Unset draws all of them, "
+        "but leaves out what would hide the picture in a crowd.",
+        examples=["masks,labels"],
+    )
+
+    @field_validator("draw")
+    @classmethod
+    def _refuse_unknown_parts(cls, given: str | None) -> str | None:
+        unknown = [part for part in (given or "").split(",") if given and part.strip() not in ALL_DRAWN_PARTS]
+        if unknown:
+            words = f"expected any of {', '.join(ALL_DRAWN_PARTS)}, separated by commas, got {reprlib.repr(unknown[0])}"
+            raise PydanticCustomError("draw", "{words}", {"words": words})
+        return given
+
+    @property
+    def drawn_parts(self) -> Sequence[DrawnPart] | None:
+        """What to draw; None leaves it to the drawing."""
+        asked = {part.strip() for part in (self.draw or "").split(",")}
+        return tuple(part for part in ALL_DRAWN_PARTS if part in asked) or None
 
 
 P = TypeVar("P", bound=DetectParameters)
@@ -256,6 +289,8 @@ def resolve_options(
         with_masks=mask_format != "none",
         proposals=proposals,
         roi_op=parameters.roi_op,
+        nms_thresh=parameters.nms_thresh,
+        class_agnostic_nms=parameters.class_agnostic_nms,
     )
     return ResolvedOptions(options, mask_format)
 

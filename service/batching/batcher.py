@@ -192,6 +192,7 @@ class Batcher(Generic[T, R]):
         deadline: float | None = None,
         priority: Priority = Priority.INTERACTIVE,
         mates_seconds: float = 0.0,
+        is_typical: bool = True,
     ) -> Answer[R]:
         """Wait for the item's result. Cancelling the waiting task drops the item before the device sees it, if it can.
 
@@ -202,6 +203,7 @@ class Batcher(Generic[T, R]):
             shape: see `Entry`.
             deadline: when the answer is of no more use, in seconds of the clock.
             priority: which line to wait in.
+            is_typical: see `Entry`.
             mates_seconds: for how long a free device may wait for mates, see `Entry`.
 
         Raises:
@@ -219,6 +221,7 @@ class Batcher(Generic[T, R]):
             enqueued_at=now,
             deadline=deadline,
             priority=priority,
+            is_typical=is_typical,
             mates_until=now + mates_seconds if mates_seconds > 0 else -math.inf,
         )
         outcome = self._admit(entry)
@@ -383,8 +386,9 @@ class Batcher(Generic[T, R]):
             failure = error
         else:
             seconds = self._clock() - started_at
-            with self._condition:
-                self._queue.measure(sum(entry.cost for entry in batch), seconds)
+            if all(entry.is_typical for entry in batch):
+                with self._condition:
+                    self._queue.measure(sum(entry.cost for entry in batch), seconds)
             waits = [started_at - entry.enqueued_at for entry in batch]
             answers = [Answer(one, wait, seconds, len(batch)) for one, wait in zip(results, waits, strict=True)]
             self._tell(self._answer_all, batch, answers)

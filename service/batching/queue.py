@@ -56,6 +56,7 @@ class Entry(Generic[T]):
             if nothing is padded.
         enqueued_at: when it came.
         deadline: from this time on its answer is of no use; None for never.
+        is_typical: whether the time that it takes says anything about others of its cost.
         mates_until: its mates are on their way: a free device may wait for them until then, for as long as all members
             of the batch say so. Entries of the other priority do not wait.
     """
@@ -67,6 +68,7 @@ class Entry(Generic[T]):
     enqueued_at: float
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    is_typical: bool = True
     mates_until: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -194,8 +196,9 @@ class RequestQueue(Generic[T]):
             line.remove(entry)
         cost = sum(entry.cost for entry in batch)
         self._share_out(line, cost)
-        if batch and self._measured_cost > 0:
-            self._busy_until = now + self._seconds_for(cost)
+        is_known = bool(batch) and self._measured_cost > 0
+        # The device is free when this is called, whatever was expected of its last batch.
+        self._busy_until = now + self._seconds_for(cost) if is_known else -math.inf
         return batch
 
     def measure(self, cost: int, seconds: float) -> None:

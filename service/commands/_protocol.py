@@ -26,7 +26,8 @@ from service.api.errors import (
     detail_of,
     problem_response,
 )
-from service.errors import ServiceError
+from service.commands._descriptors import is_spare
+from service.errors import NotReadyError, ServiceError
 from service.logs import request_id_context
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     * The head of a request is bounded in bytes and headers, and in time from when the connection is free for it.
     * What is malformed is answered with a problem document, after the answers to the requests before it.
     * `Upgrade` is ignored, as RFC 9110 allows: the request is served as HTTP/1.1.
+    * Connections leave some descriptors free; one too many is refused.
     * A caller that stops reading its answer is disconnected.
     """
 
@@ -60,6 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _awaits_head = True
     _head_has_begun = False
     _head_bytes = 0
+    _heads = 0
     # Of the request that is being read.
     _parsed_bytes = 0
     _body_bytes = 0
@@ -71,16 +74,20 @@ class BoundedProtocol(HttpToolsProtocol):
     _refusal: ServiceError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Expect a request."""
+        """Expect a request, unless the connection takes a descriptor that must stay free."""
         super().connection_made(transport)
-        self._await_head()
+        connection = transport.get_extra_info("socket")
+        if connection is not None and is_spare(connection.fileno()):
+            self._refuse(NotReadyError("too many connections are open; try again"))
+        else:
+            self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
         self._unset_keepalive_if_required()
         if self._refusal is not None or self.transport.is_closing():
             return
-        awaited_head, body_bytes = self._awaits_head, self._body_bytes
+        awaited_head, body_bytes, heads = self._awaits_head, self._body_bytes, self._heads
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -92,7 +99,8 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(self._reason or MalformedRequestError(f"expected a request in HTTP/1.1: {error}"))
             return
-        if self._awaits_head and awaited_head:
+        # A whole request that comes in one read has a body, which is no part of a head.
+        if self._awaits_head and awaited_head and heads == self._heads:
             self._count_held_head(len(data))
         elif not self._awaits_head and not awaited_head:
             self._count_framing(len(data) - (self._body_bytes - body_bytes))
@@ -122,6 +130,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is complete."""
         self._stop_awaiting_head()
+        self._heads += 1
         self._awaits_head = self._head_has_begun = False
         self._check_headers()
         if self.parser.should_upgrade():

@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.state import ApiState, Phase
+from service.commands._descriptors import raise_limit
 from service.commands._preflight import check_address
 from service.commands._protocol import BoundedProtocol
 from service.errors import ServiceError
@@ -39,6 +40,7 @@ def serve_app(app: FastAPI) -> int:
     """
     state: ApiState = app.state.api
     state.keys.tell()
+    raise_limit()
     DrainingServer(server_config(app), state).run()
     status = 0 if state.lifecycle.failure is None else 1
     logger.info("stopped", extra={"fields": {"status": status}})
@@ -61,6 +63,7 @@ def server_config(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=list(state.settings.forwarded_allow_ips or ("127.0.0.1", "::1")),
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(state.settings.drain_timeout_seconds) + _GRACE_SECONDS,
     )

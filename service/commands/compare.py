@@ -4,6 +4,7 @@ work is done by `service/training/comparing.py`.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,15 +80,18 @@ def compare(
     from rich.console import Console
     from rich.progress import Progress
 
+    from service.commands._data import load_with_words
     from service.inference.loading import interchangeable_ops, load_predictor
     from service.model_store.model_toml import read_model_config
     from service.model_store.store import ModelStore
-    from service.training.comparing import markdown
+    from service.training.comparing import busy_note, markdown
     from service.training.comparison_plot import draw_bars
     from service.training.dataset import load_coco
     from service.training.loop import TrainConfig
     from service.training.proposals import ProposalCache
 
+    # Before this command makes its own load.
+    remark = busy_note(os.getloadavg()[0], os.cpu_count() or 1)
     if threads:
         torch.set_num_threads(threads)
     if retrain != (train_data is not None):
@@ -103,7 +107,14 @@ def compare(
         assert model_config is not None  # one of the two is given
         name, config = model_config.stem, read_model_config(model_config)
     ops = _operators(roi_op, interchangeable_ops(config), name)
-    val = load_coco(data, labels=config.labels)
+    val = load_with_words(
+        data,
+        labels=config.labels,
+        leaves_out_others=False,
+        masks="if_any" if config.has_masks else "none",
+        drop_bad=False,
+        frame="auto",
+    )
     with Progress(console=Console(stderr=True)) as progress, TemporaryDirectory() as folder:
         # Searched for once, for all operators, and in no picture's time.
         proposals = None if config.has_rpn else ProposalCache(Path(folder), config.proposals)
@@ -112,7 +123,9 @@ def compare(
             predictor = load_predictor(stored, device=device, cache_dir=engine_cache_dir)
             runs = list(_measure_each(predictor, ops, val, proposals, progress))
         else:
-            train = load_coco(train_data / "train.json", labels=config.labels, needs_masks=config.has_masks)
+            train = load_coco(
+                train_data / "train.json", labels=config.labels, masks="required" if config.has_masks else "none"
+            )
             train_configs = [
                 TrainConfig(
                     epochs=epochs,
@@ -132,8 +145,13 @@ def compare(
             )
     title = f"{name} on {len(val)} pictures of {data}"
     _print_table(title, runs)
+    if remark is not None:
+        typer.echo(f"note: {remark}", err=True)
     if out is not None:
-        out.write_text(markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]])), encoding="utf-8")
+        out.write_text(
+            markdown(runs, title=title, command=shlex.join(["roiserve", *sys.argv[1:]]), remark=remark),
+            encoding="utf-8",
+        )
     if plot is not None:
         plot.write_text(draw_bars(runs, title=title), encoding="utf-8")
 

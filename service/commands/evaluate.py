@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands._data import AnnotatedOption, DropOption, LabelsOption, chosen_labels, load_with_words
 from service.commands._options import (
     DEFAULT_STORE,
     DeviceOption,
@@ -35,6 +36,9 @@ def evaluate(
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
     ] = None,
+    labels: LabelsOption = None,
+    drop_bad_annotations: DropOption = False,
+    annotated: AnnotatedOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print COCO AP, AP50, AP75 and AP by size of a model, in percent, for boxes and masks; JSON has them from 0 to 1.
@@ -47,7 +51,6 @@ def evaluate(
 
     from service.inference.loading import load_predictor
     from service.model_store.store import ModelStore
-    from service.training.dataset import load_coco
     from service.training.evaluation import evaluate as evaluate_predictor
 
     predictor = load_predictor(
@@ -59,14 +62,29 @@ def evaluate(
         searching=True,
     )
     info = predictor.info
-    dataset = load_coco(data, labels=info.labels)
+    dataset = load_with_words(
+        data,
+        labels=chosen_labels(labels) or info.labels,
+        leaves_out_others=labels is not None,
+        masks="if_any" if info.has_masks else "none",
+        drop_bad=drop_bad_annotations,
+        frame=annotated,
+    )
+    if info.has_masks and not dataset.has_masks:
+        typer.echo("  note: the data have no masks, so only boxes are evaluated", err=True)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(info.key, total=len(dataset))
         evaluation = evaluate_predictor(
             predictor, dataset, max_detections=max_detections, advance=lambda: progress.advance(task)
         )
     if json:
-        run = {"model": info.key, "engine": info.engine, "precision": info.precision, "data": str(data)}
+        run: dict[str, object] = {
+            "model": info.key,
+            "engine": info.engine,
+            "precision": info.precision,
+            "data": str(data),
+        }
+        run["data_findings"] = dataset.report.lines()
         typer.echo(orjson.dumps({**run, **asdict(evaluation)}, option=orjson.OPT_INDENT_2))
     else:
         _print_table(info, evaluation)

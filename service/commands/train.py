@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from service.errors import InvalidRequestError
+from service.commands._data import AnnotatedOption, DropOption, LabelsOption, chosen_labels, load_with_words
+from service.errors import DatasetError, InvalidRequestError
 
 if TYPE_CHECKING:
     from service.training.evaluation import Evaluation
@@ -22,12 +23,26 @@ if TYPE_CHECKING:
 def train(
     data: Annotated[Path, typer.Option(help="Folder with train.json, val.json and images/ (COCO format).")],
     model_config: Annotated[
-        Path, typer.Option(help="model.toml that describes the network; its weights do not count.")
-    ],
-    out: Annotated[Path, typer.Option(help="Where the model is written: STORE/NAME/VERSION.")],
+        Path | None, typer.Option(help="model.toml that describes the network; its weights do not count.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the model is written: STORE/NAME/VERSION.")] = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            help="Train nothing: write a model.toml fitted to the data into --model-config, else DATA/model.toml.",
+        ),
+    ] = False,
     start_from: Annotated[
         Path | None, typer.Option(help="Folder of a stored model (STORE/NAME/VERSION) whose weights to fine-tune.")
     ] = None,
+    backbone_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Published weights of the trunk to start from: torchvision's or timm's file for a classifier."
+        ),
+    ] = None,
+    labels: LabelsOption = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 20,
     images_per_step: Annotated[int, typer.Option(min=1, help="Pictures in one optimiser step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="AdamW's highest.")] = 1e-3,
@@ -48,8 +63,10 @@ def train(
         typer.Option(help="Of convolutions and matrix products; auto is bfloat16 on CUDA, else float32."),
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the network; 0: one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that prepare pictures; 0: one a core.")] = 0,
     store_as: Annotated[Literal["float32", "float16"], typer.Option(help="Format of the weights on disk.")] = "float16",
-    drop_bad_annotations: Annotated[bool, typer.Option(help="Leave bad annotations out instead of refusing.")] = False,
+    drop_bad_annotations: DropOption = False,
+    annotated: AnnotatedOption = "auto",
     data_name: Annotated[
         str | None, typer.Option(help="For the model card: what the data are, with their source.")
     ] = None,
@@ -65,23 +82,46 @@ def train(
     """
     import torch
 
+    from service.cores import available_cores
     from service.devices import choose_device
     from service.model_store.model_toml import read_model_config
-    from service.training.dataset import load_coco
-    from service.training.export import export_model, load_initial_weights, target_of
+    from service.training.export import check_room, export_model, load_initial_weights, target_of
     from service.training.loop import Trainer
+    from service.training.trunk_weights import load_trunk_weights
 
+    if suggest:
+        _suggest(data, model_config or data / "model.toml", chosen_labels(labels), drop_bad_annotations, annotated)
+        return
+    if model_config is None or out is None:
+        raise typer.BadParameter("expected --model-config FILE and --out STORE/NAME/VERSION, or --suggest")
+    if start_from is not None and backbone_weights is not None:
+        raise typer.BadParameter("expected --start-from or --backbone-weights, got both")
     if threads:
         torch.set_num_threads(threads)
     target = target_of(out)
     config = read_model_config(model_config)
+    if (only := chosen_labels(labels)) is not None:
+        config = config.model_copy(update={"labels": only})
     target_device = choose_device(device)
+    initial_weights = None
+    if start_from is not None:
+        initial_weights = load_initial_weights(start_from, config)
+    elif backbone_weights is not None:
+        initial_weights = load_trunk_weights(backbone_weights, config)
     sets = {
-        split: load_coco(
-            data / f"{split}.json", labels=config.labels, needs_masks=config.has_masks, drop_bad=drop_bad_annotations
+        split: load_with_words(
+            data / f"{split}.json",
+            labels=config.labels,
+            leaves_out_others=only is not None,
+            masks="required" if config.has_masks else "none",
+            drop_bad=drop_bad_annotations,
+            frame=annotated,
         )
         for split in ("train", "val")
     }
+    for split, dataset in sets.items():
+        if not sum(dataset.counts().values()):
+            raise DatasetError(f"{data / split}.json: expected at least one object to train and evaluate on, got none")
     if precision == "auto":
         precision = "bfloat16" if target_device.runs_ahead else "float32"
     trainer = Trainer(
@@ -104,9 +144,23 @@ def train(
         val=sets["val"],
         state_path=target.state_path,
         device=target_device.torch_device,
-        initial_weights=None if start_from is None else load_initial_weights(start_from, config),
+        initial_weights=initial_weights,
+        workers=workers or available_cores(),
     )
-    best = _run_with_progress(trainer)
+    check_room(target, trainer.state_bytes)
+    try:
+        best = _run_with_progress(trainer)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped in step {trainer.step + 1} of {trainer.num_steps}; "
+            + (
+                f"the same command goes on from step {trainer.saved_step}, whose state is in {target.state_path}"
+                if trainer.saved_step
+                else "no state was written yet, so the same command begins anew"
+            ),
+            err=True,
+        )
+        raise typer.Exit(130) from None
     stored = export_model(
         target,
         config=config,
@@ -117,8 +171,38 @@ def train(
         licence=licence,
         attribution=attribution,
         command=shlex.join(["roiserve", *sys.argv[1:]]),
+        device=target_device.torch_device,
+        findings={split: dataset.report.lines() for split, dataset in sets.items()},
+        history=trainer.history,
     )
     typer.echo(f"{stored.key} is in {stored.path}, from epoch {best.epoch}")
+
+
+def _suggest(
+    data: Path,
+    path: Path,
+    labels: tuple[str, ...] | None,
+    drop_bad: bool,
+    frame: Literal["auto", "upright", "stored"],
+) -> None:
+    from service.training.suggesting import suggest, suggestion_text
+
+    if path.exists():
+        raise InvalidRequestError(f"{path} exists already; --model-config says where else the suggestion may go")
+    dataset = load_with_words(
+        data / "train.json",
+        labels=labels,
+        leaves_out_others=labels is not None,
+        masks="if_any",
+        drop_bad=drop_bad,
+        frame=frame,
+    )
+    suggestion = suggest(dataset)
+    try:
+        path.write_text(suggestion_text(suggestion, source=str(data)), encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequestError(f"{path}: cannot be written: {error.strerror}") from error
+    typer.echo(f"{path} is written: {suggestion.words()}")
 
 
 def _train_config(**values: object) -> TrainConfig:
@@ -140,17 +224,25 @@ def _run_with_progress(trainer: Trainer) -> Best:
     from service.training.figures import percent
 
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     averages: dict[str, float] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=trainer.num_steps)
 
+        def on_start(step: int) -> None:
+            if step:
+                console.print(f"going on from step {step} of {trainer.num_steps}, where an earlier run was left")
+            progress.update(task, completed=step)
+
         def on_step(now: TrainingProgress) -> None:
             for name, loss in now.losses.items():
                 averages[name] = 0.95 * averages.get(name, loss) + 0.05 * loss
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
-            progress.update(task, completed=now.step, description=f"epoch {now.epoch}  {losses}")
+            # Beside the bar there is room for their sum alone; lines of a log, and training.csv, have each.
+            progress.update(
+                task, completed=now.step, description=f"epoch {now.epoch}  loss {sum(averages.values()):.3f}"
+            )
             if not console.is_terminal and now.step % 10 == 0:
+                losses = "  ".join(f"{name} {value:.3f}" for name, value in averages.items())
                 console.print(f"step {now.step}/{now.num_steps}  epoch {now.epoch}  {losses}", soft_wrap=True)
 
         def on_evaluation(epoch: int, evaluation: Evaluation) -> None:
@@ -160,4 +252,4 @@ def _run_with_progress(trainer: Trainer) -> Best:
             )
             console.print(f"epoch {epoch}: val {figures} (percent)", soft_wrap=True)
 
-        return trainer.run(on_step=on_step, on_evaluation=on_evaluation)
+        return trainer.run(on_start=on_start, on_step=on_step, on_evaluation=on_evaluation)

@@ -1,9 +1,10 @@
 """Bytes to upright RGB pixels (`decode.py`), and pixels to a picture with the detections drawn (`overlay.py`).
-Called by `pipeline.py` in a thread. Knows file formats and their attacks; knows no HTTP, models or queues.
+Knows file formats and their attacks; knows no HTTP, models or queues.
 
 decode.py       the whole path: sniff, read the container, check the limits, decode, convert, turn upright
 formats.py      which formats we read, and which one these bytes are
 containers/     one file a format: its header without decoding, and a copy without what pictures do not need
 pixels.py       any of Pillow's modes to RGB
+quiet.py        keeps decoders from writing to standard error
 overlay.py      boxes, captions and masks on the picture
 """

@@ -1,5 +1,5 @@
-"""Which formats we read, and which of them these bytes are, told by their first bytes. Called by `decode.py`; what a
-client calls its file or puts into `Content-Type` plays no part.
+"""Which formats we read, and which of them these bytes are, told by their first bytes. What a client calls its file or
+puts into `Content-Type` plays no part.
 """
 
 from __future__ import annotations

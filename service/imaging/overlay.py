@@ -1,5 +1,7 @@
-"""Draw what was found on the picture: masks, boxes, captions. Called by `pipeline.py` in a thread. Knows pixels and
-detections; knows no models.
+"""Draw what was found on the picture: masks, boxes, captions. Knows pixels and detections; knows no models.
+
+Work and memory go with the boxes of the objects, not with the picture; and however many large masks there are, a
+bounded number of pixels is painted.
 
 Shapes: D detections of one image, M x M the mask head's output size, H x W the image. Boxes are (x1, y1, x2, y2).
 """
@@ -7,7 +9,7 @@ Shapes: D detections of one image, M x M the mask head's output size, H x W the 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +19,8 @@ import PIL.Image
 from numpy.typing import NDArray
 from PIL import ImageDraw, ImageFont
 
-from service.structures import Detections, Float32Array, Image, UInt8Array
+from service.errors import CancelledRequestError
+from service.structures import ALL_DRAWN_PARTS, Detections, DrawnPart, Float32Array, Image, UInt8Array
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels, the last two exclusive
@@ -25,8 +28,13 @@ Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels, the las
 _MASK_OPACITY = 0.4
 _OUTLINE_OPACITY = 0.9
 _SHADOW_OPACITY = 0.4
+_SHADOW = (np.arange(256) * (1 - _SHADOW_OPACITY)).astype(np.uint8)
+# Of the boxes of all masks together. Better scores come first; what is left has an outline of its box instead.
+MAX_MASK_PIXELS = 150_000_000
 # Above this share of the picture, captions would hide more than they tell.
 _MAX_CAPTION_SHARE = 0.2
+# Longer names would be wider than most pictures.
+_MAX_NAME_LENGTH = 40
 # All bright enough for black letters on them.
 _PALETTE: tuple[Colour, ...] = (
     (60, 200, 80),  # green
@@ -56,37 +64,74 @@ class _Caption:
     height: int
 
 
-def draw_detections(image: Image, detections: Detections, labels: Sequence[str]) -> UInt8Array:
+def draw_detections(
+    image: Image,
+    detections: Detections,
+    labels: Sequence[str],
+    *,
+    parts: Collection[DrawnPart] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> UInt8Array:
     """Draw masks, boxes and captions (label and score) over a copy of the picture.
 
-    Each label has its own colour, the same in every picture. Where a model with masks knows but one label, each object
-    has its own, so that touching ones can be told apart. Better scores lie on top. In a crowd there are no captions,
-    and no boxes either if there are masks.
+    Each label has its own colour, the same in every picture. Where a model with masks has only one label, each object
+    has its own, so that touching ones can be told apart. Better scores lie on top. No caption covers another one: those
+    of the best objects are written, as far as there is room.
 
     Args:
         labels: class names; `labels[i]` has the id i + 1.
+        parts: what to draw. None draws everything, except in a crowd, where captions would hide the picture: there are
+            none, and no boxes either if there are masks.
+        should_stop: asked before each object.
 
     Returns:
         (H, W, 3) uint8 RGB.
+
+    Raises:
+        CancelledRequestError: `should_stop` said yes.
     """
     canvas = image.pixels.copy()
     font_size = max(11, round(min(image.size) / 36))
     line_width = max(1, round(min(image.size) / 300))
     font = ImageFont.load_default(font_size)
-    captions = [
-        _caption(f"{labels[label - 1]} {score:.2f}", font, font_size)
-        for label, score in zip(detections.labels, detections.scores, strict=True)
-    ]
-    is_crowd = sum(caption.width * caption.height for caption in captions) > _MAX_CAPTION_SHARE * canvas[..., 0].size
+    texts = _texts(detections, labels, ALL_DRAWN_PARTS if parts is None else parts)
+    captions = [_caption(text, font, font_size) for text in texts]
+    if parts is None:
+        is_crowd = sum(one.width * one.height for one in captions) > _MAX_CAPTION_SHARE * image.height * image.width
+        parts = _parts_by_default(is_crowd=is_crowd, has_masks=detections.masks is not None)
     is_by_object = detections.masks is not None and len(labels) == 1
     colours = [colour_of(i if is_by_object else int(label) - 1) for i, label in enumerate(detections.labels)]
     boxes = _whole_pixels(detections.boxes, image.size)
+    with_mask = _number_of_masks(boxes) if "masks" in parts and detections.masks is not None else 0
     for i in reversed(range(len(detections))):
-        if detections.masks is not None:
+        if should_stop():
+            raise CancelledRequestError("nobody waits for this picture any more")
+        if detections.masks is not None and i < with_mask:
             _draw_mask(canvas, boxes[i], detections.masks[i], colours[i], line_width)
-        if detections.masks is None or not is_crowd:
+        if "boxes" in parts or (0 < with_mask <= i):
             _draw_box(canvas, boxes[i], colours[i], line_width)
-    return canvas if is_crowd else _draw_captions(canvas, boxes, captions, colours, font)
+    if {"labels", "scores"} & set(parts):
+        _draw_captions(canvas, boxes, captions, colours, font)
+    return canvas
+
+
+def _parts_by_default(*, is_crowd: bool, has_masks: bool) -> Collection[DrawnPart]:
+    if not is_crowd:
+        return ALL_DRAWN_PARTS
+    shapes: DrawnPart = "masks" if has_masks else "boxes"
+    return (shapes,)
+
+
+def _texts(detections: Detections, labels: Sequence[str], parts: Collection[DrawnPart]) -> list[str]:
+    names = [labels[label - 1] for label in detections.labels] if "labels" in parts else [""] * len(detections)
+    scores = [f"{score:.2f}" for score in detections.scores] if "scores" in parts else [""] * len(detections)
+    return [f"{name[:_MAX_NAME_LENGTH]} {score}".strip() for name, score in zip(names, scores, strict=True)]
+
+
+def _number_of_masks(boxes: Sequence[Rectangle]) -> int:
+    """How many masks are drawn, best first: at least one."""
+    areas = np.array([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes], np.int64)
+    return max(1, int(np.searchsorted(np.cumsum(areas), MAX_MASK_PIXELS, side="right")))
 
 
 def encode_picture(pixels: UInt8Array, format: Literal["png", "jpeg"]) -> bytes:
@@ -115,29 +160,41 @@ def _whole_pixels(boxes: Float32Array, image_size: tuple[int, int]) -> list[Rect
 def _draw_mask(canvas: UInt8Array, box: Rectangle, mask: Float32Array, colour: Colour, line_width: int) -> None:
     """Tint the object and draw its outline, within its box."""
     x1, y1, x2, y2 = box
-    inside = (cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR) >= 0.5).astype(np.uint8)
+    inside = np.greater_equal(cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR), 0.5).view(np.uint8)
     # The box's edge is an outline too, where the object reaches it.
-    core = cv2.erode(
-        inside, np.ones((3, 3), np.uint8), iterations=line_width, borderType=cv2.BORDER_CONSTANT, borderValue=0
-    )
-    opacity = np.where(core > 0, _MASK_OPACITY, _OUTLINE_OPACITY * inside)[..., None]
+    square = np.ones((2 * line_width + 1, 2 * line_width + 1), np.uint8)
+    core = cv2.erode(inside, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    outline = cv2.subtract(inside, core)
     region = canvas[y1:y2, x1:x2]
-    region[:] = np.rint(region * (1 - opacity) + np.array(colour) * opacity)
+    for opacity, where in ((_MASK_OPACITY, core), (_OUTLINE_OPACITY, outline)):
+        region[:] = cv2.copyTo(cv2.LUT(region, _blend_table(colour, opacity)), where, region)
+
+
+def _blend_table(colour: Colour, opacity: float) -> UInt8Array:
+    """(1, 256, 3): what each level of each channel becomes under a colour."""
+    levels = np.arange(256)[:, None] * (1 - opacity) + np.array(colour) * opacity
+    return np.rint(levels)[None].astype(np.uint8)
 
 
 def _draw_box(canvas: UInt8Array, box: Rectangle, colour: Colour, line_width: int) -> None:
     """Draw a line along the inner edge of the box, and a shadow inside it, so that it shows on any background."""
     x1, y1, x2, y2 = box
     region = canvas[y1:y2, x1:x2]
-    shadow = _frame(region, 2 * line_width)
-    region[shadow] = region[shadow] * (1 - _SHADOW_OPACITY)
-    region[_frame(region, line_width)] = colour
+    if min(region.shape[:2]) > 2 * line_width:
+        inner = region[line_width:-line_width, line_width:-line_width]
+        for edge in _edges(inner, line_width):
+            if edge.size:
+                edge[:] = cv2.LUT(edge, _SHADOW)
+    for edge in _edges(region, line_width):
+        edge[:] = colour
 
 
-def _frame(region: UInt8Array, width: int) -> NDArray[np.bool_]:
-    frame = np.ones(region.shape[:2], np.bool_)
-    frame[width:-width, width:-width] = False
-    return frame
+def _edges(region: UInt8Array, width: int) -> list[UInt8Array]:
+    """The four sides of a region, `width` pixels each, which share no pixel."""
+    height, length = region.shape[:2]
+    top, left = min(width, height), min(width, length)
+    bottom, right = max(top, height - width), max(left, length - width)
+    return [region[:top], region[bottom:], region[top:bottom, :left], region[top:bottom, right:]]
 
 
 def _caption(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, font_size: int) -> _Caption:
@@ -151,19 +208,31 @@ def _draw_captions(
     captions: Sequence[_Caption],
     colours: Sequence[Colour],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> UInt8Array:
+) -> None:
     """Write each caption on its colour, above its box or where else there is room; best first, none over another."""
-    picture = PIL.Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture)
-    taken: list[Rectangle] = []
+    taken = np.empty((len(boxes), 4), np.int64)
+    num_taken = 0
     for box, caption, colour in zip(boxes, captions, colours, strict=True):
-        free = [place for place in _places(box, caption, canvas.shape[:2]) if not _overlaps_any(place, taken)]
-        if free:
-            x1, y1, x2, y2 = free[0]
-            taken.append(free[0])
-            draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
-            draw.text(((x1 + x2) / 2, (y1 + y2) / 2), caption.text, fill="black", font=font, anchor="mm")
-    return np.array(picture)
+        places = _places(box, caption, canvas.shape[:2])
+        free = next((place for place in places if not _overlaps_any(place, taken[:num_taken])), None)
+        if free is not None:
+            taken[num_taken] = free
+            num_taken += 1
+            _write_caption(canvas, free, caption.text, colour, font)
+
+
+def _write_caption(
+    canvas: UInt8Array,
+    place: Rectangle,
+    text: str,
+    colour: Colour,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    x1, y1, x2, y2 = place
+    plate = PIL.Image.new("RGB", (x2 - x1, y2 - y1), colour)
+    ImageDraw.Draw(plate).text((plate.width / 2, plate.height / 2), text, fill="black", font=font, anchor="mm")
+    region = canvas[y1:y2, x1:x2]
+    region[:] = np.asarray(plate)[: region.shape[0], : region.shape[1]]
 
 
 def _places(box: Rectangle, caption: _Caption, image_size: tuple[int, ...]) -> list[Rectangle]:
@@ -175,6 +244,7 @@ def _places(box: Rectangle, caption: _Caption, image_size: tuple[int, ...]) -> l
     return [(left, top, left + caption.width, top + caption.height) for top in tops]
 
 
-def _overlaps_any(place: Rectangle, taken: Sequence[Rectangle]) -> bool:
+def _overlaps_any(place: Rectangle, taken: NDArray[np.int64]) -> bool:
     x1, y1, x2, y2 = place
-    return any(x1 < right and left < x2 and y1 < bottom and top < y2 for left, top, right, bottom in taken)
+    left, top, right, bottom = taken.T
+    return bool(((x1 < right) & (left < x2) & (y1 < bottom) & (top < y2)).any())

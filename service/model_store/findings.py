@@ -131,8 +131,10 @@ def _matters(config: ModelConfig, table: str, name: str) -> bool:
             return config.backbone.has_bottlenecks
         case "extra_blocks":
             return config.backbone.has_pyramid
-        case "norm" | "norm_eps":
+        case "norm":
             return config.backbone.name != "vgg16"
+        case "norm_eps":
+            return config.backbone.name != "vgg16" and "/" not in config.backbone.name
         case _:
             return table not in ("anchors", "rpn") or config.has_rpn
 

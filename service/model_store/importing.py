@@ -109,9 +109,9 @@ def _in_torchvision_layout(checkpoint: Checkpoint, input_format: str | None) -> 
             weights, config_text=checkpoint.config_text, input_format=input_format
         )
     renamed = with_current_names(weights)
-    first = renamed.get("backbone.body.conv1.weight")
+    first = next((key for key, one in renamed.items() if key.startswith("backbone.body.") and one.ndim == 4), None)
     if input_format == "bgr" and first is not None:
-        renamed["backbone.body.conv1.weight"] = first.flip(1)
+        renamed[first] = renamed[first].flip(1)
     return renamed
 
 

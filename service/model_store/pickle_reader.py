@@ -46,8 +46,8 @@ _PUSHES_A_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_T
 _NUMBERS = frozenset(f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)) - {"f1"} | {"b1"}
 _DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
 _MARK = object()
-# Modules whose functions do something when an ordinary reader calls them. What such a file does elsewhere is its
-# owner's business, but a checkpoint that calls them is a program and not worth serving.
+# Modules whose functions act on the machine when an ordinary reader calls them. Nothing is called here, but a file that
+# names them is an attack on others, so its owner should hear of it.
 _PROGRAMS = frozenset(
     {
         "os",
@@ -80,25 +80,8 @@ _PROGRAMS = frozenset(
         "bdb",
     }
 )
-_HARMLESS_BUILTINS = frozenset(
-    {
-        "set",
-        "frozenset",
-        "slice",
-        "range",
-        "complex",
-        "bytearray",
-        "bytes",
-        "list",
-        "dict",
-        "tuple",
-        "int",
-        "float",
-        "str",
-        "bool",
-        "object",
-        "type",
-    }
+_PROGRAM_BUILTINS = frozenset(
+    {"eval", "exec", "execfile", "compile", "__import__", "open", "input", "raw_input", "breakpoint", "apply"}
 )
 
 
@@ -261,7 +244,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 def _harmless(name: str) -> Global:
     """What is named, unless it is there to do something."""
     module, _, rest = name.partition(".")
-    if module in _PROGRAMS or (module in ("builtins", "__builtin__") and rest not in _HARMLESS_BUILTINS):
+    if module in _PROGRAMS or (module in ("builtins", "__builtin__") and rest in _PROGRAM_BUILTINS):
         raise ModelStoreError(f"expected a checkpoint of tensors, got {name}, which was not run")
     return Global(name)
 

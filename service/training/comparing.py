@@ -113,6 +113,18 @@ def retrain(
     return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
+def busy_note(load: float, cores: int) -> str | None:
+    """What to say of times that are taken while other programs run.
+
+    Args:
+        load: runnable threads of the machine before the comparison began, as `os.getloadavg` has it.
+        cores: of the machine.
+    """
+    if load < 0.5 * cores:
+        return None
+    return f"the machine was busy when this began (load {load:.1f} on {cores} cores): the times are not to be compared"
+
+
 def by_operator(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs of each operator, in the order in which the operators came."""
     return {op: [run for run in runs if run.roi_op == op] for op in dict.fromkeys(run.roi_op for run in runs)}
@@ -129,11 +141,17 @@ def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(runs: Sequence[Run], *, title: str, command: str) -> str:
-    """The table as a Markdown page, with the command that made it."""
+def markdown(runs: Sequence[Run], *, title: str, command: str, remark: str | None = None) -> str:
+    """The table as a Markdown page, with the command that made it.
+
+    Args:
+        remark: of something that the reader of the times should know.
+    """
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *table(runs)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"{NOTE}. Several seeds: mean ± standard deviation. The time is the median of a picture alone."
+    if remark is not None:
+        note += f" {remark[0].upper()}{remark[1:]}."
     return "\n".join([f"# {title}", "", *lines, "", note, "", "```bash", command, "```", ""])
 
 

@@ -1,30 +1,35 @@
-"""COCO-format data sets: read, check, and hand out as samples. Called by `loop.py` and `evaluation.py`.
-Knows files and annotations; knows nothing of networks. Boxes become (x1, y1, x2, y2) in pixels of the stored image.
+"""COCO-format data sets: read, checked, and handed out as samples. Knows files and annotations; knows nothing of
+networks. Whatever ids, shapes and frames the file has, everything behind this module sees one form: images and labels
+numbered from 1, boxes (x1, y1, x2, y2) in pixels of the upright picture, masks as run lengths.
 
 Shapes: K objects of one image, H x W the image.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from service.errors import DatasetError, InvalidRequestError
-from service.imaging.decode import ImageLimits, decode_image
+from service.imaging.decode import decode_image
 from service.structures import Float32Array, Int64Array, UInt8Array
+from service.training.coco.annotations import Annotation, AnnotationReader, Masks
+from service.training.coco.frames import Frame
+from service.training.coco.pictures import PICTURE_LIMITS, PictureFacts, PictureFinder, look_at_all
+from service.training.coco.report import DataReport
+from service.training.coco.segmentations import Rle
+from service.training.coco.tables import DeclaredImage, choose_labels, read_categories, read_document, read_images
 
-BOX_TOLERANCE_PIXELS = 1.0
-"""A box may reach this far outside its image: rounding in common tools."""
-MAX_REPORTED_PROBLEMS = 50
-PICTURE_LIMITS = ImageLimits(max_image_pixels=500_000_000)
-"""Wide: a data set is its owner's, not a stranger's."""
+StoredFrame = Literal["auto", "upright", "stored"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,27 +48,34 @@ class ObjectMask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One image with its objects; crowd regions are left out.
+    """One image with its objects.
 
     Attributes:
-        image_size: (height, width) in pixels.
+        image_id: from 1, in the order of the file.
+        image_size: (height, width) in pixels of the upright picture.
+        digest: of the picture's file.
         boxes: (K, 4) float32 (x1, y1, x2, y2).
         labels: (K,) int64, 1-based.
-        segmentations: COCO polygons or RLE for each object; None in a set without masks.
+        areas: (K,) float64 in pixels, by which COCO's figures by size sort objects.
+        segmentations: a mask for each object; None in a set without masks.
+        crowds: regions that are no objects to learn; what is found in them, evaluation ignores.
     """
 
     image_id: int
     path: Path
     image_size: tuple[int, int]
+    digest: str
     boxes: Float32Array
     labels: Int64Array
-    segmentations: tuple[object, ...] | None
+    areas: NDArray[np.float64]
+    segmentations: tuple[Rle, ...] | None
+    crowds: tuple[Annotation, ...] = ()
 
     def read_pixels(self) -> UInt8Array:
         """(H, W, 3) uint8 RGB, upright: decoded as the server decodes it, so that both see the same pixels.
 
         Raises:
-            DatasetError: the file does not decode, or has another size than the annotations say.
+            DatasetError: the file changed after it was checked, and does not decode or has another size now.
         """
         try:
             pixels = decode_image(self.path.read_bytes(), limits=PICTURE_LIMITS).pixels
@@ -75,208 +87,219 @@ class Sample:
 
     def read_masks(self) -> list[ObjectMask]:
         """The K objects' pixels, decoded from their segmentations. Empty if the set has none."""
-        return [_object_mask(one, self.image_size) for one in self.segmentations or ()]
+        return [_object_mask(one) for one in self.segmentations or ()]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class CocoDataset:
     """A whole split.
 
     Attributes:
-        annotations: the JSON as it was read, for COCO's own evaluation.
+        path: the annotation file.
         labels: class names; `labels[i]` has the id i + 1.
-        category_ids: the COCO category id of each label.
         has_masks: whether every object has a segmentation.
+        report: what was repaired and left out.
     """
 
     path: Path
-    annotations: Mapping[str, Any]
     labels: tuple[str, ...]
-    category_ids: tuple[int, ...]
     samples: tuple[Sample, ...]
     has_masks: bool
+    report: DataReport
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that training and evaluation can see: labels, pictures, objects and their order."""
+        digest = hashlib.blake2b(repr(self.labels).encode(), digest_size=16)
+        for sample in self.samples:
+            digest.update(f"{sample.digest}{sample.image_size}".encode())
+            digest.update(sample.boxes.tobytes() + sample.labels.tobytes() + sample.areas.tobytes())
+            for rle in sample.segmentations or ():
+                digest.update(rle["counts"])
+            digest.update(repr([(one.label, one.box, one.area) for one in sample.crowds]).encode())
+        return digest.hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """Objects of each label."""
+        counted = Counter(label for sample in self.samples for label in sample.labels.tolist())
+        return {name: counted[place] for place, name in enumerate(self.labels, start=1)}
+
+    def summary(self) -> str:
+        """How many pictures and objects there are, in a line."""
+        counts = self.counts()
+        each = ", ".join(f"{name} {count}" for name, count in counts.items())
+        empty = sum(not len(sample.labels) for sample in self.samples)
+        crowds = sum(len(sample.crowds) for sample in self.samples)
+        return (
+            f"{len(self)} pictures, {sum(counts.values())} objects ({each})"
+            + (" with masks" if self.has_masks else "")
+            + (f", {crowds} crowd regions" if crowds else "")
+            + (f"; {empty} pictures without objects" if empty else "")
+        )
+
 
 def load_coco(
-    path: Path, *, labels: Sequence[str] | None = None, needs_masks: bool = False, drop_bad: bool = False
+    path: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    leaves_out_others: bool = False,
+    masks: Masks = "if_any",
+    drop_bad: bool = False,
+    frame: StoredFrame = "auto",
+    start: Callable[[int], None] = lambda pictures: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> CocoDataset:
-    """Read and check a COCO-format annotation file.
+    """Read and check a COCO-format annotation file and its pictures.
 
     Args:
-        path: the JSON; pictures lie in `images/` beside it, or beside it.
+        path: the JSON; `PictureFinder` says where its pictures may lie.
         labels: the classes and their order; the file's own categories if None.
-        needs_masks: whether an object without a segmentation is a problem.
+        leaves_out_others: pass over annotations of categories that are no label rather than refuse them.
+        masks: `required`: an object without one is bad; `if_any`: only if others have one; `none`: they are not read.
         drop_bad: leave bad annotations out instead of refusing the set.
+        frame: what annotations of pictures that EXIF turns refer to, where no size tells: the picture as it is shown
+            or as it is stored; `auto` is as in the set's other pictures, else as shown.
+        start: called with the number of pictures before they are looked at.
+        advance: called after every picture.
 
     Raises:
-        DatasetError: with every problem, one a line: unreadable file, missing pictures, unknown categories or images,
-            boxes outside their image or of no area, missing or broken segmentations.
+        DatasetError: with every problem, one a line.
     """
-    raw = _read_json(path)
-    if malformed := [*_malformed(raw)]:
-        raise DatasetError(_report(path, malformed))
-    categories = {category["id"]: str(category["name"]) for category in raw["categories"]}
-    names = tuple(labels) if labels is not None else tuple(categories[key] for key in sorted(categories))
-    problems = [
-        f"category {name!r} is not among the model's labels: {', '.join(names)}"
-        for name in categories.values()
-        if name not in names
-    ]
-    problems += [
-        f"label {name!r} of the model is not among the categories" for name in names if name not in categories.values()
-    ]
-    if problems:
-        raise DatasetError(_report(path, problems))
-    label_of = {key: names.index(name) + 1 for key, name in categories.items()}
-
-    images = {image["id"]: image for image in raw["images"]}
-    files = {key: _picture_path(path.parent, str(image["file_name"])) for key, image in images.items()}
-    problems = [f"image {key}: no file {images[key]['file_name']}" for key, file in files.items() if file is None]
-    good: dict[int, list[Mapping[str, Any]]] = {key: [] for key in images}
-    bad: list[str] = []
-    for annotation in raw["annotations"]:
-        found = list(_annotation_problems(annotation, images, label_of, needs_masks))
-        if found:
-            bad.append(f"annotation {annotation.get('id', '?')}: {'; '.join(found)}")
-        elif not annotation.get("iscrowd"):
-            good[annotation["image_id"]].append(annotation)
-    if problems or (bad and not drop_bad):
-        raise DatasetError(_report(path, problems + bad))
-
-    has_masks = all(one.get("segmentation") for own in good.values() for one in own)
-    id_of = {name: key for key, name in categories.items()}
-    return CocoDataset(
-        path=path,
-        annotations=raw,
-        labels=names,
-        category_ids=tuple(id_of[name] for name in names),
-        samples=tuple(
-            _sample(image, file, good[key], label_of, has_masks)
-            for (key, image), file in zip(images.items(), files.values(), strict=True)
-            if file is not None
-        ),
-        has_masks=has_masks,
+    report = DataReport(path)
+    document = read_document(path)
+    images = read_images(document, report)
+    categories = read_categories(document, report)
+    _refuse_if_stopped(report, drop_bad)
+    names, label_of = choose_labels(categories, document, labels, report, leaves_out_others=leaves_out_others)
+    _refuse_if_stopped(report, drop_bad)  # before every picture is looked at, which takes a while
+    files = _find_files(path, images, report)
+    start(len(files))
+    facts = dict(zip(files, look_at_all(list(files.values()), advance=advance), strict=True))
+    frames = _choose_frames(images, facts, frame, report)
+    reader = AnnotationReader(
+        images=[image.key for image in images], frames=frames, label_of=label_of, masks=masks, report=report
     )
+    found = reader.read(document["annotations"], drops_bad=drop_bad)
+    if report.stopping or (report.bad and not drop_bad):
+        raise DatasetError(report.refusal(drops_bad=drop_bad))
+    samples = tuple(
+        _sample(number, file, frames[key].upright_size, facts[key].digest, found[key], reader.has_masks)
+        for number, (key, file) in enumerate(files.items(), start=1)
+    )
+    return CocoDataset(path, names, samples, reader.has_masks, report)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DatasetError(f"expected a COCO annotation file at {path}, got {error.strerror}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path}: expected JSON, got {error}") from error
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(raw, dict) or key not in raw]
-    if missing:
-        raise DatasetError(
-            f"{path}: expected COCO's keys images, annotations, categories; missing: {', '.join(missing)}"
+def _refuse_if_stopped(report: DataReport, drop_bad: bool) -> None:
+    if report.stopping:
+        raise DatasetError(report.refusal(drops_bad=drop_bad))
+
+
+def _find_files(path: Path, images: Sequence[DeclaredImage], report: DataReport) -> dict[str, Path]:
+    """The file of each image, by its id."""
+    finder = PictureFinder(path)
+    files: dict[str, Path] = {}
+    owners: dict[Path, str] = {}
+    for image in images:
+        found = finder.find(image.file_name)
+        if found is None:
+            places = ", ".join(map(str, finder.roots))
+            report.stopping.append(f"image {image.key}: no file {image.file_name} in {places}")
+            continue
+        files[image.key], was_repaired = found
+        if was_repaired:
+            report.repaired["file names with another spelling or folder than here"] += 1
+        owner = owners.setdefault(files[image.key].resolve(), image.key)
+        if owner != image.key:
+            report.stopping.append(f"image {image.key}: {image.file_name} is image {owner} already")
+    return files
+
+
+def _choose_frames(
+    images: Sequence[DeclaredImage], facts: Mapping[str, PictureFacts], frame: StoredFrame, report: DataReport
+) -> dict[str, Frame]:
+    """What each image's annotations refer to. An image whose size is not known has none, and stops the data set."""
+    frames: dict[str, Frame] = {}
+    untold: list[str] = []
+    told: Counter[bool] = Counter()
+    for image in images:
+        fact = facts.get(image.key, PictureFacts(problem="is missing"))
+        if fact.problem is not None:
+            if image.key in facts:
+                report.stopping.append(f"image {image.key} ({image.file_name}): {fact.problem}")
+            if image.size is not None:
+                frames[image.key] = Frame(image.size)
+            continue
+        if image.size is None:
+            report.repaired["sizes of images that are not said, read from the pictures"] += 1
+        frames[image.key] = Frame(fact.upright_size)
+        if image.size not in (None, fact.upright_size, fact.stored_size):
+            report.stopping.append(f"image {image.key} ({image.file_name}): {_other_size(image.size, fact)}")
+        elif fact.orientation != 1:
+            if image.size is None or fact.stored_size == fact.upright_size:
+                untold.append(image.key)
+                continue
+            is_stored = image.size == fact.stored_size
+            told[is_stored] += 1
+            if is_stored:
+                frames[image.key] = Frame(fact.stored_size, fact.orientation)
+    are_stored = frame == "stored" or (frame == "auto" and told[True] > 0 and not told[False])
+    if are_stored:
+        frames |= {key: Frame(facts[key].stored_size, facts[key].orientation) for key in untold}
+    _tell_of_turned(told, untold, are_stored, report, was_asked=frame == "auto")
+    return frames
+
+
+def _other_size(declared: tuple[int, int] | None, fact: PictureFacts) -> str:
+    assert declared is not None  # where nothing is declared, nothing differs
+    height, width = fact.upright_size
+    swapped = "; width and height look exchanged" if declared == (width, height) else ""
+    return f"expected a picture of {declared[1]} x {declared[0]}, got {width} x {height}{swapped}"
+
+
+def _tell_of_turned(
+    told: Counter[bool], untold: Sequence[str], are_stored: bool, report: DataReport, *, was_asked: bool
+) -> None:
+    if told[True]:
+        report.repaired["pictures that EXIF turns, annotated as they are stored, whose annotations were turned"] += (
+            told[True]
         )
-    return raw  # type: ignore[no-any-return]  # json gives Any
-
-
-def _malformed(raw: Mapping[str, Any]) -> Iterator[str]:
-    """What is missing for the rest to be looked at at all."""
-    if not raw["images"]:
-        yield "expected at least one image, got none"
-    for place, image in enumerate(raw["images"]):
-        sides = (image.get("width"), image.get("height"))
-        if "id" not in image or not isinstance(image.get("file_name"), str):
-            yield f"images[{place}]: expected id and file_name, got {image}"
-        elif not all(isinstance(side, int) and side > 0 for side in sides):
-            yield f"image {image['id']}: expected width and height in pixels, got {sides[0]} and {sides[1]}"
-    for place, category in enumerate(raw["categories"]):
-        if "id" not in category or not isinstance(category.get("name"), str):
-            yield f"categories[{place}]: expected id and name, got {category}"
-
-
-def _picture_path(folder: Path, file_name: str) -> Path | None:
-    return next((path for path in (folder / "images" / file_name, folder / file_name) if path.is_file()), None)
-
-
-def _annotation_problems(
-    annotation: Mapping[str, Any], images: Mapping[int, Any], label_of: Mapping[int, int], needs_masks: bool
-) -> Iterator[str]:
-    image = images.get(annotation.get("image_id", -1))
-    if image is None:
-        yield f"unknown image_id {annotation.get('image_id')}"
+    if not untold:
         return
-    if annotation.get("category_id") not in label_of:
-        yield f"unknown category_id {annotation.get('category_id')}"
-    box: Any = annotation.get("bbox")
-    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    if not is_box or not all(map(math.isfinite, box)):
-        yield f"expected bbox [x, y, width, height] of finite numbers, got {box}"
-        return
-    x, y, width, height = box
-    if not (width > 0 and height > 0):
-        yield f"expected a box with area, got {width} x {height}"
-    slack = BOX_TOLERANCE_PIXELS
-    if min(x, y) < -slack or x + width > image["width"] + slack or y + height > image["height"] + slack:
-        yield f"box {box} reaches outside its image of {image['width']} x {image['height']}"
-    if needs_masks and not annotation.get("iscrowd"):
-        yield from _segmentation_problems(annotation.get("segmentation"), (image["height"], image["width"]))
-
-
-def _segmentation_problems(segmentation: object, image_size: tuple[int, int]) -> Iterator[str]:
-    if isinstance(segmentation, dict):
-        if list(segmentation.get("size", ())) != list(image_size):
-            yield f"expected an RLE of size {list(image_size)}, got {segmentation.get('size')}"
-        else:
-            yield from _rle_problems(segmentation, image_size)
-    elif not isinstance(segmentation, list) or not segmentation:
-        yield "expected a segmentation (polygons or RLE), got none"
-    elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-        yield "expected polygons of at least 3 points as [x, y, x, y, …]"
-
-
-def _rle_problems(rle: Mapping[str, Any], image_size: tuple[int, int]) -> Iterator[str]:
-    try:
-        mask = _object_mask(rle, image_size)
-    except (KeyError, TypeError, ValueError) as error:
-        yield f"expected COCO's run lengths in 'counts', got some that do not decode: {error}"
-        return
-    if mask.bitmap.size == 0:
-        yield "expected an RLE with at least one pixel, got an empty one"
-
-
-def _report(path: Path, problems: Sequence[str]) -> str:
-    shown = [f"  {problem}" for problem in problems[:MAX_REPORTED_PROBLEMS]]
-    if len(problems) > len(shown):
-        shown.append(f"  … and {len(problems) - len(shown)} more")
-    return "\n".join([f"{path}: {len(problems)} problem(s) in the data set", *shown])
+    taken = "as they are stored" if are_stored else "as they are shown"
+    if are_stored:
+        report.repaired["pictures that EXIF turns, taken as annotated as they are stored"] += len(untold)
+    if was_asked:
+        report.notes.append(
+            f"EXIF turns {len(untold)} pictures whose sizes do not tell which way up they were annotated; taken as "
+            f"annotated {taken} (--annotated upright or stored says so)"
+        )
 
 
 def _sample(
-    image: Mapping[str, Any],
+    image_id: int,
     path: Path,
-    annotations: Sequence[Mapping[str, Any]],
-    label_of: Mapping[int, int],
+    image_size: tuple[int, int],
+    digest: str,
+    annotations: Sequence[Annotation],
     has_masks: bool,
 ) -> Sample:
-    height, width = int(image["height"]), int(image["width"])
-    boxes = np.array([one["bbox"] for one in annotations], dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+    objects = [one for one in annotations if not one.is_crowd]
     return Sample(
-        image_id=int(image["id"]),
+        image_id=image_id,
         path=path,
-        image_size=(height, width),
-        boxes=boxes,
-        labels=np.array([label_of[one["category_id"]] for one in annotations], dtype=np.int64),
-        segmentations=tuple(one["segmentation"] for one in annotations) if has_masks else None,
+        image_size=image_size,
+        digest=digest,
+        boxes=np.array([one.box for one in objects], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([one.label for one in objects], dtype=np.int64),
+        areas=np.array([one.area for one in objects], dtype=np.float64),
+        segmentations=tuple(one.rle for one in objects if one.rle is not None) if has_masks else None,
+        crowds=tuple(one for one in annotations if one.is_crowd),
     )
 
 
-def _object_mask(segmentation: Any, image_size: tuple[int, int]) -> ObjectMask:
-    height, width = image_size
-    if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = segmentation
+def _object_mask(rle: Rle) -> ObjectMask:
     x, y, w, h = (int(side) for side in coco_mask.toBbox(rle))
     return ObjectMask(np.ascontiguousarray(coco_mask.decode(rle)[y : y + h, x : x + w]), x, y)

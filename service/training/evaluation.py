@@ -1,5 +1,5 @@
-"""COCO evaluation of a predictor on a data set: average precision of boxes and masks. Called by the `evaluate` and
-`train` commands; the figures are pycocotools' own.
+"""COCO evaluation of a predictor on a data set: average precision of boxes and masks. The figures are pycocotools' own,
+computed on our clean form of the data.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from service.errors import DatasetError
 from service.masks.rle import encode_rle
 from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
+from service.training.coco.segmentations import Rle
 from service.training.dataset import CocoDataset, Sample
 from service.training.proposals import ProposalCache
 
@@ -84,30 +87,35 @@ def evaluate(
     """Run every picture alone through the predictor and compare with the annotations.
 
     Args:
-        predictor: a loaded model whose labels are the data set's.
+        predictor: a loaded model that knows the data set's labels; what it finds of others does not count.
         dataset: what to compare with.
         max_detections: detections of one image that count (COCO's `maxDets`); the model's own limit if None.
         proposals: of the data set's pictures, for a network without an RPN; None lets it find its own.
         advance: called after every picture, for a progress bar.
+
+    Raises:
+        DatasetError: the model does not know one of the labels.
     """
     limit = predictor.info.max_detections if max_detections is None else max_detections
     with_masks = predictor.info.has_masks and dataset.has_masks
-    options = DetectOptions(score_thresh=0.0, max_detections=limit, with_masks=with_masks)
+    label_of = _labels_in(predictor.info, dataset)
+    asked = None if len(label_of) == len(predictor.info.labels) else frozenset(label_of)
+    options = DetectOptions(score_thresh=0.0, max_detections=limit, label_ids=asked, with_masks=with_masks)
     results: list[dict[str, Any]] = []
     for sample in dataset.samples:
         found = predictor.predict([query_of(sample, options, proposals)])[0].detections
-        results += coco_results(found, sample, dataset)
+        results += coco_results(found, sample, label_of)
         advance()
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        truth.dataset = {"info": {}, **dataset.annotations}
-        truth.createIndex()
-        images = [sample.image_id for sample in dataset.samples]
-        boxes, *masks = (
-            _average_precision(truth, results, dataset, images, kind, limit)
-            for kind in (("bbox", "segm") if with_masks else ("bbox",))
-        )
+    kinds = ("bbox", "segm") if with_masks else ("bbox",)
+    boxes, *masks = (_average_precision(results, dataset, kind, limit) for kind in kinds)
     return Evaluation(boxes, masks[0] if masks else None, num_images=len(dataset), max_detections=limit)
+
+
+def _labels_in(info: ModelInfo, dataset: CocoDataset) -> dict[int, int]:
+    """The data set's label of each label of the model that it has."""
+    if unknown := [name for name in dataset.labels if name not in info.labels]:
+        raise DatasetError(f"{dataset.path}: {info.key} does not know the labels {', '.join(unknown)}")
+    return {info.labels.index(name) + 1: place for place, name in enumerate(dataset.labels, start=1)}
 
 
 def query_of(sample: Sample, options: DetectOptions, proposals: ProposalCache | None) -> Query:
@@ -118,8 +126,12 @@ def query_of(sample: Sample, options: DetectOptions, proposals: ProposalCache | 
     return Query(Image(sample.read_pixels()), options)
 
 
-def coco_results(detections: Detections, sample: Sample, dataset: CocoDataset) -> list[dict[str, Any]]:
-    """One image's detections in COCO's results format."""
+def coco_results(detections: Detections, sample: Sample, label_of: Mapping[int, int]) -> list[dict[str, Any]]:
+    """One image's detections in COCO's results format.
+
+    Args:
+        label_of: the data set's label of each label of the model.
+    """
     widths_heights = detections.boxes[:, 2:] - detections.boxes[:, :2]
     boxes = np.concatenate([detections.boxes[:, :2], widths_heights], axis=1)
     rles: Sequence[object] = [None] * len(detections)
@@ -128,7 +140,7 @@ def coco_results(detections: Detections, sample: Sample, dataset: CocoDataset) -
     return [
         {
             "image_id": sample.image_id,
-            "category_id": dataset.category_ids[label - 1],
+            "category_id": label_of[int(label)],
             "bbox": box.tolist(),
             "score": float(score),
             **({} if rle is None else {"segmentation": rle}),
@@ -138,23 +150,15 @@ def coco_results(detections: Detections, sample: Sample, dataset: CocoDataset) -
 
 
 def _average_precision(
-    truth: COCO,
-    results: list[dict[str, Any]],
-    dataset: CocoDataset,
-    image_ids: list[int],
-    kind: str,
-    max_detections: int,
+    results: Sequence[Mapping[str, Any]], dataset: CocoDataset, kind: str, max_detections: int
 ) -> AveragePrecision:
-    if not results:
-        zeros = dict.fromkeys(dataset.labels, 0.0)
-        return AveragePrecision(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, zeros, zeros)
-    coco_eval = COCOeval(truth, truth.loadRes([dict(one) for one in results]), kind)
-    coco_eval.params.imgIds = image_ids
-    coco_eval.params.catIds = list(dataset.category_ids)
-    coco_eval.params.useCats = 1
-    coco_eval.params.maxDets = [max_detections]
-    coco_eval.evaluate()
-    coco_eval.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco_eval = COCOeval(
+            _indexed(dataset, list(_truth(dataset))), _indexed(dataset, list(_found(results, kind))), kind
+        )
+        coco_eval.params.maxDets = [max_detections]
+        coco_eval.evaluate()
+        coco_eval.accumulate()
     # IoU thresholds x recalls x classes x areas x maxDets; -1 where there is no such object. COCOeval's own summary
     # insists on maxDets = 100, so the same means are taken here.
     precision = coco_eval.eval["precision"][..., 0]
@@ -170,6 +174,54 @@ def _average_precision(
         ap_by_label={name: _mean(everything[..., index]) for index, name in enumerate(dataset.labels)},
         ap50_by_label={name: _mean(everything[0, :, index]) for index, name in enumerate(dataset.labels)},
     )
+
+
+def _indexed(dataset: CocoDataset, annotations: list[dict[str, Any]]) -> COCO:
+    """What pycocotools looks annotations up in. Its ids are from 1: it takes an annotation 0 for none at all."""
+    coco = COCO()
+    coco.dataset = {
+        "images": [
+            {"id": sample.image_id, "height": sample.image_size[0], "width": sample.image_size[1]}
+            for sample in dataset.samples
+        ],
+        "categories": [{"id": place, "name": name} for place, name in enumerate(dataset.labels, start=1)],
+        "annotations": [{"id": number, **one} for number, one in enumerate(annotations, start=1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _truth(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
+    for sample in dataset.samples:
+        rles = sample.segmentations or (None,) * len(sample.labels)
+        for box, label, area, rle in zip(sample.boxes.tolist(), sample.labels, sample.areas, rles, strict=True):
+            yield _annotation(sample.image_id, int(label), box, float(area), rle, is_crowd=False)
+        for crowd in sample.crowds:
+            yield _annotation(sample.image_id, crowd.label, crowd.box, crowd.area, crowd.rle, is_crowd=True)
+
+
+def _annotation(
+    image_id: int, label: int, box: Sequence[float], area: float, rle: Rle | None, *, is_crowd: bool
+) -> dict[str, Any]:
+    x1, y1, x2, y2 = box
+    return {
+        "image_id": image_id,
+        "category_id": label,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": area,
+        "iscrowd": int(is_crowd),
+        **({} if rle is None else {"segmentation": rle}),
+    }
+
+
+def _found(results: Sequence[Mapping[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    """Detections with the area that COCO's figures by size sort them by: the mask's for masks, else the box's.
+
+    `COCO.loadRes` takes the box's for both where a detection has a box.
+    """
+    for one in results:
+        area = one["bbox"][2] * one["bbox"][3] if kind == "bbox" else float(coco_mask.area(one["segmentation"]))
+        yield {**one, "area": area, "iscrowd": 0}
 
 
 def _mean(precision: NDArray[np.float64]) -> float:

@@ -1,13 +1,17 @@
-"""From the best checkpoint of a run to a model in the store, with its card. Called by the `train` command."""
+"""From the best checkpoint of a run to a model in the store, with its card."""
 
 from __future__ import annotations
 
 import datetime
+import errno
 import math
+import os
 import shutil
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +22,14 @@ from torch import Tensor
 from service.errors import ModelStoreError
 from service.inference.predictor import Predictor
 from service.model_store.model_toml import Dtype, ProvenanceTable
-from service.model_store.store import ModelStore, StoredModel
+from service.model_store.store import ModelStore, StoredModel, check_name
 from service.model_store.weights import load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.structures import Image, Query
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, evaluate
+from service.training.history import History
 from service.training.loop import Best, evaluation_info
 
 TIMED_PICTURES = 16
@@ -48,13 +53,41 @@ def target_of(out: Path) -> Target:
     """Read `STORE/NAME/VERSION`.
 
     Raises:
-        ModelStoreError: it is not of that form, or exists already.
+        ModelStoreError: it is not of that form, no model may be called so, or there is one already.
     """
-    if not out.name.isdecimal() or not out.parent.name:
+    name = out.parent.name
+    if not out.name.isdecimal() or not name:
         raise ModelStoreError(f"expected --out STORE/NAME/VERSION such as model_store/cells/1, got {out}")
+    try:
+        check_name(name, out.name)
+    except ModelStoreError as error:
+        raise ModelStoreError(f"--out {out}: {error}") from None
     if out.exists():
         raise ModelStoreError(f"{out} exists already; a stored model is never overwritten")
-    return Target(ModelStore(out.parent.parent), out.parent.name, int(out.name))
+    return Target(ModelStore(out.parent.parent), name, int(out.name))
+
+
+def check_room(target: Target, num_bytes: int) -> None:
+    """Make the run's folder, and be sure that its state can be written there.
+
+    Args:
+        num_bytes: of the state, of which two lie there for a moment.
+
+    Raises:
+        ModelStoreError: it cannot be written, or there is no room.
+    """
+    folder = target.state_path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "room.tmp"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * num_bytes)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        need = f"; the run needs {2 * num_bytes / 1e6:.0f} MB there" if error.errno == errno.ENOSPC else ""
+        raise ModelStoreError(f"{folder}: cannot be written: {error.strerror}{need}") from error
 
 
 def load_initial_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -82,8 +115,17 @@ def export_model(
     licence: str | None,
     attribution: str | None,
     command: str,
+    device: torch.device,
+    findings: Mapping[str, Sequence[str]],
+    history: History,
 ) -> StoredModel:
-    """Write the best checkpoint into the store, with a card that says what the weights reach as they are stored.
+    """Write the best checkpoint into the store, with a card that says what the weights reach as they are stored, and
+    with the run's losses and figures as `training.csv` and `training.svg`.
+
+    Args:
+        device: where the weights are evaluated and timed.
+        findings: what was repaired and left out of the data, by split.
+        history: of the run.
 
     Raises:
         ModelStoreError: it cannot be written, or is there already.
@@ -95,7 +137,7 @@ def export_model(
         for key, value in best.weights.items()
         if not key.endswith("num_batches_tracked")
     }
-    predictor = _predictor(config, weights)
+    predictor = _predictor(config, weights, device)
     evaluation = evaluate(predictor, val)
     provenance = ProvenanceTable(
         data=data,
@@ -120,20 +162,25 @@ def export_model(
             evaluation=evaluation,
             megabytes=sum(value.numel() for value in weights.values()) * stored_dtype.itemsize / 1e6,
             milliseconds=_milliseconds_per_image(predictor, val),
+            device=device,
+            findings=findings,
         ),
     )
+    with suppress(OSError):  # the model is whole without them
+        (model.path / "training.csv").write_text(history.csv(), encoding="utf-8")
+        (model.path / "training.svg").write_text(history.svg(title=f"training of {model.key}"), encoding="utf-8")
     shutil.rmtree(target.state_path.parent, ignore_errors=True)
     return model
 
 
-def _predictor(config: ModelConfig, weights: dict[str, Tensor]) -> Predictor:
+def _predictor(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Predictor:
     model = build_model(config.searching())
     load_into(model, weights, source="the best checkpoint")
-    return Predictor(model, info=evaluation_info(config), device=torch.device("cpu"))
+    return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
 def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:
-    """Median CPU time of one call, over pictures of the set's most common size."""
+    """Median time of one call, over pictures of the set's most common size."""
     size, _ = Counter(sample.image_size for sample in val.samples).most_common(1)[0]
     samples = [sample for sample in val.samples if sample.image_size == size][:TIMED_PICTURES]
     milliseconds = []
@@ -169,6 +216,8 @@ def _card(
     evaluation: Evaluation,
     megabytes: float,
     milliseconds: float,
+    device: torch.device,
+    findings: Mapping[str, Sequence[str]],
 ) -> str:
     """The model card, Markdown."""
     tables = {kind: _figures(figures) for kind, figures in evaluation.rows()}
@@ -190,9 +239,10 @@ def _card(
             f"| licence | {provenance.licence or 'not stated'} |",
             f"| attribution | {provenance.attribution or 'not stated'} |",
             f"| weights on disk | {megabytes:.1f} MB |",
-            f"| time per image | {milliseconds:.0f} ms, median, {torch.get_num_threads()} CPU thread(s) |",
+            f"| time per image | {milliseconds:.0f} ms, median, {_where(device)} |",
             f"| made by | torch {torch.__version__}, torchvision {version('torchvision')} |",
             "",
+            *_findings_section(findings),
             f"## Validation, {evaluation.num_images} pictures",
             "",
             f"COCO figures, at most {evaluation.max_detections} detections an image, with the weights as stored.",
@@ -209,3 +259,15 @@ def _card(
             "",
         ]
     )
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU thread(s)"
+    return torch.cuda.get_device_name(device)
+
+
+def _findings_section(findings: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the check of the data repaired and left out."""
+    lines = [f"- {split}: {line}" for split, found in findings.items() for line in found]
+    return ["## Data as they were taken", "", *lines, ""] if lines else []

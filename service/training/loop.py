@@ -1,13 +1,15 @@
-"""The training loop: data in, best weights by validation AP out. Called by the `train` command.
-A run is a function of its seed and configuration: batches, augmentation and sampling depend on (seed, step) alone, so a
-run that was interrupted and resumed takes the same steps as one that was not.
+"""The training loop: data in, best weights by validation AP out. A run is a function of its seed and configuration:
+batches, augmentation and sampling depend on (seed, step) alone, so a run that was interrupted and resumed takes the
+same steps as one that was not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from service.errors import ServiceError
+from service.errors import ServiceError, first_line
 from service.inference.loading import describe
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
@@ -27,6 +29,7 @@ from service.structures import ModelInfo
 from service.training.augmentation import Augmentation, TrainingPicture, augment
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, evaluate
+from service.training.history import History, Row
 from service.training.proposals import ProposalCache
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
@@ -124,6 +127,10 @@ class Trainer:
         state_path: where the run's state is kept, so that the same call continues it.
         device: where to train.
         initial_weights: weights to start from, by name; random for the rest.
+        workers: threads that prepare pictures. They change no result.
+
+    Attributes:
+        history: the losses and figures so far.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class Trainer:
         state_path: Path,
         device: torch.device,
         initial_weights: Weights | None = None,
+        workers: int = 2,
     ) -> None:
         self._model_config = model_config
         self._config = train_config
@@ -143,6 +151,8 @@ class Trainer:
         self._val = val
         self._state_path = state_path
         self._device = device
+        self._workers = workers
+        self._start_digest = _digest(initial_weights or {})
         self._proposals = None if model_config.has_rpn else ProposalCache(state_path.parent, model_config.proposals)
         torch.manual_seed(train_config.seed)
         self._model = build_model(model_config).to(device)
@@ -156,6 +166,8 @@ class Trainer:
         self._average: Weights = {key: value.clone() for key, value in self._model.state_dict().items()}
         self._step = 0
         self._best: Best | None = None
+        self._saved_step = 0
+        self.history = History()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -172,9 +184,20 @@ class Trainer:
         """Steps taken so far, those before an interruption included."""
         return self._step
 
+    @property
+    def saved_step(self) -> int:
+        """The step from which the same call would go on."""
+        return self._saved_step
+
+    @property
+    def state_bytes(self) -> int:
+        """Roughly what the state takes on disk: weights, their average, the best ones, and AdamW's two moments."""
+        return 5 * sum(value.numel() * value.element_size() for value in self._average.values())
+
     def run(
         self,
         *,
+        on_start: Callable[[int], None] = lambda step: None,
         on_step: Callable[[Progress], None] = lambda progress: None,
         on_evaluation: Callable[[int, Evaluation], None] = lambda epoch, evaluation: None,
         save_every_steps: int = 20,
@@ -182,6 +205,7 @@ class Trainer:
         """Train to the end, from the saved state if there is one.
 
         Args:
+            on_start: called with the number of steps that an earlier call took.
             on_step: called after every step.
             on_evaluation: called with the epoch after every evaluation.
             save_every_steps: how often the state is written.
@@ -190,23 +214,25 @@ class Trainer:
             The best checkpoint by validation AP.
 
         Raises:
-            ServiceError: the losses are no longer finite, or the saved state is of another run.
+            ServiceError: the losses are no longer finite, or the saved state is of another run or cannot be written.
         """
         self._resume()
+        on_start(self._step)
         self._model.train()
         for pictures in self._batches():
             losses = self._take_step(pictures)
             self._step += 1
+            self.history.add_losses(losses)
             epoch = math.ceil(self._step / self.steps_per_epoch)
             on_step(Progress(self._step, self.num_steps, epoch, losses))
             if self._step % self.steps_per_epoch == 0 and (
                 epoch % self._config.evaluate_every == 0 or epoch == self._config.epochs
             ):
                 evaluation = self._evaluate(epoch)
+                self._save(epoch, evaluation)
                 on_evaluation(epoch, evaluation)
-                self._save()
             elif self._step % save_every_steps == 0:
-                self._save()
+                self._save(epoch)
         assert self._best is not None  # the last epoch is always evaluated
         return self._best
 
@@ -256,11 +282,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[list[TrainingPicture]]:
         """The remaining batches, prepared in threads a few steps ahead (OpenCV and Pillow release the GIL)."""
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="augment") as pool:
+        with ThreadPoolExecutor(max_workers=self._workers, thread_name_prefix="augment") as pool:
             pending: list[Future[list[TrainingPicture]]] = []
             for step in range(self._step, self.num_steps):
                 pending.append(pool.submit(self._prepare_batch, step))
-                if len(pending) > PREFETCHED_BATCHES:
+                if len(pending) > max(PREFETCHED_BATCHES, 2 * self._workers):
                     yield pending.pop(0).result()
             for future in pending:
                 yield future.result()
@@ -286,7 +312,9 @@ class Trainer:
             proposals=None if self._proposals is None else self._proposals.of(sample),
         )
 
-    def _save(self) -> None:
+    def _save(self, epoch: int, evaluation: Evaluation | None = None) -> None:
+        rate = self._optimizer.param_groups[0]["lr"]
+        self.history.close_row(step=self._step, epoch=epoch, learning_rate=rate, evaluation=evaluation)
         state = {
             "run": self._fingerprint(),
             "step": self._step,
@@ -294,36 +322,65 @@ class Trainer:
             "average": self._average,
             "optimizer": self._optimizer.state_dict(),
             "best": None if self._best is None else _best_to_dict(self._best),
+            "history": [asdict(row) for row in self.history.rows],
         }
-        self._state_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._state_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self._state_path)
+        try:
+            self._state_path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, temporary)
+            temporary.replace(self._state_path)
+            self._state_path.with_name("training.csv").write_text(self.history.csv(), encoding="utf-8")
+        except (OSError, RuntimeError) as error:  # torch says a full disk by a RuntimeError of its zip writer
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+            raise ServiceError(
+                f"{self._state_path}: the run's state cannot be written: {reason}; that of step {self._saved_step} is "
+                "kept, and the same command goes on from there"
+            ) from error
+        self._saved_step = self._step
 
     def _resume(self) -> None:
         if not self._state_path.exists():
             return
-        state = torch.load(self._state_path, map_location=self._device, weights_only=True)
-        if state["run"] != self._fingerprint():
+        try:
+            state = torch.load(self._state_path, map_location=self._device, weights_only=True)
+            run = state["run"]
+        except Exception as error:  # torch raises nearly anything on a damaged file
             raise ServiceError(
-                f"{self._state_path} holds the state of a run with another configuration or data set; "
+                f"{self._state_path}: the run's state cannot be read: {first_line(error)}; remove it to start anew"
+            ) from error
+        fingerprint = self._fingerprint()
+        known = run if isinstance(run, dict) else {}
+        if other := [part for part, value in fingerprint.items() if known.get(part) != value]:
+            raise ServiceError(
+                f"{self._state_path} holds the state of a run with another {', '.join(other)}; "
                 "remove it to start anew, or repeat the command that began it"
             )
-        self._step = state["step"]
+        self._step = self._saved_step = state["step"]
         self._model.load_state_dict(state["model"])
         self._average = state["average"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._best = None if state["best"] is None else _best_from_dict(state["best"])
+        self.history = History([Row(**row) for row in state["history"]])
 
-    def _fingerprint(self) -> str:
-        return "\n".join(
-            [
-                self._model_config.model_dump_json(),
-                self._config.model_dump_json(),
-                str(len(self._train)),
-                str(len(self._val)),
-            ]
-        )
+    def _fingerprint(self) -> dict[str, str]:
+        """What makes two runs the same one, in words that a message can name."""
+        return {
+            "network": self._model_config.model_dump_json(),
+            "configuration of training": self._config.model_dump_json(),
+            "training set": self._train.fingerprint,
+            "validation set": self._val.fingerprint,
+            "start weights": self._start_digest,
+        }
+
+
+def _digest(weights: Weights) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _crashes_in_channels_last(model: nn.Module) -> bool:

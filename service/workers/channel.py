@@ -1,6 +1,6 @@
-"""What the process that serves HTTP and a worker say to each other: frames over one Unix stream socket. A frame is two
-lengths (4 bytes each, little-endian), a header in JSON and a body of raw bytes. Here is how nouns become headers and
-back; who says what when stands in `process.py` and `pool.py`. Nothing is pickled, nothing lies in shared memory.
+"""The protocol between the process that serves HTTP and a worker: frames over one Unix stream socket. A frame is two
+lengths (4 bytes each, little-endian), a header in JSON and a body of raw bytes. This module turns jobs, answers, models
+and errors into headers and back; `process.py` says which frames there are. Nothing is pickled or shared in memory.
 
 Deadlines need no translation: `time.monotonic` is one clock for all processes of a machine.
 """
@@ -73,7 +73,7 @@ class BlockingChannel:
         self._lock = threading.Lock()
 
     def send(self, header: Header, body: bytes = b"") -> None:
-        """Send a frame; raises OSError if nobody is there any more."""
+        """Send a frame; raises OSError if the other end is closed."""
         head, body = pack(header, body)
         with self._lock:
             if len(body) < _READ_BYTES:
@@ -83,7 +83,7 @@ class BlockingChannel:
                 self._socket.sendall(body)
 
     def frames(self) -> Iterator[tuple[Header, bytes]]:
-        """What the other end says, until it is closed."""
+        """The frames that the other end sends, until it is closed."""
         reader = FrameReader()
         while data := self._socket.recv(_READ_BYTES):
             yield from reader.feed(data)

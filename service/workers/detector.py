@@ -1,5 +1,5 @@
-"""`Detector`: what runs models, as far as `api` knows it. And `Admission`, the bound on its work: one job too many is
-refused before anything is done, and what became of each is counted.
+"""`Detector`: whatever runs models, behind one interface. `Admission`: the bound on its work. A job too many is refused
+before anything is done, and the outcome of each is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo
 
 if TYPE_CHECKING:
-    # It brings the decoders and encoders along, for which the process that serves HTTP has no use.
+    # It brings the decoders and encoders along, which the process that serves HTTP does not need.
     from service.pipeline import Predictor
 
 # Loads the models that the settings name, one after the other. A worker process gets it pickled.
@@ -38,7 +38,7 @@ class Detector(Protocol):
         """
 
     async def stop(self) -> None:
-        """End all work, also when it has not started yet or is just starting."""
+        """End all work. May be called before or during `start`."""
 
     async def run(self, job: Job) -> Answer:
         """Do a job. Cancelling it drops what was not begun.
@@ -73,7 +73,7 @@ class Detector(Protocol):
 
     @property
     def failure(self) -> str | None:
-        """Why no device will ever work again; None if there is hope."""
+        """Why no device is expected to work soon; None if one works or is about to."""
 
 
 class Admission:

@@ -21,6 +21,7 @@ from service.pipeline import Pipeline, Predictor, ThreadTask, Work, release_memo
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo, Prediction
 from service.workers.detector import PredictorFactory
+from service.workers.stored import stored_key, stored_predictors
 from service.workers.threads import WatchedThreads
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class LocalDetector:
         Raises:
             ServiceError: it cannot be loaded, or does not warm up; nothing of it is left in memory.
         """
+        if self._factory is stored_predictors:
+            # What is loaded already must not be built a second time, only to find that out.
+            reference = await asyncio.to_thread(stored_key, self._settings, reference)
         if reference in self._predictors:
             return self._predictors[reference].info
         settings = self._settings.model_copy(update={"models": (reference,), "default_model": None})

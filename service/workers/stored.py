@@ -1,4 +1,4 @@
-"""The predictors of the models that the settings name, from the model store. Called in the process that runs them."""
+"""The predictors of the models that the settings name, from the model store."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ logger = logging.getLogger(__name__)
 
 PRELOAD = ("service.workers.process", "service.inference.loading")
 """Modules that bring along what takes seconds to import."""
+
+
+def stored_key(settings: Settings, reference: str) -> str:
+    """The key of the model in the store that a reference, name or name@version, means.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    from service.model_store.store import ModelStore
+
+    return ModelStore(settings.model_store).find(reference).key
 
 
 def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterator[Predictor]:

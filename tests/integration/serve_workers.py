@@ -11,5 +11,6 @@ from service.settings import Settings
 from tests.fakes import load_fakes
 
 if __name__ == "__main__":
-    configure_logging(log_format="text", log_level="info")
-    sys.exit(serve_app(create_app(Settings(), predictor_factory=load_fakes)))
+    settings = Settings()
+    configure_logging(log_format=settings.log_format, log_level="info")
+    sys.exit(serve_app(create_app(settings, predictor_factory=load_fakes)))

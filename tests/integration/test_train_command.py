@@ -78,12 +78,19 @@ def test_training_killed_in_the_middle_goes_on_and_ends_with_a_model_that_can_be
 
     second = run(*training)
     assert second.returncode == 0, second.stderr
+    assert re.search(r"going on from step [234]0 of 60", second.stderr)
     resumed = {int(step): float(loss) for step, loss in STEPS.findall(second.stderr)}
     assert min(resumed) in (30, 40)  # the state was last written after step 20 or later
     assert resumed[60] < losses[10]
 
     folder = tmp_path / "store" / "cells" / "1"
-    assert {path.name for path in folder.iterdir()} == {"model.toml", "weights.safetensors", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.toml",
+        "weights.safetensors",
+        "README.md",
+        "training.csv",
+        "training.svg",
+    }
     assert list(folder.parent.iterdir()) == [folder]  # the state of the run is gone
     assert "AP50" in (folder / "README.md").read_text()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -153,10 +154,11 @@ def test_models_are_changed_by_administrators_only(serve: Callable[..., Live]) -
 
 
 @contextmanager
-def server() -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def server(*, max_descriptors: int | None = None) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """The service in a process of its own, with worker processes."""
+    limit = "" if max_descriptors is None else f"ulimit -n {max_descriptors}; "
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.serve_workers"],
+        ["bash", "-c", f"{limit}exec {sys.executable} -m tests.integration.serve_workers"],
         cwd=ROOT,
         env={**os.environ, "ROISERVE_PORT": "0", "ROISERVE_DEVICE": "cpu", "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
@@ -218,3 +220,41 @@ def test_workers_do_not_outlive_a_server_that_is_killed() -> None:
         family = family_of(process)
         process.kill()
         assert_gone(family)
+
+
+def test_idle_connections_leave_descriptors_for_a_new_worker_and_are_survived() -> None:
+    with server(max_descriptors=64) as (process, client), ExitStack() as idle:
+        wait_until_ready(client)
+        assert client.post("/v1/detect", content=picture()).status_code == 200
+        address = (client.base_url.host, client.base_url.port or 80)
+        for _ in range(80):
+            idle.enter_context(socket.create_connection(address))
+        [worker] = [one for one in family_of(process) if one.ppid() != process.pid]
+        worker.kill()
+        # Over the connection that is open: others would be refused, or wait.
+        answer = client.post("/v1/detect", content=picture())
+        assert answer.status_code == 200
+        metrics = client.get("/metrics").text
+        assert 'roiserve_worker_restarts_total{reason="killed"} 1.0' in metrics
+        assert 'reason="start_failed"' not in metrics
+        idle.close()
+        while True:
+            with suppress(httpx.TransportError), httpx.Client(base_url=client.base_url, trust_env=False) as another:
+                if another.get("/healthz").status_code == 200:
+                    break
+
+
+def test_connection_too_many_is_refused_in_words() -> None:
+    with server(max_descriptors=64) as (_, client), ExitStack() as idle:
+        wait_until_ready(client)
+        address = (client.base_url.host, client.base_url.port or 80)
+        refusals = b""
+        for _ in range(60):
+            connection = idle.enter_context(socket.create_connection(address))
+            connection.settimeout(0.05)
+            with suppress(OSError):
+                refusals += connection.recv(4096)
+            if refusals:
+                break
+        assert refusals.startswith(b"HTTP/1.1 503 ")
+        assert b"too many connections" in refusals

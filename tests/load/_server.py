@@ -73,7 +73,9 @@ class Server:
 
 
 @contextmanager
-def serving(store: Path, *, fault: Literal["kill", "memory"] | None = None, **settings: object) -> Iterator[Server]:
+def serving(
+    store: Path, *, fault: Literal["kill", "memory", "header"] | None = None, **settings: object
+) -> Iterator[Server]:
     """Run a server with the models of a store, ready; it is killed at the end with all of its workers.
 
     Args:

@@ -30,7 +30,8 @@ def out_of_memory(*, seconds: float = 20.0) -> Verdict:
         pictures = added(before, after, "roiserve_batch_size_sum")
         batches = added(before, after, "roiserve_batch_size_count")
         verdict.note(f"{pictures / batches:.2f} pictures a batch")
-        verdict.expect(1 < pictures / batches <= MOST_PICTURES, f"1 to {MOST_PICTURES} pictures a batch")
+        # How full they are is a matter of load; that none is too large is the promise.
+        verdict.expect(pictures / batches <= MOST_PICTURES, f"at most {MOST_PICTURES} pictures a batch")
     return verdict
 
 

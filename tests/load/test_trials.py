@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.load._trial import Verdict
+from tests.load.costly import costly
 from tests.load.hang_ups import hang_ups
+from tests.load.header_death import header_death
 from tests.load.hot_swap import hot_swap
 from tests.load.out_of_memory import out_of_memory
 from tests.load.overload import overload
@@ -24,8 +26,10 @@ from tests.load.worker_kills import worker_kills
     "trial",
     [
         pytest.param(lambda: overload(seconds=3.0, factor=5.0, min_size=200), id="overload"),
+        pytest.param(lambda: costly(seconds=0.3, side=1000, objects=100, items=20_000), id="costly"),
         pytest.param(lambda: worker_kills(kills=2, pause_seconds=0.5), id="worker_kills"),
         pytest.param(lambda: poison(good=40), id="poison"),
+        pytest.param(lambda: header_death(bad=2), id="header_death"),
         pytest.param(lambda: out_of_memory(seconds=1.0), id="out_of_memory"),
         pytest.param(lambda: sigterm(times=1, load_seconds=0.5), id="sigterm"),
         pytest.param(lambda: hang_ups(callers=60), id="hang_ups"),

@@ -359,6 +359,14 @@ async def test_task_runs_on_the_devices_thread_and_its_error_comes_back_as_it_wa
         assert (await bench.pipeline.run(bench.job())).detections == 2
 
 
+async def test_time_of_a_task_says_nothing_about_images() -> None:
+    """A warm-up of seconds counts as one pixel: at that rate an image would take days."""
+    async with running(Bench()) as bench:
+        await bench.pipeline.run_on_device_thread(lambda: time.sleep(0.05))
+        answers = await asyncio.gather(*(bench.pipeline.run(bench.job()) for _ in range(8)))
+        assert [answer.detections for answer in answers] == [2] * 8
+
+
 async def test_waiting_images_are_counted_with_their_padded_pixels() -> None:
     async with running(Bench()) as bench:
         bench.predictor.device_is_free.clear()

@@ -1,6 +1,6 @@
 """One file a format: read its container, not its pixels. `read_container` tells the picture's size and orientation from
 the header, and makes a copy in which only what the pixels need is left, so that a decoder meets no text, profile,
-thumbnail or later frame, which is where files hide their bombs. Called by `decode.py`; knows no limits of the settings.
+thumbnail or later frame, which is where files hide their bombs. Knows no limits of the settings.
 
 Every step of these readers consumes bytes and all counts are bounded, so their time is linear in the body's size.
 """

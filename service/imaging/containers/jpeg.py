@@ -20,6 +20,7 @@ from service.imaging.containers.exif import read_orientation
 MAX_SCANS = 32
 # Each scan beyond the usual ten goes over all pixels again, at up to 5 ns a pixel: one second for all of them.
 USUAL_SCANS = 10
+USUAL_SCANS_OF_INK = 18  # of four components
 MAX_EXTRA_SCAN_PIXELS = 200_000_000
 # Metadata come in segments of at most 64 KiB, so large ones need some hundreds.
 MAX_SEGMENTS = 4096
@@ -42,7 +43,7 @@ def read_jpeg(data: bytes) -> Container:
     image_size: tuple[int, int] | None = None
     orientation = 1
     has_exif = False
-    num_scans = 0
+    num_scans = num_components = 0
     # Views, so that what may be megabytes is copied once, where all of them are joined.
     view = memoryview(data)
     kept: list[bytes | memoryview] = [_SOI]
@@ -50,7 +51,8 @@ def read_jpeg(data: bytes) -> Container:
         if marker in _FRAME_HEADERS:
             if image_size is not None:
                 raise InvalidImageError("the JPEG data hold two frame headers")
-            image_size = struct.unpack_from(">HH", data, start + 3)
+            height, width, num_components = struct.unpack_from(">HHB", data, start + 3)
+            image_size = height, width
         elif marker == _SOS:
             num_scans += 1
         elif marker == _APP1 and not has_exif and data.startswith(b"Exif\0\0", start + 2):
@@ -62,11 +64,11 @@ def read_jpeg(data: bytes) -> Container:
             kept += (b"\xff", view[start - 1 : end])
     if image_size is None or num_scans == 0:
         raise InvalidImageError("the JPEG data end before the first scan")
-    check_scans(num_scans, image_size[0] * image_size[1])
+    check_scans(num_scans, image_size[0] * image_size[1], num_components)
     return Container(image_size, b"".join(kept), orientation, num_passes=num_scans)
 
 
-def check_scans(num_scans: int, num_pixels: int) -> None:
+def check_scans(num_scans: int, num_pixels: int, num_components: int = 3) -> None:
     """Bound how often a decoder goes over a picture.
 
     Raises:
@@ -75,8 +77,9 @@ def check_scans(num_scans: int, num_pixels: int) -> None:
     """
     if num_scans > MAX_SCANS:
         raise InvalidImageError(f"the JPEG data hold {num_scans} scans; we read up to {MAX_SCANS}")
-    if (num_scans - USUAL_SCANS) * num_pixels > MAX_EXTRA_SCAN_PIXELS:
-        most = USUAL_SCANS + MAX_EXTRA_SCAN_PIXELS // num_pixels
+    usual = USUAL_SCANS if num_components <= 3 else USUAL_SCANS_OF_INK
+    if (num_scans - usual) * num_pixels > MAX_EXTRA_SCAN_PIXELS:
+        most = usual + MAX_EXTRA_SCAN_PIXELS // num_pixels
         raise TooLargeError(f"{num_scans} scans of {num_pixels} pixels; of a JPEG this large we read up to {most}")
 
 
@@ -87,11 +90,13 @@ class Work:
     Attributes:
         num_scans: how often it goes over the pixels.
         num_pixels: of the largest frame header; 0 if there is none.
+        num_components: likewise; 3 for colours, 4 for ink.
         fill_bytes: that stand before markers.
     """
 
     num_scans: int
     num_pixels: int
+    num_components: int
     fill_bytes: int
 
 
@@ -101,15 +106,15 @@ def count_work(data: bytes) -> Work:
     Raises:
         InvalidImageError: a segment that does not end, or too many.
     """
-    num_scans = num_pixels = length = 0
+    num_scans = num_pixels = num_components = length = 0
     for marker, start, end, _ in _segments(data):
         length = end
         if marker in _FRAME_HEADERS:
-            height, width = struct.unpack_from(">HH", data, start + 3)
-            num_pixels = max(num_pixels, height * width)
+            height, width, components = struct.unpack_from(">HHB", data, start + 3)
+            num_pixels, num_components = max(num_pixels, height * width), max(num_components, components)
         num_scans += marker == _SOS
     fill_bytes = sum(len(run.group()) - 1 for run in _FILL.finditer(data, 0, length))
-    return Work(num_scans, num_pixels, fill_bytes)
+    return Work(num_scans, num_pixels, num_components, fill_bytes)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:

@@ -264,6 +264,13 @@ class TestDeadlines:
         for number in range(9):
             admit(queue, f"a{number}", cost=100, deadline=1)
 
+    def test_device_that_was_expected_to_be_busy_but_is_free_tries(self) -> None:
+        queue = self.measured()
+        admit(queue, "a1", cost=1000)
+        queue.take(now=0)
+        assert queue.take(now=1) == []  # it was quicker than the rate said
+        admit(queue, "a2", cost=1, at=1, deadline=2)
+
     def test_the_other_line_takes_its_share(self) -> None:
         queue = self.measured()
         admit(queue, "a1", cost=100, priority=BULK)

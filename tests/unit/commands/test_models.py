@@ -1,8 +1,13 @@
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
+from torchvision import models
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
 from typer.testing import CliRunner, Result
 
 from service.commands.models import models_app
@@ -12,6 +17,7 @@ from service.model_store.store import ModelStore
 from service.model_store.torchvision_layout import builder_config
 from service.modeling.build import build_model
 from service.modeling.config import BackboneConfig, ModelConfig
+from tests.random_detectors import blobs, enliven
 
 
 @pytest.fixture
@@ -134,6 +140,80 @@ def test_import_takes_averaged_weights_when_told_to(store: Path, checkpoint: Pat
     key = "roi_heads.box_head.fc6.weight"
     assert ModelStore(store).find("plain").load_weights()[key].any()
     assert not ModelStore(store).find("mean").load_weights()[key].any()
+
+
+@pytest.fixture
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector of torchvision's parts, a picture, and what torchvision finds in it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("detector")
+    trunk = models.mobilenetv2.mobilenet_v2(weights=None).features[:7]
+    trunk.out_channels = 32
+    network = FasterRCNN(
+        trunk,
+        4,
+        min_size=64,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((8, 16, 32, 64, 128),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 7, 2),
+    ).eval()
+    pixels = blobs(64, 96)
+    PIL.Image.fromarray(pixels).save(folder / "picture.png")
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    enliven(network, lambda: network([image]))
+    with torch.no_grad():
+        found = network([image])[0]
+    answer = {key: found[key].tolist() for key in ("boxes", "labels", "scores")}
+    (folder / "answer.json").write_text(json.dumps(answer))
+    torch.save({"net": network.state_dict(), "class_names": ["a", "b", "c"]}, folder / "detector.pth")
+    (folder / "rest.toml").write_text(
+        "[transform]\nmin_size = 64\nmax_size = 96\n[anchors]\nsizes = [[8, 16, 32, 64, 128]]\n"
+    )
+    return folder
+
+
+def checked(store: Path, folder: Path, *options: str) -> Result:
+    told = ("--check", str(folder / "picture.png"), "--expect", str(folder / "answer.json"))
+    return run(store, "import", str(folder / "detector.pth"), "--name", "parts", *told, *options)
+
+
+def test_an_import_that_answers_otherwise_than_its_source_is_not_stored(store: Path, detector: Path) -> None:
+    """The weights fit: their anchors have the usual number, and other sizes."""
+    result = checked(store, detector)
+    assert result.exit_code == 1
+    assert "the import does not answer as its source" in result.stderr
+    assert "[[32, 64, 128, 256, 512]]" in result.stdout
+    assert not (store / "parts").exists()
+
+
+def test_an_import_that_answers_as_its_source_says_so_and_what_was_assumed(store: Path, detector: Path) -> None:
+    result = checked(store, detector, "--model-config", str(detector / "rest.toml"))
+    assert result.exit_code == 0, result.output
+    expected = len(json.loads((detector / "answer.json").read_text())["scores"])
+    assert f"{expected} of {expected} expected detections found, {expected} found in all" in result.stdout
+    assert "stored parts@1" in result.stdout
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
+    assert rows["anchors.sizes"].endswith("  given")
+    assert rows["backbone.name"].endswith("  the weights")
+    assert rows["transform.mean"].endswith("  assumed: torchvision's default")
+    assert ModelStore(store).find("parts").model_toml.labels == ("a", "b", "c")
+    card = (store / "parts" / "1" / "README.md").read_text()
+    assert "| `transform.mean` | [0.485, 0.456, 0.406] | assumed: torchvision's default |" in card
+
+
+def test_a_file_that_is_imported_twice_is_stored_once(store: Path, detector: Path) -> None:
+    rest = ("--model-config", str(detector / "rest.toml"))
+    file = str(detector / "detector.pth")
+    assert "stored parts@1" in run(store, "import", file, "--name", "parts", *rest).stdout
+    again = run(store, "import", file, "--name", "parts", *rest)
+    assert again.exit_code == 0
+    assert "parts@1 has these weights and settings already" in again.stdout
+    assert "stored parts@2" in run(store, "import", file, "--name", "parts", *rest, "--dtype", "float16").stdout
+
+
+def test_a_bad_name_is_refused_before_the_file_is_read(store: Path) -> None:
+    result = run(store, "import", __file__, "--name", "Bad Name")
+    assert "expected a model name" in str(result.exception)
 
 
 @pytest.mark.parametrize("command", ["list", "show", "import", "pull"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import struct
 import subprocess
@@ -19,8 +20,14 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import InvalidImageError, OutOfMemoryError, TooLargeError, UnsupportedImageError
-from service.imaging import decode
+from service.errors import (
+    CancelledRequestError,
+    InvalidImageError,
+    OutOfMemoryError,
+    TooLargeError,
+    UnsupportedImageError,
+)
+from service.imaging import decode, pixels
 from service.imaging.decode import ImageLimits, decode_image
 from service.imaging.pixels import rgb_pixels
 from service.structures import UInt8Array
@@ -287,3 +294,28 @@ def test_lack_of_memory_is_not_the_fault_of_the_picture(monkeypatch: pytest.Monk
     monkeypatch.setattr(decode, "_turned_upright", fail)
     with pytest.raises(OutOfMemoryError, match="not enough memory"):
         decode_image(encoded(gradient(), "PNG"), limits=LIMITS)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_decoding_stops_when_nobody_waits(image_format: str) -> None:
+    with pytest.raises(CancelledRequestError):
+        decode_image(encoded(gradient(), image_format), limits=LIMITS, should_stop=lambda: True)
+
+
+def test_a_large_picture_asks_many_times_whether_to_stop() -> None:
+    noise = PIL.Image.effect_noise((1000, 1000), 80).convert("RGB")
+    asked = itertools.count()
+    decode_image(encoded(noise, "PNG"), limits=LIMITS, should_stop=lambda: next(asked) < 0)
+    assert next(asked) > 10
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16", "F", "CMYK", "1"])
+def test_bands_make_the_same_pixels_as_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode in ("F", "I;16"):
+        levels = np.random.default_rng(0).uniform(0, 60_000, (37, 50))
+        picture = PIL.Image.fromarray(levels.astype(np.float32 if mode == "F" else np.uint16))
+    else:
+        picture = gradient(50, 37).convert(mode)
+    whole = rgb_pixels(picture)
+    monkeypatch.setattr(pixels, "_BAND_PIXELS", 500)
+    assert np.array_equal(rgb_pixels(picture), whole)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
+from service.errors import CancelledRequestError
+from service.imaging import overlay
 from service.imaging.overlay import colour_of, draw_detections, encode_picture
-from service.structures import Detections, Image, UInt8Array
+from service.structures import Detections, DrawnPart, Image, UInt8Array
 
 
 def grey(height: int, width: int, level: int = 100) -> Image:
@@ -164,3 +167,67 @@ def test_pictures_are_encoded_in_both_formats() -> None:
     assert np.array_equal(np.asarray(png), pixels)
     jpeg = PIL.Image.open(io.BytesIO(encode_picture(pixels, "jpeg")))
     assert (jpeg.format, jpeg.size) == ("JPEG", (20, 10))
+
+
+def reference_mask(image: Image, box: tuple[int, int, int, int], mask: list[list[float]], width: int) -> UInt8Array:
+    """As written first: repeated small erosions, and floating point over the whole box."""
+    x1, y1, x2, y2 = box
+    inside = (cv2.resize(np.array(mask, np.float32), (x2 - x1, y2 - y1)) >= 0.5).astype(np.uint8)
+    core = cv2.erode(inside, np.ones((3, 3), np.uint8), None, (-1, -1), width, cv2.BORDER_CONSTANT, 0)
+    opacity = np.where(core > 0, 0.4, 0.9 * inside)[..., None]
+    drawn = image.pixels.copy()
+    drawn[y1:y2, x1:x2] = np.rint(drawn[y1:y2, x1:x2] * (1 - opacity) + np.array(colour_of(0)) * opacity)
+    return drawn
+
+
+def test_masks_are_blended_to_the_same_pixels_as_in_floating_point() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1300, 1400, 3), dtype=np.uint8)
+    image = Image(pixels)
+    mask = [[1.0 - ((x - 6.5) / 7) ** 2 - ((y - 6.5) / 7) ** 2 for x in range(14)] for y in range(14)]
+    drawn = draw_detections(image, found((100, 200, 1300, 1100), mask=mask), ["a", "b"], parts=["masks"])
+    assert np.array_equal(drawn, reference_mask(image, (100, 200, 1300, 1100), mask, width=4))
+
+
+def test_only_the_parts_that_are_asked_for_are_drawn() -> None:
+    image = grey(400, 400)
+    objects = found((100, 100, 300, 300), mask=[[1.0]])
+    boxes = changed(draw_detections(image, objects, ["cell", "b"], parts=["boxes"]), image)
+    assert not boxes[150:250, 150:250].any(), "no tint"
+    assert not boxes[:100].any(), "no caption"
+    masks = changed(draw_detections(image, objects, ["cell", "b"], parts=["masks"]), image)
+    assert masks[100:300, 100:300].all()
+    assert masks.sum() == 200 * 200
+    captions: list[list[DrawnPart]] = [["labels"], ["scores"], ["labels", "scores"]]
+    widths = [
+        changed(draw_detections(image, objects, ["cell", "b"], parts=parts), image)[:100].sum() for parts in captions
+    ]
+    assert 0 < widths[0] < widths[2] > widths[1] > 0
+
+
+def test_captions_that_are_asked_for_are_written_even_in_a_crowd_as_far_as_there_is_room() -> None:
+    boxes = [(12.0 * x, 12.0 * y, 12.0 * x + 8, 12.0 * y + 8) for y in range(15) for x in range(20)]
+    drawn = draw_detections(grey(256, 256), found(*boxes, mask=[[1.0]]), ["nucleus"], parts=["masks", "labels"])
+    assert is_ink(drawn).any()
+
+
+def test_many_large_masks_paint_a_bounded_number_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best ones are drawn; of the rest the boxes."""
+    painted = 0
+
+    def count(canvas: UInt8Array, box: tuple[int, int, int, int], *rest: object) -> None:
+        nonlocal painted
+        painted += (box[2] - box[0]) * (box[3] - box[1])
+
+    monkeypatch.setattr(overlay, "_draw_mask", count)
+    monkeypatch.setattr(overlay, "MAX_MASK_PIXELS", 100_000)
+    image = grey(200, 200)
+    drawn = draw_detections(image, found(*[(10, 10, 190, 190)] * 20, mask=[[1.0]]), ["cell"], parts=["masks"])
+    assert painted == 3 * 180 * 180
+    assert changed(drawn, image).any(), "the boxes of the others"
+
+
+def test_drawing_stops_between_objects_when_nobody_waits() -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(CancelledRequestError):
+        draw_detections(grey(50, 50), found(*[(10, 10, 40, 40)] * 9), ["cell"], should_stop=lambda: next(asked))
+    assert next(asked, None) is None

@@ -2,11 +2,14 @@ import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.errors import ModelStoreError
@@ -108,3 +111,53 @@ def test_a_list_that_doubles_at_every_level_is_worked_through_once_a_level() -> 
         nested = [nested, nested]
     read = read_pickle(pickle.dumps(nested))
     assert read[0] is read[1]
+
+
+def tuples_in_tuples(depth: int) -> bytes:
+    """A key of tuples in tuples: 2**depth steps for whoever hashes it, in five bytes a level."""
+    levels = b"".join(
+        b"h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"\x86q" + bytes([i]) + b"0" for i in range(1, depth)
+    )
+    return b"\x80\x02)q\x00" + levels + b"}h" + bytes([depth - 1]) + b"K\x01s."
+
+
+def lists_in_lists(depth: int, end: bytes) -> bytes:
+    """10**depth items for whoever writes them down."""
+    levels = b"".join(b"(" + (b"h" + bytes([i - 1])) * 10 + b"lq" + bytes([i]) + b"0" for i in range(1, depth))
+    return b"\x80\x02]q\x00" + levels + end
+
+
+def test_a_key_that_takes_for_ever_to_hash_is_left_out() -> None:
+    assert read_pickle(tuples_in_tuples(60)) == {}
+
+
+def test_what_takes_for_ever_to_write_down_is_named_by_its_kind() -> None:
+    scalar = b"cnumpy.core.multiarray\nscalar\nh\x0bC\x01a\x86R."
+    with pytest.raises(ModelStoreError, match=r"expected an array of numbers, got one of list$"):
+        array_of(read_pickle(lists_in_lists(12, scalar)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"x.",  # claims 2**60 bytes
+        b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.",  # a million digits
+        b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s",  # ends early
+    ],
+)
+def test_claims_are_refused(data: bytes) -> None:
+    with pytest.raises(ModelStoreError):
+        read_pickle(data)
+
+
+def test_lists_in_lists_a_hundred_thousand_deep_are_read_without_recursion() -> None:
+    deep = read_pickle(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    for _ in range(99_999):
+        (deep,) = deep
+    assert deep == []
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_lead_to_anything_but_data_or_a_refusal(data: bytes) -> None:
+    with suppress(ModelStoreError):
+        read_pickle(b"\x80\x02" + data)

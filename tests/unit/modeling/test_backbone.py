@@ -29,7 +29,7 @@ def test_bottlenecks_stride_where_the_configuration_says() -> None:
 
 
 def test_only_bottlenecks_can_be_told_where_to_stride() -> None:
-    with pytest.raises(ValidationError, match=r"'stride_in_1x1' is for resnet50_\* and resnet101_\*"):
+    with pytest.raises(ValidationError, match=r"'stride_in_1x1' is for ResNets of 50 and more layers"):
         BackboneConfig(name="resnet18_fpn", stride_in_1x1=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from service.inference.predictor import Predictor
 from service.modeling.config import ModelConfig
 from service.structures import Detections, Prediction, Query
-from service.training.comparing import COLUMNS, Run, markdown, measure, retrain, table
+from service.training.comparing import COLUMNS, Run, busy_note, markdown, measure, retrain, table
 from service.training.dataset import CocoDataset, load_coco
 from service.training.evaluation import AveragePrecision, Evaluation
 from service.training.loop import TrainConfig, evaluation_info
@@ -87,6 +87,14 @@ def test_markdown_says_the_command() -> None:
     assert lines[2] == f"| {' | '.join(COLUMNS)} |"
     assert lines[4] == "| roi_pool | boxes | 30.0 | 50.0 | 40.0 | – | 30.0 | 30.0 | 10.0 |"
     assert "roiserve compare --model cells" in lines
+
+
+def test_times_of_a_busy_machine_are_remarked() -> None:
+    assert busy_note(0.3, 2) is None
+    remark = busy_note(6.0, 2)
+    assert remark is not None
+    page = markdown([run("roi_pool", 0.3)], title="cells", command="roiserve compare", remark=remark)
+    assert "The machine was busy when this began (load 6.0 on 2 cores)" in page
 
 
 class Recorder:

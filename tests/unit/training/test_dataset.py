@@ -32,7 +32,6 @@ CAT = {"category_id": 3, "bbox": [2, 3, 4, 5], "segmentation": [[2, 3, 6, 3, 6, 
 def test_boxes_become_corners_and_categories_become_labels_from_one(tmp_path: Path) -> None:
     dataset = load_coco(write(tmp_path, CAT))
     assert dataset.labels == ("cat", "dog")
-    assert dataset.category_ids == (3, 5)
     sample = dataset.samples[0]
     np.testing.assert_array_equal(sample.boxes, [[2, 3, 6, 8]])
     np.testing.assert_array_equal(sample.labels, [1])
@@ -51,7 +50,7 @@ def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path: Path) -> No
 
 def test_crowd_regions_are_no_objects(tmp_path: Path) -> None:
     crowd = {**CAT, "iscrowd": 1, "segmentation": {"size": [10, 20], "counts": [0, 200]}}
-    assert len(load_coco(write(tmp_path, CAT, crowd), needs_masks=True).samples[0].labels) == 1
+    assert len(load_coco(write(tmp_path, CAT, crowd), masks="required").samples[0].labels) == 1
 
 
 def test_every_bad_annotation_is_named_in_one_report(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_every_bad_annotation_is_named_in_one_report(tmp_path: Path) -> None:
         {**CAT, "segmentation": {"size": [10, 20], "counts": "garbage"}},
     )
     with pytest.raises(DatasetError) as caught:
-        load_coco(path, needs_masks=True)
+        load_coco(path, masks="required")
     report = str(caught.value)
     assert "8 problem(s)" in report
     for words in (
@@ -78,7 +77,7 @@ def test_every_bad_annotation_is_named_in_one_report(tmp_path: Path) -> None:
         "annotation 5: unknown image_id 4",
         "annotation 6: expected a segmentation",
         "annotation 7: expected bbox [x, y, width, height] of finite numbers, got wide",
-        "annotation 8: expected bbox [x, y, width, height] of finite numbers, got [nan, 5, 1, 1]",
+        "annotation 8: expected bbox [x, y, width, height] of finite numbers, got [NaN, 5, 1, 1]",
         "annotation 9: expected COCO's run lengths in 'counts', got some that do not decode",
     ):
         assert words in report
@@ -96,9 +95,9 @@ def test_a_missing_picture_is_named_even_when_bad_annotations_are_dropped(tmp_pa
 
 def test_labels_that_do_not_fit_the_categories_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
-        load_coco(write(tmp_path, CAT), labels=("cat", "horse"))
-    assert "category 'dog' is not among the model's labels" in str(caught.value)
-    assert "label 'horse' of the model is not among the categories" in str(caught.value)
+        load_coco(write(tmp_path, CAT, {**CAT, "category_id": 5}), labels=("cat", "horse"))
+    assert "category 'dog' is not among the labels: cat, horse; --labels says which ones to use" in str(caught.value)
+    assert "label 'horse' is not among the categories: cat, dog" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,11 @@ def test_a_file_that_is_no_coco_is_refused(tmp_path: Path, content: str, words: 
     ("key", "value", "words"),
     [
         ("images", [], "expected at least one image, got none"),
-        ("images", [{"id": 1, "file_name": "a.png", "height": 10}], "image 1: expected width and height in pixels"),
+        (
+            "images",
+            [{"id": 1, "file_name": "a.png", "width": 20}],
+            "image 1: expected width and height in pixels, got 20 and None",
+        ),
         ("images", [{"id": 1, "height": 10, "width": 20}], r"images\[0\]: expected id and file_name"),
         ("categories", [{"id": 1}], r"categories\[0\]: expected id and name"),
     ],
@@ -134,8 +137,15 @@ def test_pictures_are_decoded_as_the_server_decodes_them(tmp_path: Path) -> None
     assert set(load_coco(path).samples[0].read_pixels().ravel()) <= {127, 128}
 
 
-def test_a_picture_of_another_size_than_annotated_is_refused_when_read(tmp_path: Path) -> None:
+def test_a_picture_of_another_size_than_annotated_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, CAT)
     Image.new("RGB", (21, 10)).save(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match=r"image 1 \(a\.png\): expected a picture of 20 x 10, got 21 x 10"):
+        load_coco(path)
+
+
+def test_a_picture_that_changes_after_the_check_is_named_when_read(tmp_path: Path) -> None:
+    dataset = load_coco(write(tmp_path, CAT))
+    Image.new("RGB", (21, 10)).save(tmp_path / "a.png")
     with pytest.raises(DatasetError, match=r"\(10, 20\), got \(10, 21\)"):
-        load_coco(path).samples[0].read_pixels()
+        dataset.samples[0].read_pixels()

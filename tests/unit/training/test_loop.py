@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import csv
+import errno
+import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +30,15 @@ TINY = ModelConfig.model_validate(
 CONFIG = TrainConfig(epochs=2, images_per_step=4, crop_size=96, warmup_steps=2, evaluate_every=2)
 
 
-def trainer(folder: Path, state: str, config: TrainConfig = CONFIG, network: ModelConfig = TINY) -> Trainer:
+def trainer(
+    folder: Path,
+    state: str,
+    config: TrainConfig = CONFIG,
+    network: ModelConfig = TINY,
+    *,
+    workers: int = 2,
+    start: dict[str, torch.Tensor] | None = None,
+) -> Trainer:
     if not folder.joinpath("train.json").exists():
         write_coco_folder(folder)
     return Trainer(
@@ -36,6 +48,8 @@ def trainer(folder: Path, state: str, config: TrainConfig = CONFIG, network: Mod
         val=load_coco(folder / "val.json"),
         state_path=folder / state / "state.pt",
         device=torch.device("cpu"),
+        workers=workers,
+        initial_weights=start,
     )
 
 
@@ -84,6 +98,61 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path / "data", "state").run()
     with pytest.raises(ServiceError, match="state of a run with another configuration"):
         trainer(tmp_path / "data", "state", CONFIG.model_copy(update={"epochs": 3})).run()
+
+
+def test_a_state_of_other_data_or_other_start_weights_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "data", "state").run()
+    start = {"backbone.body.conv1.weight": torch.zeros(8, 3, 7, 7)}
+    with pytest.raises(ServiceError, match="a run with another start weights"):
+        trainer(tmp_path / "data", "state", start=start).run()
+    # As many pictures and objects, but one box is another.
+    path = tmp_path / "data" / "train.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0]["bbox"][2] -= 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(ServiceError, match="a run with another training set"):
+        trainer(tmp_path / "data", "state").run()
+
+
+def test_a_damaged_state_is_named_and_kept(tmp_path: Path) -> None:
+    state = tmp_path / "data" / "state" / "state.pt"
+    write_coco_folder(tmp_path / "data")
+    state.parent.mkdir()
+    state.write_bytes(b"PK damaged")
+    with pytest.raises(ServiceError, match=r"cannot be read: .*remove it to start anew"):
+        trainer(tmp_path / "data", "state").run()
+    assert state.exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "data", "state")
+    with (
+        patch("service.training.loop.torch.save", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(ServiceError, match="cannot be written: No space left on device; that of step 0 is kept"),
+    ):
+        run.run(save_every_steps=1)
+    assert not list((tmp_path / "data" / "state").glob("*"))
+
+
+def test_history_has_a_row_a_save_and_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "data", "whole", workers=7)  # how many threads prepare pictures changes nothing
+    whole.run(save_every_steps=1)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "data", "killed").run(on_step=kill, save_every_steps=1)
+    second = trainer(tmp_path / "data", "killed")
+    started: list[int] = []
+    second.run(on_start=started.append, save_every_steps=1)
+    assert started == [2]
+    assert second.history.csv() == whole.history.csv()
+    lines = list(csv.DictReader((tmp_path / "data" / "killed" / "training.csv").read_text().splitlines()))
+    assert [(line["step"], line["epoch"]) for line in lines] == [("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")]
+    assert {*LOSSES, "boxes_ap", "masks_ap50", "learning_rate"} <= set(lines[0])
+    assert [bool(line["boxes_ap"]) for line in lines] == [False, False, False, True]
 
 
 def test_a_learning_rate_out_of_bounds_ends_with_a_clear_error(tmp_path: Path) -> None:

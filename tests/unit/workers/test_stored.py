@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from service.errors import ModelNotFoundError, ModelStoreError
+from service.inference import loading
 from service.model_store.model_toml import ProvenanceTable
 from service.model_store.store import ModelStore
 from service.modeling.build import build_model
 from service.settings import Settings
+from service.workers.local import LocalDetector
 from service.workers.stored import stored_predictors
 from tests.unit.training.test_comparing import CONFIG
 
@@ -66,3 +68,19 @@ def test_unknown_default_model_is_refused_before_any_is_loaded(store: Path, capl
     assert "loading model" not in caplog.text
     assert loaded(store, "c", default_model="c") == ["c@1"]
     assert "loading model" in caplog.text
+
+
+async def test_model_that_is_loaded_is_not_built_a_second_time(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("built again")
+
+    settings = Settings(model_store=store, models=("c",), device="cpu", engine="eager")
+    detector = LocalDetector(settings, stored_predictors, lambda name, labels, value: None)
+    await detector.start()
+    try:
+        monkeypatch.setattr(loading, "load_predictor", fail)
+        assert [(await detector.load(reference)).key for reference in ("c", "c@1")] == ["c@1", "c@1"]
+        with pytest.raises(ModelNotFoundError):
+            await detector.load("nope")
+    finally:
+        await detector.stop()

@@ -42,6 +42,12 @@ def test_extension_blocks_are_counted(comment: bytes) -> None:
         read_gif(SCREEN + comment * (MAX_EXTENSION_BLOCKS + 1) + FRAME + END)
 
 
+def test_the_blocks_of_one_extension_are_counted_while_they_are_read() -> None:
+    """The bound is met after 65,536 of a million blocks: it is named although the file has no end."""
+    with pytest.raises(InvalidImageError, match="extension blocks"):
+        read_gif(SCREEN + b"\x21\xfe" + b"\1a" * 1_000_000)
+
+
 def test_a_frame_beyond_the_screen_enlarges_it() -> None:
     """So that the pixel limit sees the size that the decoder will make."""
     far = b"," + struct.pack("<HHHHB", 60_000, 30_000, 2, 1, 0) + FRAME[10:]

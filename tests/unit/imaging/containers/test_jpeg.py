@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from service.errors import InvalidImageError
-from service.imaging.containers.jpeg import MAX_SCANS, MAX_SEGMENTS, read_jpeg
+from service.errors import InvalidImageError, TooLargeError
+from service.imaging.containers.jpeg import MAX_SCANS, MAX_SEGMENTS, check_scans, read_jpeg
 from service.imaging.decode import ImageLimits, decode_image
 from service.structures import UInt8Array
 
@@ -64,6 +65,24 @@ def test_scans_are_counted() -> None:
         read_jpeg(with_scans(MAX_SCANS + 1))
 
 
+def test_the_larger_the_picture_the_fewer_scans_beyond_the_usual_ten() -> None:
+    check_scans(10, 50_000_000)
+    check_scans(14, 50_000_000)
+    check_scans(MAX_SCANS, 9_000_000)
+    with pytest.raises(TooLargeError, match="15 scans of 50000000 pixels; of a JPEG this large we read up to 14"):
+        check_scans(15, 50_000_000)
+    check_scans(18, 50_000_000, num_components=4)  # what libjpeg itself writes for ink
+
+
+def test_of_many_exif_segments_the_first_counts_and_no_other_is_read() -> None:
+    def exif(orientation: int) -> bytes:
+        block = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, orientation)
+        return b"\xff\xe1" + struct.pack(">H", 2 + len(block)) + block
+
+    data = jpeg()
+    assert read_jpeg(data[:2] + exif(6) + exif(3) * 600 + data[2:]).orientation == 6
+
+
 def test_scans_of_thumbnails_and_of_what_follows_the_image_do_not_count() -> None:
     """Phones append further pictures and films."""
     data = jpeg()
@@ -92,3 +111,12 @@ def test_two_frame_headers_are_refused() -> None:
 def test_a_segment_of_impossible_length_is_refused(length: bytes) -> None:
     with pytest.raises(InvalidImageError, match="within a segment"):
         read_jpeg(b"\xff\xd8\xff\xe0" + length + bytes(100))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"keep_rgb": True}])
+def test_what_libjpeg_writes_as_progressive_is_read_at_any_size(mode: str, options: dict[str, object]) -> None:
+    file = io.BytesIO()
+    PIL.Image.new(mode, (64, 64)).save(file, "JPEG", progressive=True, **options)
+    num_scans = read_jpeg(file.getvalue()).num_passes
+    check_scans(num_scans, 50_000_000, num_components=len(mode))

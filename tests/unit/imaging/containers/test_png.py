@@ -97,3 +97,15 @@ def test_every_mode_survives_the_rewriting(mode: str) -> None:
     rewritten = PIL.Image.open(io.BytesIO(read_png(file.getvalue()).pixel_data))
     assert rewritten.mode == mode
     assert np.array_equal(np.asarray(rewritten), np.asarray(picture))
+
+
+def test_image_data_that_can_only_be_empty_blocks_are_refused() -> None:
+    empty = b"\0\0\0\xff\xff" * 400_000
+    with pytest.raises(InvalidImageError, match="2000014 coded bytes for 8 bytes"):
+        read_png(SIGNATURE + HEADER + chunk(b"IDAT", IMAGE_DATA[:2] + empty + IMAGE_DATA[2:]) + IEND)
+
+
+def test_an_orientation_with_millions_of_values_is_one_value() -> None:
+    values = struct.pack("<H", 6) * 1_000_000
+    exif = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 3, 1_000_000, 26, 0) + values
+    assert read_png(SIGNATURE + HEADER + chunk(b"eXIf", exif) * 3 + IDAT + IEND).orientation == 6

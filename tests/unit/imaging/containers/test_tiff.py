@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+import os
 import struct
+import tracemalloc
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -11,9 +17,29 @@ import pytest
 
 from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
 from service.imaging.containers.directory import read_directory
-from service.imaging.containers.tiff import MAX_STRIPS, read_tiff
+from service.imaging.containers.jpeg import MAX_SCANS
+from service.imaging.containers.tiff import MAX_FILL_BYTES, MAX_STRIPS, read_tiff
+from service.imaging.decode import ImageLimits, decode_image
 
 LONG, BYTES = 4, 7
+LIMITS = ImageLimits(max_image_pixels=50_000_000)
+
+
+class Memory:
+    """Bytes that Python allocated."""
+
+    peak = 0
+
+
+@contextlib.contextmanager
+def memory_measured() -> Iterator[Memory]:
+    memory = Memory()
+    tracemalloc.start()
+    try:
+        yield memory
+        memory.peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def tiff(tags: dict[int, tuple[int, int, int]], *, pixels: bytes = b"\1\2\3\4") -> bytes:
@@ -56,6 +82,132 @@ def test_tags_that_all_point_at_the_same_megabytes_are_not_copied() -> None:
 def test_tags_that_are_needed_may_not_be_larger_than_the_file() -> None:
     with pytest.raises(InvalidImageError, match="larger than its data"):
         read_tiff(tiff(TAGS | dict.fromkeys((320, 347), (BYTES, 600000, 8)), pixels=bytes(1_000_000)))
+
+
+def in_parts(
+    size: tuple[int, int], part: tuple[int, int] | None, parts: list[bytes], *, planes: int = 1, compression: int = 8
+) -> bytes:
+    """A grey or planar picture of (height, width) in strips, or tiles of (height, width); equal parts share bytes."""
+    places: dict[bytes, int] = {}
+    body = b""
+    for one in parts:
+        if one not in places:
+            places[one] = 8 + len(body)
+            body += one + bytes(len(one) % 2)
+    arrays_at = 8 + len(body)
+    body += struct.pack(f"<{len(parts)}I", *(places[one] for one in parts))
+    body += struct.pack(f"<{len(parts)}I", *map(len, parts))
+    rows = -(-size[0] * planes // len(parts))
+    count = len(parts)
+    tags = TAGS | {256: (LONG, 1, size[1]), 257: (LONG, 1, size[0]), 259: (LONG, 1, compression)}
+    tags |= {277: (LONG, 1, planes), 278: (LONG, 1, rows), 284: (LONG, 1, 2 if planes > 1 else 1)}
+    offsets, counts = (273, 279) if part is None else (324, 325)
+    if part is not None:
+        tags = {tag: value for tag, value in tags.items() if tag not in (273, 278, 279)}
+        tags |= {322: (LONG, 1, part[1]), 323: (LONG, 1, part[0])}
+    single = (places[parts[0]], len(parts[0]))
+    tags[offsets] = (LONG, count, arrays_at) if count > 1 else (LONG, 1, single[0])
+    tags[counts] = (LONG, count, arrays_at + 4 * count) if count > 1 else (LONG, 1, single[1])
+    return tiff(tags, pixels=body)
+
+
+def progressive(num_scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A grey JPEG whose last scan is repeated."""
+    file = io.BytesIO()
+    PIL.Image.new("L", size[::-1], 99).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_strips_and_tiles_that_share_nothing_are_read() -> None:
+    strips = [zlib.compress(bytes([i]) * 32) for i in range(1, 5)]
+    pixels = decode_image(in_parts((16, 8), None, strips), limits=LIMITS).pixels
+    assert pixels[::4, 0, 0].tolist() == [1, 2, 3, 4]
+    tiles = [zlib.compress(bytes([i]) * 256) for i in range(1, 5)]
+    pixels = decode_image(in_parts((20, 20), (16, 16), tiles), limits=LIMITS).pixels
+    assert pixels[::16, ::16, 0].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_strips_that_share_their_data_are_refused(planes: int) -> None:
+    """A megabyte that is slow to decode would be decoded for each of thousands of strips."""
+    slow = b"\x78\x9c" + b"\0\0\0\xff\xff" * 2000 + zlib.compress(bytes(8))[2:]
+    with pytest.raises(InvalidImageError, match="overlap"):
+        read_tiff(in_parts((1000, 8), None, [slow] * 1000 * planes, planes=planes))
+
+
+def test_tiles_that_share_their_data_are_refused() -> None:
+    with pytest.raises(InvalidImageError, match="overlap"):
+        read_tiff(in_parts((256, 256), (16, 16), [zlib.compress(os.urandom(256))] * 256))
+
+
+def test_tiles_that_reach_far_beyond_the_picture_are_refused() -> None:
+    """33 KB that stand for 34 gigapixels, of which 5 megapixels are the picture."""
+    tile = zlib.compress(bytes(1 << 24))
+    with pytest.raises(TooLargeError, match="reach far beyond"):
+        read_tiff(in_parts((164, 32_768), (1 << 20, 16), [tile] * 2048))
+
+
+def test_raw_strips_beyond_the_picture_are_refused() -> None:
+    """Pillow goes through as many as are listed."""
+    with pytest.raises(TooLargeError, match="reach far beyond"):
+        read_tiff(tiff(TAGS | {256: (LONG, 1, 30_000), 257: (LONG, 1, 200), 278: (LONG, 1, 200), 273: (LONG, 9, 8)}))
+
+
+def test_strips_of_unknown_length_are_refused() -> None:
+    """libtiff would take the rest of the file for each."""
+    data = in_parts((16, 8), None, [zlib.compress(bytes([i]) * 32) for i in range(4)])
+    with pytest.raises(InvalidImageError, match="does not say how long"):
+        read_tiff(data.replace(struct.pack("<HH", 279, LONG), struct.pack("<HH", 280, LONG)))
+
+
+@pytest.mark.parametrize("compression", [3, 4, 5, 8, 32773])
+def test_far_more_code_than_pixels_is_refused(compression: int) -> None:
+    with pytest.raises(InvalidImageError, match="coded bytes for 64 bytes"):
+        read_tiff(in_parts((8, 8), None, [bytes(2_000_000)], compression=compression))
+
+
+@pytest.mark.parametrize("tag", [256, 257, 259, 262, 274, 277, 284, 317, 322])
+def test_of_a_tag_with_a_million_values_one_is_read_and_kept(tag: int) -> None:
+    shorts = struct.pack("<H", 2) * 1_000_000
+    with memory_measured() as memory:
+        try:
+            kept = read_directory(read_tiff(tiff(TAGS | {tag: (3, 1_000_000, 8)}, pixels=shorts)).pixel_data).entries
+        except (InvalidImageError, UnsupportedImageError):
+            kept = {}
+    assert all(entry.count == 1 for entry in kept.values())
+    assert memory.peak < 10_000_000, "three copies of the file, and no list of a million numbers"
+
+
+def test_a_jpeg_in_a_tiff_may_have_as_many_scans_as_a_jpeg() -> None:
+    read_tiff(in_parts((64, 64), None, [progressive(MAX_SCANS)], compression=7))
+    with pytest.raises(InvalidImageError, match=f"{MAX_SCANS + 1} scans"):
+        read_tiff(in_parts((64, 64), None, [progressive(MAX_SCANS + 1)], compression=7))
+    tiles = [progressive(3), progressive(MAX_SCANS + 1)]
+    with pytest.raises(InvalidImageError, match=f"{MAX_SCANS + 1} scans"):
+        read_tiff(in_parts((64, 128), (64, 64), tiles, compression=7))
+
+
+def test_fill_bytes_of_a_jpeg_in_a_tiff_are_counted() -> None:
+    data = progressive(3)
+    filled = data[:-2] + b"\xff" * (MAX_FILL_BYTES + 1) + data[-2:]
+    with pytest.raises(InvalidImageError, match="fill bytes"):
+        read_tiff(in_parts((64, 64), None, [filled], compression=7))
+
+
+def test_libtiff_writes_nothing_to_standard_error_and_its_lines_are_counted(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Noise as a fax: an error in nearly every row."""
+    noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8).tobytes()
+    fax = in_parts((2000, 160), None, [noise], compression=3)
+    fax = fax.replace(struct.pack("<HHII", 258, LONG, 1, 8), struct.pack("<HHII", 258, LONG, 1, 1))
+    with caplog.at_level(logging.DEBUG), contextlib.suppress(InvalidImageError):
+        decode_image(fax, limits=LIMITS)
+    assert capfd.readouterr().err == ""
+    [lines] = [vars(record)["fields"]["lines"] for record in caplog.records if record.name == "service.imaging.decode"]
+    assert lines > 1000
 
 
 def test_strips_and_tiles_are_counted() -> None:

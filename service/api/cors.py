@@ -1,0 +1,47 @@
+"""Which other origins' pages may call this server from a browser (CORS). Never with cookies: keys go in headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import Response
+from starlette.datastructures import Headers
+
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, HEAD, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key, X-Request-ID",
+    "Access-Control-Max-Age": "600",
+}
+_EXPOSED = "X-Request-ID, Server-Timing, Retry-After"
+
+
+class CrossOrigin:
+    """What browsers are told.
+
+    Args:
+        origins: `https://app.example.com` and the like, or `*` for all; none switches it off.
+    """
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._origins = frozenset(origins)
+
+    def headers(self, request: Headers) -> dict[str, str]:
+        """What to add to the answer to a request, whatever it is."""
+        if not self._origins:
+            return {}
+        if "*" in self._origins:
+            return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": _EXPOSED}
+        origin = request.get("origin", "")
+        if origin not in self._origins:
+            return {"Vary": "Origin"}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": _EXPOSED,
+            "Vary": "Origin",
+        }
+
+    def preflight(self, method: str, request: Headers) -> Response | None:
+        """The answer to a browser that asks before it sends a request; None if this is no such question."""
+        if not self._origins or method != "OPTIONS" or "access-control-request-method" not in request:
+            return None
+        return Response(status_code=204, headers=_PREFLIGHT)

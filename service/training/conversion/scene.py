@@ -1,0 +1,146 @@
+"""What all converters make of their files, and how it is written as COCO files and a folder of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.errors import DatasetError
+from service.training.coco.pictures import PictureFacts, look_at_all
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One object.
+
+    Attributes:
+        label: its category's name.
+        box: (x1, y1, x2, y2) in pixels.
+        segmentation: as COCO has it, polygons or an RLE; None where there is but a box.
+        where: the file and line that it comes from, for messages.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    segmentation: Any = None
+    where: str = ""
+    is_crowd: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Scene:
+    """A picture with its objects.
+
+    Attributes:
+        split: `train`, `val` or `test`; empty where the source does not say.
+        name: by which the picture is known in its set.
+    """
+
+    picture: Path
+    split: str
+    name: str
+    shapes: list[Shape] = field(default_factory=list)
+
+
+def polygon_shape(label: str, points: Sequence[float], where: str) -> Shape:
+    """The object within a polygon [x, y, …].
+
+    Raises:
+        DatasetError: fewer than three points.
+    """
+    if len(points) < 6 or len(points) % 2:
+        raise DatasetError(f"{where}: expected a polygon of at least 3 points, got {len(points)} numbers")
+    xs, ys = points[::2], points[1::2]
+    return Shape(label, (min(xs), min(ys), max(xs), max(ys)), [list(points)], where)
+
+
+def plain_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """Pycocotools' RLE as JSON can hold it."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """All pictures below a folder, by their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+
+
+def split_up(scenes: Iterable[Scene], *, val_share: float) -> None:
+    """Give those pictures a split whose source says none: by a hash of the name, so that it stays when more come."""
+    for scene in scenes:
+        if not scene.split:
+            number = int.from_bytes(hashlib.sha256(scene.name.encode()).digest()[:4], "big")
+            scene.split = "val" if number < val_share * 2**32 else "train"
+
+
+def write_scenes(scenes: Sequence[Scene], labels: Sequence[str], target: Path, *, links: bool) -> Mapping[str, int]:
+    """Write `train.json` and its like, and `images/`.
+
+    Args:
+        labels: the categories, in the order of their ids.
+        target: a folder that does not exist yet, or is empty.
+        links: link to the pictures rather than copy them.
+
+    Returns:
+        The number of pictures in each split.
+
+    Raises:
+        DatasetError: pictures that cannot be read, two of one name in a split, or a folder that cannot be written.
+    """
+    facts = look_at_all([scene.picture for scene in scenes])
+    if broken := [f"{one.picture}: {fact.problem}" for one, fact in zip(scenes, facts, strict=True) if fact.problem]:
+        raise DatasetError("\n  ".join([f"{len(broken)} picture(s) cannot be read", *broken[:50]]))
+    documents: dict[str, dict[str, Any]] = {}
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise DatasetError(f"{target} is not empty; nothing is overwritten")
+        for scene, fact in zip(scenes, facts, strict=True):
+            document = documents.setdefault(scene.split, _empty(labels))
+            name = f"{scene.split}/{scene.name}"
+            _place(scene.picture, target / "images" / name, links=links)
+            _add(document, scene, fact, name, labels)
+        for split, document in documents.items():
+            (target / f"{split}.json").write_text(json.dumps(document), encoding="utf-8")
+    except OSError as error:
+        raise DatasetError(f"{target}: cannot be written: {error.strerror}") from error
+    return {split: len(document["images"]) for split, document in documents.items()}
+
+
+def _empty(labels: Sequence[str]) -> dict[str, Any]:
+    categories = [{"id": place, "name": name} for place, name in enumerate(labels, start=1)]
+    return {"images": [], "annotations": [], "categories": categories}
+
+
+def _place(source: Path, target: Path, *, links: bool) -> None:
+    if target.exists():
+        raise DatasetError(f"{source}: another picture of this split is called {target.name} too")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if links:
+        os.symlink(source.resolve(), target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _add(document: dict[str, Any], scene: Scene, fact: PictureFacts, name: str, labels: Sequence[str]) -> None:
+    height, width = fact.upright_size
+    image_id = len(document["images"]) + 1
+    document["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
+    for shape in scene.shapes:
+        x1, y1, x2, y2 = shape.box
+        document["annotations"].append(
+            {
+                "id": len(document["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": labels.index(shape.label) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": int(shape.is_crowd),
+                **({} if shape.segmentation is None else {"segmentation": shape.segmentation}),
+            }
+        )
