@@ -17,7 +17,5 @@ class DrawingEncoder(Encoder):
 
     def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """The picture's bytes."""
-        drawn = draw_detections(
-            image, part, info.labels, parts=self._form.parts, should_stop=should_stop, should_stop=should_stop
-        )
+        drawn = draw_detections(image, part, info.labels, parts=self._form.parts, should_stop=should_stop)
         return encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")
