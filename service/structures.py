@@ -73,6 +73,8 @@ class DetectOptions:
         proposals: (x1, y1, x2, y2) each, finite, x1 < x2 and y1 < y2, in pixels of the image: classify and refine these
             instead of the RPN's. They may reach beyond the image, where they are clipped.
         roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
+        nms_thresh: IoU, 0 to 1, above which the better of two detections suppresses the other.
+        class_agnostic_nms: whether it does so whatever their classes are.
     """
 
     score_thresh: float | None = None
@@ -81,6 +83,8 @@ class DetectOptions:
     with_masks: bool = True
     proposals: tuple[Box, ...] | None = None
     roi_op: str | None = None
+    nms_thresh: float | None = None
+    class_agnostic_nms: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

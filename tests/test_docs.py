@@ -4,22 +4,29 @@ lead somewhere. `make test ARGS="tests/test_docs.py --update-docs"` writes the t
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic.fields import FieldInfo
 
 from docs.list_licences import installed
-from service.api.options import DetectParameters
+from service.answers import encode
+from service.api.errors import ERROR_STATUS
+from service.api.options import AnnotateParameters, BodyParameters, DetectParameters
+from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import OTHER_VARIABLES, Settings
-from service.structures import MaskFormat
+from service.structures import Detections, Image, Json, MaskFormat
+from tests.fakes import FAKE_INFO
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
@@ -160,3 +167,67 @@ def test_tracked_files_name_no_machine_of_their_authors() -> None:
     if run.returncode == 128:
         pytest.skip("not a git checkout")
     assert run.stdout == ""
+
+
+HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
+
+
+def test_every_error_that_a_caller_can_get_is_explained_with_its_status() -> None:
+    rows = {code: int(status) for status, code in re.findall(r"^\| (\d+) \| `(\w+)` \|", HTTP_API, flags=re.MULTILINE)}
+    kinds = {
+        kind.code: kind
+        for kind in subclasses(ServiceError)
+        if kind.__module__.startswith(("service.errors", "service.api."))
+    }
+    offline = {"dataset_error"}  # of commands
+    assert rows.keys() == kinds.keys() - offline
+    for code, status in rows.items():
+        found = next(ERROR_STATUS[kind] for kind in kinds[code].__mro__ if kind in ERROR_STATUS)
+        assert (code, status) == (code, found[0])
+
+
+def subclasses(kind: type[ServiceError]) -> set[type[ServiceError]]:
+    """It and all that inherit from it."""
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
+def test_every_option_and_mask_form_stands_on_the_page_of_the_api() -> None:
+    options = HTTP_API.partition("## Options")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", options, flags=re.MULTILINE)
+    known = AnnotateParameters.model_fields | BodyParameters.model_fields
+    assert sorted(rows) == sorted(known)
+    forms = HTTP_API.partition("## Masks")[2].partition("\n## ")[0]
+    assert {"none", *re.findall(r"^\| `(\w+)` \|", forms, flags=re.MULTILINE)} == set(get_args(MaskFormat))
+
+
+def code_block(language: str, word: str) -> str:
+    """The block of the page of the API that holds this word."""
+    blocks: list[str] = re.findall(rf"```{language}\n(.*?)```", HTTP_API, flags=re.DOTALL)
+    return next(block for block in blocks if word in block)
+
+
+# Two parts, a hole, and the image's corners.
+MASK = np.zeros((1, 28, 28), np.float32)
+MASK[0, :20, :12] = MASK[0, 22:, 15:] = 1
+MASK[0, 5:15, 3:9] = 0
+
+
+def test_decoders_of_the_page_give_the_same_mask_in_every_form() -> None:
+    space: dict[str, Any] = {}
+    exec(code_block("python", "from_rle"), space)
+    box = np.array([[10, 5, 60, 45]], np.float32)
+    size = (48, 64)
+    info, image = FAKE_INFO, Image(np.zeros((*size, 3), np.uint8), orientation_applied=False)
+    found = Detections(box, np.array([1]), np.array([0.9], np.float32), MASK)
+    forms = {form: json.loads(encode(Json(form), image, found, info))[0]["mask"] for form in get_args(MaskFormat)[:4]}
+    whole = space["from_rle"](forms["rle"])
+    assert 0 < whole.sum() < whole.size
+    assert (space["from_polygons"](forms["polygons"], *size) == whole).all()
+    assert (space["from_png"](forms["png"]) == whole).all()
+    assert (space["from_crop"](forms["crop"], *size) == whole).all()
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    script = f"{code_block('javascript', 'fromRle')}\nconsole.log(fromRle({json.dumps(forms['rle'])}).join(''))"
+    printed = subprocess.run([node, "-e", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == "".join(str(int(one)) for one in whole.ravel())

@@ -53,6 +53,17 @@ class DetectParameters(BaseModel):
         description="Form of the masks: rle (COCO), polygons, png (of the whole image, base64), crop (png of the mask "
         "alone and its origin) or none. Unset: rle if the model has masks, else none.",
     )
+    nms_thresh: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Of two detections of a class that overlap by more, as IoU, keep the better; unset, the model's.",
+    )
+    class_agnostic_nms: bool | None = Field(
+        None,
+        description="Let a detection suppress those of other classes too (nms_thresh). Unset, as the model has it.",
+    )
     roi_op: str | None = Field(
         None,
         max_length=200,
@@ -80,7 +91,7 @@ class DetectParameters(BaseModel):
             )
         return {name: value for name, value in given.items() if value not in ("", [""])}
 
-    @field_validator("score_thresh", "max_detections", "timeout_ms", mode="before")
+    @field_validator("score_thresh", "max_detections", "nms_thresh", "timeout_ms", mode="before")
     @classmethod
     def _refuse_underscores(cls, given: object) -> object:
         """Python reads 1_0 as ten, nobody else does."""
@@ -278,6 +289,8 @@ def resolve_options(
         with_masks=mask_format != "none",
         proposals=proposals,
         roi_op=parameters.roi_op,
+        nms_thresh=parameters.nms_thresh,
+        class_agnostic_nms=parameters.class_agnostic_nms,
     )
     return ResolvedOptions(options, mask_format)
 

@@ -62,6 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _awaits_head = True
     _head_has_begun = False
     _head_bytes = 0
+    _heads = 0
     # Of the request that is being read.
     _parsed_bytes = 0
     _body_bytes = 0
@@ -86,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._refusal is not None or self.transport.is_closing():
             return
-        awaited_head, body_bytes = self._awaits_head, self._body_bytes
+        awaited_head, body_bytes, heads = self._awaits_head, self._body_bytes, self._heads
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -98,7 +99,8 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(self._reason or MalformedRequestError(f"expected a request in HTTP/1.1: {error}"))
             return
-        if self._awaits_head and awaited_head:
+        # A whole request that comes in one read has a body, which is no part of a head.
+        if self._awaits_head and awaited_head and heads == self._heads:
             self._count_held_head(len(data))
         elif not self._awaits_head and not awaited_head:
             self._count_framing(len(data) - (self._body_bytes - body_bytes))
@@ -128,6 +130,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is complete."""
         self._stop_awaiting_head()
+        self._heads += 1
         self._awaits_head = self._head_has_begun = False
         self._check_headers()
         if self.parser.should_upgrade():

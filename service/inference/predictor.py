@@ -193,6 +193,8 @@ class Predictor:
             score_thresh=info.score_thresh if options.score_thresh is None else options.score_thresh,
             detections_per_img=info.max_detections if options.max_detections is None else options.max_detections,
             labels=options.label_ids,
+            nms_thresh=options.nms_thresh,
+            class_agnostic_nms=options.class_agnostic_nms,
         )
 
     def _proposals(self, options: DetectOptions) -> Tensor | None:

@@ -98,6 +98,7 @@ def _build_roi_heads(config: ModelConfig, backbone: Backbone) -> RoIHeads:
         nms_thresh=config.detections.nms_thresh,
         detections_per_img=config.detections.detections_per_img,
     )
+    heads.class_agnostic_nms = config.detections.class_agnostic_nms
     if config.has_masks:
         mask_channels = roi.mask_head_channels[-1]
         heads.mask_roi_pool = RoIPooler(

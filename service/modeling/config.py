@@ -408,10 +408,16 @@ class RoIConfig(_Table):
 
 
 class DetectionsConfig(_Table):
-    """Which of the classified boxes are answered, unless the request says otherwise."""
+    """Which of the classified boxes are answered, unless the request says otherwise.
+
+    Attributes:
+        class_agnostic_nms: whether the better of two overlapping detections suppresses the other whatever their
+            classes are, so that an object gets one label.
+    """
 
     score_thresh: Probability = 0.05
     nms_thresh: Probability = 0.5
+    class_agnostic_nms: bool = False
     detections_per_img: Annotated[int, Field(ge=1, le=1000)] = 100
 
 

@@ -32,11 +32,15 @@ class Selection:
         score_thresh: scores above this.
         detections_per_img: at most this many, best first.
         labels: only these class ids; None for all.
+        nms_thresh: IoU above which the better of two detections suppresses the other; None for the network's own.
+        class_agnostic_nms: whether it does so whatever their classes are; None for the network's own.
     """
 
     score_thresh: float
     detections_per_img: int
     labels: frozenset[int] | None = None
+    nms_thresh: float | None = None
+    class_agnostic_nms: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +57,13 @@ class BoxDetections:
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """torchvision's heads with the steps of inference exposed."""
+    """torchvision's heads with the steps of inference exposed.
+
+    Attributes:
+        class_agnostic_nms: whether a detection suppresses those of other classes too, which torchvision never does.
+    """
+
+    class_agnostic_nms: bool = False
 
     def detect_boxes(
         self,
@@ -128,18 +138,41 @@ class RoIHeads(roi_heads.RoIHeads):
         boxes = decode_boxes(self.box_coder, regression, torch.cat(list(proposals))[rows])
         heights, widths = to_device(image_sizes, boxes.dtype, device)[images].unbind(dim=1)
         boxes = torch.minimum(boxes.clamp(min=0), torch.stack([widths, heights, widths, heights], dim=1))
-        # 3. Empty ones away, then what overlaps a better box of its class.
-        kept = best_of_each_image(
-            boxes,
-            scores,
-            images=images,
-            classes=labels,
-            valid=(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1),
-            num_images=len(selections),
-            num_classes=num_classes,
-            iou_thresh=self.nms_thresh,
-        ).up_to([one.detections_per_img for one in selections])
-        return [BoxDetections(boxes[one], labels[one], scores[one]) for one in kept]
+        # 3. Empty ones away, then what overlaps a better box of its class, or of any.
+        agnostic = [
+            self.class_agnostic_nms if one.class_agnostic_nms is None else one.class_agnostic_nms for one in selections
+        ]
+        groups = labels.masked_fill(to_device(agnostic, torch.bool, device)[images], 0) if any(agnostic) else labels
+        valid = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1)
+        kept: dict[int, Tensor] = {}
+        for thresh, members in self._by_nms_thresh(selections).items():
+            of_thresh = valid
+            if len(members) < len(selections):
+                of_thresh = (
+                    valid
+                    & to_device([index in members for index in range(len(selections))], torch.bool, device)[images]
+                )
+            best = best_of_each_image(
+                boxes,
+                scores,
+                images=images,
+                classes=groups,
+                valid=of_thresh,
+                num_images=len(selections),
+                num_classes=num_classes,
+                iou_thresh=thresh,
+            ).up_to([one.detections_per_img for one in selections])
+            kept |= {index: best[index] for index in members}
+        return [
+            BoxDetections(boxes[one], labels[one], scores[one]) for one in (kept[index] for index in range(len(kept)))
+        ]
+
+    def _by_nms_thresh(self, selections: Sequence[Selection]) -> dict[float, list[int]]:
+        """The images of the batch by their threshold; mostly there is one for all."""
+        groups: dict[float, list[int]] = {}
+        for index, one in enumerate(selections):
+            groups.setdefault(self.nms_thresh if one.nms_thresh is None else one.nms_thresh, []).append(index)
+        return groups
 
 
 def _wanted(selections: Sequence[Selection], num_classes: int, device: torch.device) -> Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 from collections.abc import Callable
+from http.client import HTTPResponse
 from typing import Any
 
 import numpy as np
+import orjson
 import PIL.Image
 import pycocotools.mask
 import pytest
 
 from service.api.schemas import BatchAnswer, DetectAnswer, ModelList
+from service.load.client import Target
 from tests.fakes import picture
 from tests.integration.conftest import Live
 
@@ -231,3 +235,18 @@ def test_images_with_different_operators_do_not_share_a_batch(serve: Callable[..
     sizes = [(future.result().json()["roi_op"], future.result().json()["batch_size"]) for future in waiting]
     assert sizes == [(op, {"roi_pool": 3, "roi_align": 2}[op]) for op in ops]
     assert first.result().json()["batch_size"] == 1
+
+
+def test_head_and_a_large_body_may_come_in_one_piece(live: Live) -> None:
+    """A picture of 150 KB right behind its head: no byte of it counts as one of the head."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 250, 3), np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise).save(buffer, "PNG")
+    body = buffer.getvalue()
+    target = Target.of_url(live.url)
+    with socket.create_connection(target.address) as connection:
+        for _ in range(5):
+            connection.sendall(target.request("POST", "/v1/detect", body=body))
+            answer = HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, len(orjson.loads(answer.read())["detections"]) > 0) == (200, True)

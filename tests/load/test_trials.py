@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.load._trial import Verdict
+from tests.load.costly import costly
 from tests.load.hang_ups import hang_ups
 from tests.load.header_death import header_death
 from tests.load.hot_swap import hot_swap
@@ -25,6 +26,7 @@ from tests.load.worker_kills import worker_kills
     "trial",
     [
         pytest.param(lambda: overload(seconds=3.0, factor=5.0, min_size=200), id="overload"),
+        pytest.param(lambda: costly(seconds=0.3, side=1000, objects=100, items=20_000), id="costly"),
         pytest.param(lambda: worker_kills(kills=2, pause_seconds=0.5), id="worker_kills"),
         pytest.param(lambda: poison(good=40), id="poison"),
         pytest.param(lambda: header_death(bad=2), id="header_death"),

@@ -124,6 +124,21 @@ async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> No
         assert bench.count("roiserve_stage_duration_seconds_count", stage=stage, model="fake@1") == 1
 
 
+async def test_batch_that_ran_again_in_float32_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    predict = bench.predictor.predict
+
+    def overflow(queries: Sequence[Query]) -> list[Prediction]:
+        return [replace(prediction, overflowed=True) for prediction in predict(queries)]
+
+    async with running(bench):
+        await bench.pipeline.run(bench.job())
+        assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 0
+        monkeypatch.setattr(bench.predictor, "predict", overflow)
+        await bench.pipeline.run(bench.job())
+    assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 1
+
+
 async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
     async with running(Bench()) as bench:
         answer = await bench.pipeline.run(bench.job(form=Drawing("image/jpeg")))

@@ -120,6 +120,13 @@ def test_proposals_of_a_form_are_json() -> None:
         read_proposals(Upload([], form=[("proposals", "0 0 10 10")]))
 
 
+def test_suppression_is_the_requests_where_it_says_so() -> None:
+    options = resolve_options(DetectParameters(nms_thresh=0.3, class_agnostic_nms=True), FAKE_INFO).options
+    assert (options.nms_thresh, options.class_agnostic_nms) == (0.3, True)
+    options = resolve_options(DetectParameters(), FAKE_INFO).options
+    assert (options.nms_thresh, options.class_agnostic_nms) == (None, None)
+
+
 def test_roi_op_is_one_that_the_model_can_take() -> None:
     assert resolve_options(DetectParameters(roi_op="roi_pool"), FAKE_INFO).options.roi_op == "roi_pool"
     with pytest.raises(InvalidRequestError, match="cannot take roi_op='spp'; it can take: roi_pool, roi_align"):
