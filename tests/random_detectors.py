@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
+from service.modeling.config import ModelConfig
+
 # How far the outputs of each predictor lie apart.
 SPREADS = {
     "rpn.head.cls_logits": 1.0,
@@ -27,6 +29,11 @@ def blobs(height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
     coarse = torch.rand(1, 3, 8, 10, generator=torch.Generator().manual_seed(seed))
     smooth = functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0]
     return np.ascontiguousarray((smooth.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+
+
+def with_backbone(config: ModelConfig, **changes: object) -> ModelConfig:
+    """The configuration with other values in its `[backbone]`."""
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update=changes)})
 
 
 def enliven(model: nn.Module, run: Callable[[], object]) -> None:

@@ -242,16 +242,23 @@ def _found_in(content: Any, *, averaged: bool) -> Checkpoint:
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """All dicts by the keys that lead there, the outermost first; one that is held twice comes once."""
-    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)] if _holds(content) else [])
     seen: set[int] = set()
     while waiting:
         path, value = waiting.popleft()
         inner = value.items if isinstance(value, Unread) else value
-        if not isinstance(inner, Mapping) or id(inner) in seen or len(path) > _DEEPEST:
+        if id(inner) in seen or len(path) > _DEEPEST:
             continue
         seen.add(id(inner))
-        yield path, inner
-        waiting += [((*path, str(key)), item) for key, item in inner.items() if isinstance(item, Mapping | Unread)]
+        if isinstance(inner, Mapping):
+            yield path, inner
+        children = inner.items() if isinstance(inner, Mapping) else enumerate(inner)
+        waiting += [((*path, str(key)), item) for key, item in children if _holds(item)]
+
+
+def _holds(value: Any) -> bool:
+    """Whether there may be dicts in it."""
+    return isinstance(value, Mapping | Unread | list)
 
 
 _DEEPEST = 20
@@ -307,7 +314,7 @@ def _why_no_weights(content: Any) -> str:
         return f"expected weights by name, got {described(inner)}; save `model.state_dict()` alone"
     if isinstance(inner, Mapping) and inner:
         some = ", ".join(f"{key} ({described(value)})" for key, value in list(inner.items())[:10])
-        return f"expected nothing but weights by name, got {some}"
+        return f"expected nothing but weights by name, got {some}; save `model.state_dict()` alone"
     return f"expected weights by name, got {type(content).__name__}"
 
 

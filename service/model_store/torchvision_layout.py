@@ -115,11 +115,6 @@ def builder_config(builder: str, labels: Sequence[str], *, norm_eps: float = 1e-
     return validated(builder, {**tables, "labels": labels, "backbone": backbone}, ModelConfig)
 
 
-def with_backbone(config: ModelConfig, **changes: object) -> ModelConfig:
-    """The configuration with other values in its `[backbone]`."""
-    return config.model_copy(update={"backbone": config.backbone.model_copy(update=changes)})
-
-
 def inferred(state_dict: Mapping[str, Tensor]) -> Findings:
     """The network that a state dict is from, as far as names and shapes tell.
 
@@ -257,6 +252,8 @@ def tell_norm(found: Findings, weights: Mapping[str, Tensor]) -> None:
     if norm is None or (norm == "group_norm" and "resne" not in name):
         return
     found.tell("backbone", WEIGHTS, norm=norm)
+    if norm == "group_norm":
+        found.notes.append("the norms are of groups, whose number no weight tells: taken to be 32")
     if norm == "frozen_batch_norm" and name == "resnet50_fpn":
         found.notes.append(
             "the norms are frozen ones, whose epsilon no weight tells: 0 in what was fine-tuned from torchvision's "

@@ -162,6 +162,7 @@ def test_a_truncated_file_is_refused(path: Path, keep: int) -> None:
     ("content", "problem"),
     [
         ([1, 2], "expected weights by name, got list"),
+        ([[]], "expected weights by name, got list"),
         ({}, "expected weights by name, got dict"),
         ({"epoch": 3, "best": 0.5}, r"expected nothing but weights by name, got epoch \(int\), best \(float\)"),
         ({1: torch.zeros(1)}, r"got torch\._utils\._rebuild_tensor_v2, which was not run"),
@@ -200,6 +201,11 @@ def test_a_detector_is_found_under_any_key_and_behind_any_prefix(path: Path, pre
     assert checkpoint.weights.keys() == DETECTOR.keys()
     assert checkpoint.left_out == ()
     assert checkpoint.found_at == ".".join(filter(None, (key, prefix.rstrip("."))))
+
+
+def test_a_detector_in_a_list_is_found_too(path: Path) -> None:
+    torch.save({"models": [DETECTOR], "epoch": 3}, path)
+    assert read_checkpoint(path).found_at == "models.0"
 
 
 def test_tensors_that_are_not_the_detectors_are_left_out_and_named(path: Path) -> None:

@@ -12,9 +12,10 @@ from service.errors import ModelStoreError
 from service.model_store.importing import ImportedModel, import_checkpoint
 from service.model_store.labels import read_labels
 from service.model_store.published import published_weights
-from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
+from service.model_store.torchvision_layout import BUILDERS, builder_config
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
+from tests.random_detectors import with_backbone
 
 Builder = Callable[..., nn.Module]
 Detect = Callable[[nn.Module], dict[str, Tensor]]

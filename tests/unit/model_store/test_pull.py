@@ -16,8 +16,9 @@ from service.errors import ModelStoreError
 from service.model_store.published import PublishedWeights, published_weights
 from service.model_store.pull import find_pulled, pull_model
 from service.model_store.store import ModelStore, StoredModel
-from service.model_store.torchvision_layout import BUILDERS, builder_config, with_backbone
+from service.model_store.torchvision_layout import BUILDERS, builder_config
 from service.modeling.config import ModelConfig
+from tests.random_detectors import with_backbone
 from tests.unit.model_store.test_importing import with_old_names
 
 BUILDER = "fasterrcnn_mobilenet_v3_large_320_fpn"
