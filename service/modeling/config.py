@@ -273,7 +273,9 @@ class AnchorsConfig(_Table):
             )
         counts = [len(sizes) * len(level) for sizes, level in zip(self.sizes, ratios, strict=True)]
         if not counts or len(set(counts)) != 1 or not counts[0]:
-            raise ValueError(f"expected the same number of sizes (at least 1) for every level, got {self.sizes}")
+            raise ValueError(
+                f"expected the same number of sizes times aspect_ratios (at least 1) for every level, got {counts}"
+            )
         return self
 
     @property
