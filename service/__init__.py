@@ -22,7 +22,7 @@ service/
 ├── modeling/           the networks, the papers' nouns as files, parts from torchvision
 ├── ops/                RoI Pool, RoI Align and their kin behind one interface
 ├── devices/            what a CPU and a GPU can do, and how each is used, behind one interface
-├── training/           dataset, targets, loop, evaluation
+├── training/           data sets checked and converted, loop, evaluation
 ├── load/               load on a server that runs, its figures, and what they say of its settings
 ├── metrics.py          every metric, declared once
 ├── tracing.py          the traces of requests

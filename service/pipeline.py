@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -196,7 +195,7 @@ class Pipeline:
         self._max_answer_bytes = max_answer_bytes
         self._plan_for = plan_for
         self._submitted: set[Work] = set()
-        self._decoding: Counter[bool] = Counter()  # images, by whether they are bulk
+        self._coming: set[Job] = set()  # bulk, from before their decoding until they are submitted
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """Of each image that waits for the device on behalf of one model, its pixels, resized and padded."""
@@ -234,11 +233,13 @@ class Pipeline:
     async def _detect(self, job: Job, holding: PixelHolding) -> tuple[Image, Prediction]:
         predictor = self._predictor(job.model)
         job.progress.enter("decode")
-        self._decoding[job.is_bulk] += 1
+        if job.is_bulk:
+            self._coming.add(job)
         try:
             image = await self._in_thread(self._decoders, job, self._decode, job, holding)
-        finally:
-            self._decoding[job.is_bulk] -= 1
+        except BaseException:
+            self._coming.discard(job)
+            raise
         job.progress.enter("queue")
         plan = self._plan_for(job)
         submit = partial(self._submit, job, predictor)
@@ -307,6 +308,7 @@ class Pipeline:
         work = Work(predictor, query, padded_pixels, job.progress)
         job.progress.queued(padded_pixels)
         self._submitted.add(work)
+        self._coming.discard(job)
         try:
             answer = await self._batcher.submit(
                 work,
@@ -315,7 +317,7 @@ class Pipeline:
                 shape=padded_size,
                 deadline=job.deadline,
                 priority=Priority.BULK if job.is_bulk else Priority.INTERACTIVE,
-                mates_seconds=_MATES_SECONDS if job.is_bulk and self._decoding[True] > 0 else 0.0,
+                mates_seconds=_MATES_SECONDS if job.is_bulk and self._coming else 0.0,
             )
         finally:
             self._submitted.remove(work)

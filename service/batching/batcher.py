@@ -1,6 +1,5 @@
-"""The batcher: hands waiting items to `predict` in batches and each result back to who waits for it. Called by
-`pipeline.py`, started and stopped by `app.py`. Who goes next is decided in `queue.py`; this file knows futures and
-threads, no models.
+"""The batcher: hands waiting items to `predict` in batches and each result back to the caller that waits for it. What
+goes next is decided in `queue.py`; this file knows futures and threads, no models.
 
 Callers wait on the event loop; `predict` runs on one thread of the batcher's own, which takes its next batch itself. So
 the device never waits for a loop that is busy with other things, and an entry can be withdrawn until the moment when

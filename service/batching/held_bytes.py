@@ -3,8 +3,8 @@ request. `api` adds to a request's holding what arrives of its body. Knows numbe
 
 How it is meant: the outermost layer of a request opens its holding, `with held_bytes.hold() as holding`, and closes it
 when the answer has been sent, so that whatever keeps the body in between (the queue, a worker that may have to be sent
-it again) needs no account of its own. A holding grows with the bytes that have come and not with those announced: who
-announces much and sends nothing takes no room from others.
+it again) needs no account of its own. Only received bytes are charged, not the declared Content-Length, so
+a client cannot reserve memory by announcing a large body.
 """
 
 from __future__ import annotations

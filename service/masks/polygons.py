@@ -1,5 +1,5 @@
 """Masks as COCO polygons that run along the edges of the pixels, so that filling them gives back the mask exactly.
-Called by the pipeline in the request's own thread. Knows runs of pixels; knows no image, model or HTTP.
+Knows runs of pixels; knows no image, model or HTTP.
 
 Shapes: D objects of one image, M x M the mask head's output size. A node is one bound of one run: a horizontal pixel
 edge from (x, y) to (x + 1, y), with the mask below it (a start, even index in `ys`) or above it (an end, odd index).

@@ -1,5 +1,5 @@
-"""Masks as COCO's compressed run-length encoding, the form that `pycocotools` reads and writes. Called by the pipeline
-in the request's own thread. Knows runs of pixels; knows no image, model or HTTP.
+"""Masks as COCO's compressed run-length encoding, the form that `pycocotools` reads and writes. Knows
+runs of pixels; knows no image, model or HTTP.
 
 Shapes: D objects of one image, M x M the mask head's output size.
 """
