@@ -1,4 +1,4 @@
-"""Augmentation: from one sample to one square training picture at the scale the network will see. Called by `loop.py`.
+"""Augmentation: from one sample to one square training picture at the scale the network will see.
 One affine map does scale, flips, quarter turns and the crop at once, for pixels and masks alike.
 
 Shapes: S x S the training picture, K objects in it.

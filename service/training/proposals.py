@@ -1,5 +1,5 @@
-"""Proposals for training networks that have no RPN: selective search once a picture, kept on disk. Called by `loop.py`;
-knows pictures and boxes.
+"""Proposals for training networks that have no RPN: selective search once a picture, kept on disk. Knows
+pictures and boxes.
 """
 
 from __future__ import annotations

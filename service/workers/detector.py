@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from service.batching.backlog import SAFETY, Backlog
-from service.errors import CancelledRequestError, DeadlineExceededError, OverloadedError, ServiceError
+from service.errors import (
+    CancelledRequestError,
+    DeadlineExceededError,
+    NotReadyError,
+    OverloadedError,
+    PoisonousImageError,
+    ServiceError,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo
@@ -128,8 +135,8 @@ class Admission:
         except DeadlineExceededError:
             work = 0  # the time was spent, and for nothing
             raise
-        except (OverloadedError, asyncio.CancelledError):
-            work = None
+        except (OverloadedError, NotReadyError, PoisonousImageError, asyncio.CancelledError):
+            work = None  # how long it took to refuse it, or to convict it, is no measure of the device
             raise
         finally:
             backlog.remove(cost, work=work)

@@ -299,7 +299,7 @@ async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs()
 
 async def test_images_of_a_batch_request_that_are_being_decoded_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread decodes them one after the other, and the device is free."""
-    monkeypatch.setattr(pipeline, "_MATES_SECONDS", 60)
+    monkeypatch.setattr(pipeline, "_MATES_SECONDS", 30)
     async with running(Bench()) as bench:
         jobs = [replace(bench.job(), is_bulk=True) for _ in range(3)]
         answers = await asyncio.gather(*map(bench.pipeline.run, jobs))

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.errors import InvalidImageError, OverloadedError
+from service.errors import InvalidImageError, NotReadyError, OverloadedError, PoisonousImageError, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import DetectOptions, Encoded, Job, Json, Progress
@@ -104,3 +104,18 @@ async def test_errors_are_counted_by_their_code() -> None:
         with pytest.raises(InvalidImageError):
             await bench.submit(picture()[:-30])
         assert bench.images("invalid_image") == 1
+
+
+@pytest.mark.parametrize("error", [PoisonousImageError("convicted"), NotReadyError("no worker can be started")])
+async def test_time_of_a_conviction_or_without_workers_is_no_measure_of_the_device(
+    error: ServiceError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(job: Job) -> None:
+        raise error
+
+    async with running() as bench:
+        measured = bench.admission._backlogs[False].seconds_until_done(10**6)
+        monkeypatch.setattr(bench.detector, "run", fail)
+        with pytest.raises(type(error)):
+            await bench.submit()
+        assert bench.admission._backlogs[False].seconds_until_done(10**6) == measured
