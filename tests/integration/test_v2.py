@@ -35,7 +35,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with running(*models, admin_keys=("a" * 32,)) as live:
         live.wait_until_ready()
         program = Path(__file__).with_name("tritonclient_calls.py")
-        command = [CLIENT, program, live.url.removeprefix("http://"), path]
+        command = [str(CLIENT), str(program), live.url.removeprefix("http://"), str(path)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     answers: dict[str, Any] = json.loads(run.stdout)
