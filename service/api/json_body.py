@@ -10,7 +10,7 @@ import json
 import reprlib
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import orjson
 
@@ -19,6 +19,9 @@ from service.errors import InvalidRequestError, TooLargeError
 
 MAX_JSON_BYTES = 256 * 1024
 """What a JSON body may hold beside its longest text, which is the image: more than 2000 proposals with all digits."""
+
+MAX_JSON_VALUES = 256 * 1024
+"""What a document of another protocol may hold: enough for a picture of 290 x 290 pixels as numbers."""
 
 EXPECTED_JSON = 'a JSON object with the image in base64: {"image": "...", ...}'
 # Base64 is decoded in pieces: each holds Python's global lock, which the event loop wants, too. A multiple of 4.
@@ -69,6 +72,28 @@ def parse_json(data: bytes) -> tuple[bytes, dict[str, object]]:
     if image != placeholder:
         raise _too_large(len(data) - len(image))
     return decode_base64(data[start:end]), fields
+
+
+def parse_document(data: bytes) -> dict[str, Any]:
+    """Read a JSON object of another protocol, in which any number of texts may hold images.
+
+    Raises:
+        InvalidRequestError: it is none.
+        TooLargeError: it holds more than `MAX_JSON_VALUES` values.
+    """
+    # Base64 has no commas: these are about as many as there are values.
+    if (commas := data.count(b",")) > MAX_JSON_VALUES:
+        raise TooLargeError(
+            f"the JSON has about {commas} values, at most {MAX_JSON_VALUES} are read; send pictures as encoded files "
+            "or as binary tensors"
+        )
+    try:
+        document = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidRequestError(f"expected a JSON object, got {reprlib.repr(document)}")
+    return document
 
 
 def _too_large(size: int) -> TooLargeError:

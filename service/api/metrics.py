@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from service.api.state import State
@@ -17,10 +15,10 @@ router = APIRouter(tags=["metrics"])
     response_class=Response,
     responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
 )
-async def metrics(state: State, accept: Annotated[str, Header()] = "") -> Response:
+async def metrics(request: Request, state: State) -> Response:
     """All metrics of this process, in Prometheus' text format, or in OpenMetrics, which has ids of traces as exemplars,
     for those who accept that.
     """
     state.metrics.set_device_memory(state.detector.memory())
-    encode, media_type = choose_encoder(accept)
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(state.metrics.registry), media_type=media_type)

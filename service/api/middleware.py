@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.cors import CrossOrigin
-from service.api.errors import problem_response, report
+from service.api.errors import error_response, path_of, report
 from service.api.state import ApiState, Lifecycle, Phase
 from service.batching.held_bytes import Holding
 from service.errors import NotReadyError, OverloadedError, ServiceError
@@ -140,7 +140,7 @@ class RequestMiddleware:
         assert task is not None
         self._state.lifecycle.enter(task)
         try:
-            if scope["method"] == "POST" and _path(scope) in _ONE_IMAGE_PATHS:
+            if scope["method"] == "POST" and path_of(scope) in _ONE_IMAGE_PATHS:
                 self._state.admission.require_place(seconds_left=self._state.settings.request_timeout_ms / 1000)
             preflight = self._cross_origin.preflight(scope["method"], Headers(scope=scope))
             await (preflight or self._app)(scope, exchange.receive, exchange.send)
@@ -161,11 +161,11 @@ class RequestMiddleware:
         report(error, self._state.metrics)
         if exchange.record.status is None:
             await exchange.read_small_body()
-            await problem_response(error)(scope, exchange.receive, exchange.send)
+            await error_response(error, scope)(scope, exchange.receive, exchange.send)
 
     def _tell(self, scope: Scope, record: RequestRecord) -> None:
         """Count the request and write its line."""
-        path = _path(scope)
+        path = path_of(scope)
         route = path if path in _ONE_IMAGE_PATHS else getattr(scope.get("route"), "path", "unmatched")
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
@@ -260,13 +260,6 @@ class _Exchange:
                     await self.receive()
         except TimeoutError:
             pass
-
-
-def _path(scope: Scope) -> str:
-    """The path that was asked for, without the one under which a proxy publishes the server."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _request_id(headers: Headers) -> str:

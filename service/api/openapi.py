@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from service.api.errors import ERROR_STATUS, PROBLEM_MEDIA_TYPE
 from service.api.keys import Keys
 from service.api.options import BodyParameters, DetectParameters
-from service.api.schemas import BatchAnswer, DetectAnswer, Health, ModelDescription, ModelList, Problem
+from service.api.schemas import BatchAnswer, DetectAnswer, Health, ModelDescription, ModelList, PlainProblem, Problem
 
 _BINARY = {"type": "string", "format": "binary"}
 PICTURE_SCHEMA = {"schema": _BINARY}
@@ -97,6 +97,36 @@ def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def describe_plain_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """As `describe_errors`, for protocols whose errors are `{"error": ...}`."""
+    example = {"error": "what was expected, and what came", "code": "invalid_request", "request_id": _REQUEST_ID}
+    return {
+        status: {**one, "model": PlainProblem, "content": {"application/json": {"example": example}}}
+        for status, one in describe_errors(*statuses).items()
+    }
+
+
+def describe_json(model: type[BaseModel], **others: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's `openapi_extra` for a route that reads JSON of this shape itself.
+
+    Args:
+        others: what else it takes, by media type.
+    """
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inlined(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inlined(parts[value["$ref"].rpartition("/")[2]])
+        return {key: inlined(one) for key, one in value.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}, **others}}}
+
+
 def describe_upload(
     parameters: type[DetectParameters], *kinds: Literal["multipart", "json", "raw"], several: bool = False
 ) -> dict[str, Any]:
@@ -149,5 +179,6 @@ def describe_app(app: FastAPI, keys: Keys) -> None:
 
 def _correct_errors(operation: dict[str, Any]) -> None:
     for status, response in operation["responses"].items():
-        if int(status) >= 400:
+        schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+        if int(status) >= 400 and schema.get("$ref", "").endswith("/Problem"):
             response["content"] = {PROBLEM_MEDIA_TYPE: response["content"]["application/json"]}

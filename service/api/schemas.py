@@ -79,6 +79,14 @@ class Problem(BaseModel):
     stage: str | None = Field(None, description="Where the request was when its deadline passed.")
 
 
+class PlainProblem(BaseModel):
+    """An error, for clients of other protocols."""
+
+    error: str = Field(description="What was expected and what came.")
+    code: str = Field(description="A stable word for programs.")
+    request_id: str
+
+
 class ImageProblem(BaseModel):
     """Why one image of several has no answer."""
 

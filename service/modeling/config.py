@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Architecture = Literal["faster_rcnn", "mask_rcnn", "fast_rcnn", "rcnn"]
 BackboneName = Literal[
@@ -236,6 +236,13 @@ class TransformConfig(_Table):
         return self
 
 
+def _ratios_for(given: object) -> str:
+    """Which of the two forms aspect ratios have, so that errors speak of that one alone."""
+    return (
+        "each map" if isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple) else "all maps"
+    )
+
+
 class AnchorsConfig(_Table):
     """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios.
 
@@ -254,7 +261,11 @@ class AnchorsConfig(_Table):
         (256,),
         (512,),
     )
-    aspect_ratios: Ratios | Annotated[tuple[Ratios, ...], Field(min_length=1, max_length=16)] = (0.5, 1.0, 2.0)
+    aspect_ratios: Annotated[
+        Annotated[Ratios, Tag("all maps")]
+        | Annotated[tuple[Ratios, ...], Field(min_length=1, max_length=16), Tag("each map")],
+        Discriminator(_ratios_for),
+    ] = (0.5, 1.0, 2.0)
 
     @property
     def ratios_by_level(self) -> tuple[tuple[float, ...], ...]:
@@ -273,7 +284,9 @@ class AnchorsConfig(_Table):
             )
         counts = [len(sizes) * len(level) for sizes, level in zip(self.sizes, ratios, strict=True)]
         if not counts or len(set(counts)) != 1 or not counts[0]:
-            raise ValueError(f"expected the same number of sizes (at least 1) for every level, got {self.sizes}")
+            raise ValueError(
+                f"expected the same number of sizes times aspect_ratios (at least 1) for every level, got {counts}"
+            )
         return self
 
     @property

@@ -17,7 +17,17 @@ from service.api.schemas import BatchAnswer, DetectAnswer, Health, ModelDescript
 from tests.fakes import FakePredictor, picture
 from tests.integration.conftest import Live, running
 
-OPTIONS = {"model", "score_thresh", "max_detections", "labels", "masks", "roi_op", "timeout_ms"}
+OPTIONS = {
+    "model",
+    "score_thresh",
+    "nms_thresh",
+    "class_agnostic_nms",
+    "max_detections",
+    "labels",
+    "masks",
+    "roi_op",
+    "timeout_ms",
+}
 
 
 def test_page_loads_everything_from_this_server(live: Live) -> None:

@@ -65,7 +65,7 @@ BAD_REQUESTS: dict[str, tuple[Any, ...]] = {
     "unknown model": ({"content": GOOD, "params": {"model": "x"}}, 404, "model_not_found", "fake-boxes@1, fake@1"),
     "unknown version": ({"content": GOOD, "params": {"model": "fake@7"}}, 404, "model_not_found", "fake@1"),
     "unknown option": (
-        {"content": GOOD, "params": {"thresh": 1}},
+        {"content": GOOD, "params": {"score_tresh": 1}},
         422,
         "invalid_request",
         "did you mean 'score_thresh'?",

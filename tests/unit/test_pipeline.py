@@ -22,7 +22,6 @@ from prometheus_client import CollectorRegistry
 from service import pipeline
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
-from service.answers.tensors import read_tensors
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
 from service.errors import (
@@ -54,6 +53,7 @@ from service.structures import (
     Query,
     Tensors,
 )
+from service.tensors import read_tensors
 from tests.fakes import FakePredictor, picture
 
 

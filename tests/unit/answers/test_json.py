@@ -11,6 +11,7 @@ import pytest
 from service.answers import encode, encoder_for
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
+from service.errors import AnswerTooLargeError
 from service.structures import Detections, Image, Json, MaskFormat
 from tests.fakes import FAKE_INFO
 from tests.unit.masks.cases import objects
@@ -37,16 +38,27 @@ def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None
     [([], 1), ([100] * 60, 1), ([1000] * 9, 1), ([1000] * 20, 3), ([3000] * 99, 30), ([1] * 200, 4)],
 )
 def test_parts_end_where_they_would_take_long(sides: list[int], parts: int) -> None:
+    detections = squares(sides)
+    split = JsonEncoder(Json("rle")).split(detections)
+    assert len(split) == parts
+    assert np.array_equal(np.concatenate([part.boxes for part in split]), detections.boxes)
+    assert len(JsonEncoder(Json("none")).split(detections)) == 1
+
+
+def squares(sides: list[int]) -> Detections:
     boxes = np.zeros((len(sides), 4), np.float32)
     boxes[:, 2], boxes[:, 3] = sides, sides
     numbers = np.zeros(len(sides))
-    detections = Detections(
-        boxes, numbers.astype(np.int64), numbers.astype(np.float32), np.zeros((len(sides), 2, 2), np.float32)
-    )
-    split = JsonEncoder(Json("rle")).split(detections)
-    assert len(split) == parts
-    assert np.array_equal(np.concatenate([part.boxes for part in split]), boxes)
+    masks = np.zeros((len(sides), 2, 2), np.float32)
+    return Detections(boxes, numbers.astype(np.int64), numbers.astype(np.float32), masks)
+
+
+def test_masks_that_would_take_seconds_are_refused_with_a_way_out() -> None:
+    detections = squares([7000] * 1000)
+    with pytest.raises(AnswerTooLargeError, match=r"1000 masks .* max_detections .* masks=none"):
+        JsonEncoder(Json("rle")).split(detections)
     assert len(JsonEncoder(Json("none")).split(detections)) == 1
+    JsonEncoder(Json("rle")).split(squares([1500] * 1000))
 
 
 def test_size_that_is_known_beforehand_is_never_more_than_the_real_one() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from service.answers import encode
-from service.answers.tensors import read_tensors
 from service.structures import Detections, Image, Tensors
+from service.tensors import read_tensors
 from tests.fakes import FAKE_INFO
 
 IMAGE = Image(np.zeros((8, 8, 3), np.uint8))

@@ -30,6 +30,7 @@ STATUSES = {
     "PoisonousImageError": 422,
     "ModelNotFoundError": 404,
     "OverloadedError": 429,
+    "QuotaError": 429,
     "NotReadyError": 503,
     "DeadlineExceededError": 504,
     "CancelledRequestError": 499,
@@ -44,6 +45,7 @@ STATUSES = {
 def test_every_error_has_the_status_of_the_table() -> None:
     arguments: dict[str, dict[str, Any]] = {
         "OverloadedError": {"retry_after_seconds": 1.0},
+        "QuotaError": {"retry_after_seconds": 1.0},
         "DeadlineExceededError": {"stage": "queue"},
     }
     found = {kind.__name__: status_of(kind("why", **arguments.get(kind.__name__, {})))[0] for kind in all_errors()}

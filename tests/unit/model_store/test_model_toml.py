@@ -85,7 +85,7 @@ def test_all_problems_are_named_at_once_with_what_was_expected_and_what_came(pat
         f"{path}: 4 problems",
         "  backbone.nam: unknown key; did you mean 'name'?",
         "  transform.min_size: input should be greater than or equal to 1; got 0",
-        "  anchors.sizes: expected the same number of sizes (at least 1) for every level, got ((32.0,), (64.0, 96.0))",
+        "  anchors: expected the same number of sizes times aspect_ratios (at least 1) for every level, got [3, 6]",
         "  roi.op: input should be 'roi_pool', 'roi_align', 'roi_align_max', 'roi_warp', 'spp' or 'crop'; "
         "got 'roi_aling'",
     ]

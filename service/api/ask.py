@@ -1,0 +1,156 @@
+"""What the routes of all protocols share between a request's head and its answer: the body, the model, the options,
+the deadline, and the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from pydantic import ValidationError
+
+from service.api.body import read_data
+from service.api.disconnect import while_connected
+from service.api.errors import describe_option_errors
+from service.api.middleware import Record, RequestRecord
+from service.api.options import DetectParameters, ResolvedOptions, resolve_options
+from service.api.state import ApiState, State
+from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError
+from service.structures import Answer, Form, Job, ModelInfo, Progress, Source
+from service.tasks import all_of
+
+MAX_IMAGES = 1000
+"""Of one request; each costs a little however small it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """One request for detections, whatever its protocol."""
+
+    request: Request
+    state: ApiState
+    record: RequestRecord
+
+    async def read(self) -> bytes:
+        """The request's body, unpacked if it came compressed; errors as in `read_data`."""
+        settings = self.state.settings
+        try:
+            return await read_data(
+                self.request,
+                max_body_bytes=settings.max_body_bytes,
+                timeout_seconds=settings.body_timeout_seconds,
+                holding=self.record.holding,
+            )
+        except CancelledRequestError:
+            self.state.metrics.cancelled.labels(self.record.progress.stage).inc()
+            raise
+
+    def parameters(self, given: Mapping[str, object]) -> DetectParameters:
+        """Options as they came in JSON; the labels may also be one text with commas.
+
+        Raises:
+            InvalidRequestError: one is unknown, of the wrong type, or out of range.
+        """
+        labels = given.get("labels")
+        try:
+            return DetectParameters.model_validate(
+                {**given, "labels": [labels]} if isinstance(labels, str) else given, strict=True
+            )
+        except ValidationError as error:
+            raise InvalidRequestError(describe_option_errors(error.errors())) from None
+
+    def choose_model(self, parameters: DetectParameters) -> ModelInfo:
+        """The model that is asked for, held until the request is answered.
+
+        Raises:
+            ModelNotFoundError: it is not loaded.
+            InvalidRequestError: the request wants another RoI operator, which this server does not allow.
+        """
+        if parameters.roi_op is not None and not self.state.settings.allow_roi_op_override:
+            raise InvalidRequestError(
+                "option 'roi_op': this server keeps each model's operator; see allow_roi_op_override"
+            )
+        info = self.state.models.find(parameters.model)
+        self.record.resources.enter_context(self.state.models.use(info))
+        self.record.notes["model"] = info.key
+        return info
+
+    def deadline(self, parameters: DetectParameters) -> float:
+        """When the caller will no longer wait, in seconds of `time.monotonic`."""
+        longest_ms = self.state.settings.request_timeout_ms
+        return self.record.progress.started_at + min(parameters.timeout_ms or longest_ms, longest_ms) / 1000
+
+    async def answer(
+        self, sources: Sequence[Source], parameters: DetectParameters, form: Form
+    ) -> list[tuple[Answer, Progress]]:
+        """Find the objects in each image: all of them or, if one fails, none.
+
+        Args:
+            parameters: `masks` says whether masks are wanted, `form` how.
+
+        Returns:
+            For each image, in order, the answer and the times of its stages.
+
+        Raises:
+            ServiceError: the first image's that failed.
+        """
+        if not 1 <= len(sources) <= MAX_IMAGES:
+            raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {len(sources)}")
+        self.state.quotas.charge(self.record.caller, images=len(sources))
+        info = self.choose_model(parameters)
+        resolved = resolve_options(parameters, info)
+        answers = await while_connected(self.request, self._run_all(sources, info, resolved, parameters, form))
+        if len(sources) == 1:
+            [(answer, _)] = answers
+            self.record.batch_id = answer.batch_id
+            self.record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
+        else:
+            self.record.notes["images"] = len(sources)
+        return answers
+
+    async def _run_all(
+        self,
+        sources: Sequence[Source],
+        info: ModelInfo,
+        resolved: ResolvedOptions,
+        parameters: DetectParameters,
+        form: Form,
+    ) -> list[tuple[Answer, Progress]]:
+        is_bulk, size = len(sources) > 1, 0
+
+        async def run_one(source: Source) -> tuple[Answer, Progress]:
+            nonlocal size
+            progress = Progress("decode") if is_bulk else self.record.progress
+            job = Job(
+                model=info.key,
+                source=source,
+                options=resolved.options,
+                form=form,
+                deadline=self.deadline(parameters),
+                progress=progress,
+                is_bulk=is_bulk,
+            )
+            answer = await self.state.admission.run(job)
+            height, width = answer.image_size
+            self.state.quotas.charge(self.record.caller, pixels=height * width)
+            size += len(answer.encoded)
+            if size > self.state.settings.max_answer_bytes:
+                raise AnswerTooLargeError(
+                    f"the answer would have more than {self.state.settings.max_answer_bytes} bytes; send fewer images, "
+                    "or ask for no masks"
+                )
+            return answer, progress
+
+        # Two batches' worth at a time keep the device busy and leave the queue to others.
+        return await all_of(run_one, sources, at_a_time=2 * self.state.settings.max_batch_size)
+
+
+async def _begin(request: Request, state: State, record: Record) -> Ask:
+    state.lifecycle.require_serving()
+    state.quotas.require(record.caller)
+    return Ask(request, state, record)
+
+
+Asked = Annotated[Ask, Depends(_begin)]
