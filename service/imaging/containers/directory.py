@@ -14,7 +14,8 @@ MAX_ENTRIES = 4096
 
 _HEADERS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 _BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
+# Signed ones and offsets, too: decoders read them where the format asks for an unsigned number.
+_INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Directory:
         """All values of a tag, empty if it is missing or not of an integer type. Bound its count first.
 
         Raises:
-            InvalidImageError: the values lie outside the file.
+            InvalidImageError: the values lie outside the file, or one is negative.
         """
         entry = self.entries.get(tag)
         return () if entry is None else self._first_integers(tag, entry, entry.count)
@@ -68,7 +69,7 @@ class Directory:
         """The first value of a tag, whatever its count says; None if it is missing or not of an integer type.
 
         Raises:
-            InvalidImageError: the value lies outside the file.
+            InvalidImageError: the value lies outside the file, or is negative.
         """
         entry = self.entries.get(tag)
         values = () if entry is None else self._first_integers(tag, entry, min(entry.count, 1))
@@ -86,7 +87,10 @@ class Directory:
         kind = f"{self.byte_order}{count}{_INTEGER_TYPES[entry.value_type]}"
         if entry.value_offset + struct.calcsize(kind) > len(self.data):
             raise InvalidImageError(f"the values of TIFF tag {tag} lie outside the data")
-        return struct.unpack_from(kind, self.data, entry.value_offset)
+        values = struct.unpack_from(kind, self.data, entry.value_offset)
+        if min(values, default=0) < 0:
+            raise InvalidImageError(f"a value of TIFF tag {tag} is negative")
+        return values
 
 
 def read_directory(data: bytes) -> Directory:

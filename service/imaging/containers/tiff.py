@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
 from service.imaging.containers.container import Container
 from service.imaging.containers.directory import Directory, read_directory
-from service.imaging.containers.exif import ORIENTATION_TAG
+from service.imaging.containers.exif import read_orientation
 from service.imaging.containers.jpeg import check_scans, count_work
 
 # One strip a row is legal and common, in each of three planes. Pillow makes an object of every strip.
@@ -58,10 +58,8 @@ def read_tiff(data: bytes) -> Container:
         raise UnsupportedImageError(f"TIFF with compression {compression}; we read {_COMPRESSIONS}")
     layout = _layout(directory, image_size)
     num_passes = _check_work(directory, layout, image_size, compression)
-    orientation = _integer(directory, ORIENTATION_TAG, 1)
-    return Container(
-        image_size, _first_picture(directory), orientation if 1 <= orientation <= 8 else 1, num_passes=num_passes
-    )
+    orientation = read_orientation(data)
+    return Container(image_size, _first_picture(directory), orientation, num_passes=num_passes)
 
 
 def _required(directory: Directory, tag: int) -> int:
@@ -72,7 +70,10 @@ def _required(directory: Directory, tag: int) -> int:
 
 
 def _integer(directory: Directory, tag: int, default: int) -> int:
+    """A decoder may understand a type that we do not, so only a tag that is missing has its default."""
     value = directory.integer(tag)
+    if value is None and tag in directory.entries:
+        raise InvalidImageError(f"TIFF tag {tag} holds no integer")
     return default if value is None else value
 
 
@@ -137,13 +138,15 @@ def _check_work(directory: Directory, layout: _Layout, image_size: tuple[int, in
     """Bound what the strips or tiles ask for; returns how often a decoder goes over all pixels, rounded up.
 
     Raises:
-        InvalidImageError: they overlap, or hold more than their pixels can need.
+        InvalidImageError: they are nowhere, overlap, or hold more than their pixels can need.
         TooLargeError: the JPEGs in them are costly.
     """
     for tag in (layout.offsets, layout.byte_counts):
         if tag in directory.entries and directory.entries[tag].count > MAX_STRIPS:
             raise TooLargeError(f"the TIFF is cut into over {MAX_STRIPS} strips or tiles")
     offsets, byte_counts = directory.integers(layout.offsets), directory.integers(layout.byte_counts)
+    if not offsets:
+        raise InvalidImageError("the TIFF does not say where its strips or tiles are")
     if not byte_counts and layout.count > 1:
         # libtiff would take the rest of the file for each.
         raise InvalidImageError(f"the TIFF has {layout.count} strips or tiles and does not say how long they are")

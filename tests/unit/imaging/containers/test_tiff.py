@@ -189,6 +189,23 @@ def test_a_jpeg_in_a_tiff_may_have_as_many_scans_as_a_jpeg() -> None:
         read_tiff(in_parts((64, 128), (64, 64), tiles, compression=7))
 
 
+@pytest.mark.parametrize("tag", [259, 273, 279])
+@pytest.mark.parametrize("value_type", [6, 7, 8, 9, 11])
+def test_a_tag_of_another_type_hides_nothing_that_libtiff_would_read(tag: int, value_type: int) -> None:
+    whole = in_parts((64, 64), None, [progressive(MAX_SCANS + 1)], compression=7)
+    as_long = struct.pack("<HH", tag, LONG)
+    assert whole.count(as_long) == 1
+    with pytest.raises(InvalidImageError):
+        read_tiff(whole.replace(as_long, struct.pack("<HH", tag, value_type)))
+
+
+def test_numbers_may_be_signed_but_not_negative() -> None:
+    signed = 9
+    read_tiff(tiff(TAGS | {256: (signed, 1, 2)}))
+    with pytest.raises(InvalidImageError, match="negative"):
+        read_tiff(tiff(TAGS | {279: (signed, 1, 0xFFFFFFFF)}))
+
+
 def test_fill_bytes_of_a_jpeg_in_a_tiff_are_counted() -> None:
     data = progressive(3)
     filled = data[:-2] + b"\xff" * (MAX_FILL_BYTES + 1) + data[-2:]
