@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
 
-from service.api import detect, docs, health, metrics, models, start, v2
+from service.api import detect, docs, health, hugging_face, metrics, models, predict, start, v2
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
 from service.api.management import management_server
@@ -105,7 +105,14 @@ def create_app(
     resources = [detect, models, health, metrics, docs, start]
     if settings.admin_port is not None:
         resources = [detect, models, docs, start]
-    routers = [*(resource.router for resource in resources), v2.probes, v2.models]
+    routers = [
+        *(resource.router for resource in resources),
+        v2.probes,
+        v2.models,
+        hugging_face.router,
+        predict.probes,
+        predict.router,
+    ]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -294,6 +294,13 @@ class Settings(BaseSettings):
                     ipaddress.ip_network(address)
             except ValueError:
                 raise PydanticCustomError("address", "expected IP addresses or networks, or *") from None
+        return value
+
+    @field_validator("admin_port")
+    @classmethod
+    def _check_admin_port(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value == info.data.get("port"):
+            raise PydanticCustomError("admin_port", "expected another port than that of the API")
         return value
 
     @field_validator("device")

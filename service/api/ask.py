@@ -33,6 +33,10 @@ class Ask:
     state: ApiState
     record: RequestRecord
 
+    def require_place(self) -> None:
+        """Raise OverloadedError if one image would be refused now, before its body is read."""
+        self.state.admission.require_place(seconds_left=self.state.settings.request_timeout_ms / 1000)
+
     async def read(self) -> bytes:
         """The request's body, unpacked if it came compressed; errors as in `read_data`."""
         settings = self.state.settings

@@ -44,6 +44,7 @@ _MODEL = {
     "name": "nuclei",
     "version": 1,
     "default": True,
+    "ready": True,
     "architecture": "mask_rcnn",
     "backbone": "resnet18",
     "roi_op": "roi_align",

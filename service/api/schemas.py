@@ -126,6 +126,7 @@ class ModelDescription(BaseModel):
     name: str
     version: int
     default: bool = Field(description="Whether requests that name no model go to this one.")
+    ready: bool = Field(description="Always true: models are listed when they are loaded. KServe's clients look at it.")
     architecture: str
     backbone: str
     roi_op: str
@@ -185,8 +186,9 @@ def detections_document(
 
 def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
     """A loaded model, as `ModelDescription` describes it."""
-    return {name: getattr(info, name) for name in ModelDescription.model_fields if name != "default"} | {
+    return {name: getattr(info, name) for name in ModelDescription.model_fields if name not in ("default", "ready")} | {
         "default": is_default,
+        "ready": True,
         "verification": None if info.verification is None else verification_document(info.verification),
     }
 

@@ -62,12 +62,15 @@ class Backlog:
 
         Args:
             cost: what was added.
-            work: how much of that was done; None if its end says nothing about the speed.
+            work: how much of that was done; None if its end says nothing about the speed, 0 if its time was spent for
+                nothing.
         """
         self.count -= 1
         self.cost -= cost
         if work is not None:
             now = self._clock()
-            self._measured_cost = _MEMORY * self._measured_cost + work
-            self._measured_seconds = _MEMORY * self._measured_seconds + now - self._measured_since
+            # Only work replaces what was measured before: many deadlines of a millisecond must not make it forgotten.
+            memory = _MEMORY if work > 0 else 1.0
+            self._measured_cost = memory * self._measured_cost + work
+            self._measured_seconds = memory * self._measured_seconds + now - self._measured_since
             self._measured_since = now

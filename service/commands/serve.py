@@ -48,6 +48,8 @@ def serve_command() -> Callable[..., None]:
         from service.logs import configure_logging
 
         check_address(settings.host, settings.port)
+        if settings.admin_port is not None:
+            check_address(settings.host, settings.admin_port, flag="--admin-port")
         check_models(settings)
         configure_logging(log_format=settings.log_format, log_level=settings.log_level)
         _tell_of_variables()

@@ -14,9 +14,7 @@ from service.batching.backlog import SAFETY, Backlog
 from service.errors import (
     CancelledRequestError,
     DeadlineExceededError,
-    NotReadyError,
     OverloadedError,
-    PoisonousImageError,
     ServiceError,
 )
 from service.metrics import Metrics
@@ -135,7 +133,7 @@ class Admission:
         except DeadlineExceededError:
             work = 0  # the time was spent, and for nothing
             raise
-        except (OverloadedError, NotReadyError, PoisonousImageError, asyncio.CancelledError):
+        except (ServiceError, asyncio.CancelledError):
             work = None  # how long it took to refuse it, or to convict it, is no measure of the device
             raise
         finally:

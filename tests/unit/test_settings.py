@@ -126,6 +126,12 @@ def test_what_is_out_of_range_is_refused_by_name(name: str, value: object) -> No
         Settings(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
 
 
+def test_the_admin_port_is_another_port() -> None:
+    with pytest.raises(ValidationError, match="expected another port than that of the API"):
+        Settings(port=9000, admin_port=9000)
+    assert Settings(port=9000, admin_port=9001).admin_port == 9001
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])
 def test_devices_are_written_as_torch_writes_them(device: str) -> None:
     assert Settings(device=device).device == device

@@ -117,3 +117,13 @@ def test_of_what_is_taken_under_overload_hardly_any_is_late_and_no_server_idles(
         idle += len(running) < threads
     assert late <= 0.01 * taken
     assert idle <= 0.02 * 20_000
+
+
+def test_many_deadlines_of_a_millisecond_do_not_replace_what_was_measured() -> None:
+    clock = Clock()
+    backlog = measured(clock, seconds=2)
+    for _ in range(1000):
+        backlog.add(10)
+        clock.now += 0.001
+        backlog.remove(10, work=0)
+    assert backlog.seconds_until_done(10) == pytest.approx(2, rel=0.1)

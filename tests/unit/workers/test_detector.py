@@ -10,13 +10,34 @@ from contextlib import asynccontextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.errors import InvalidImageError, NotReadyError, OverloadedError, PoisonousImageError, ServiceError
+from service.batching.backlog import Backlog
+from service.errors import (
+    InferenceError,
+    InvalidImageError,
+    NotReadyError,
+    OverloadedError,
+    PoisonousImageError,
+    ServiceError,
+    TooLargeError,
+)
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import DetectOptions, Encoded, Job, Json, Progress
 from service.workers.detector import Admission
 from service.workers.local import LocalDetector
 from tests.fakes import FakePredictor, picture
+
+
+def job(data: bytes, *, is_bulk: bool = False) -> Job:
+    return Job(
+        model="fake@1",
+        source=Encoded(data),
+        options=DetectOptions(),
+        form=Json(),
+        deadline=time.monotonic() + 60,
+        progress=Progress("body"),
+        is_bulk=is_bulk,
+    )
 
 
 class Bench:
@@ -30,16 +51,7 @@ class Bench:
         self.admission = Admission(self.detector, metrics=self.metrics)
 
     def submit(self, data: bytes | None = None, *, is_bulk: bool = False) -> asyncio.Task[object]:
-        job = Job(
-            model="fake@1",
-            source=Encoded(picture() if data is None else data),
-            options=DetectOptions(),
-            form=Json(),
-            deadline=time.monotonic() + 60,
-            progress=Progress("body"),
-            is_bulk=is_bulk,
-        )
-        return asyncio.create_task(self.admission.run(job))
+        return asyncio.create_task(self.admission.run(job(picture() if data is None else data, is_bulk=is_bulk)))
 
     def images(self, outcome: str) -> float | None:
         labels = {"model": "fake@1", "outcome": outcome}
@@ -106,11 +118,20 @@ async def test_errors_are_counted_by_their_code() -> None:
         assert bench.images("invalid_image") == 1
 
 
-@pytest.mark.parametrize("error", [PoisonousImageError("convicted"), NotReadyError("no worker can be started")])
-async def test_time_of_a_conviction_or_without_workers_is_no_measure_of_the_device(
+@pytest.mark.parametrize(
+    "error",
+    [
+        PoisonousImageError("convicted"),
+        NotReadyError("no worker can be started"),
+        InvalidImageError("refused in a millisecond"),
+        TooLargeError("likewise"),
+        InferenceError("failed"),
+    ],
+)
+async def test_time_of_a_refusal_or_a_failure_is_no_measure_of_the_device(
     error: ServiceError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(job: Job) -> None:
+    async def fail(_: Job) -> None:
         raise error
 
     async with running() as bench:
@@ -119,3 +140,16 @@ async def test_time_of_a_conviction_or_without_workers_is_no_measure_of_the_devi
         with pytest.raises(type(error)):
             await bench.submit()
         assert bench.admission._backlogs[False].seconds_until_done(10**6) == measured
+
+
+def test_after_tiny_images_a_large_one_finds_a_place_beside_another() -> None:
+    """They take as long as the network does, whatever their bytes promise."""
+    tiny, large = job(bytes(69)).likely_pixels, job(bytes(2_000_000)).likely_pixels
+    now = 0.0
+    backlog = Backlog(clock=lambda: now)
+    for _ in range(20):
+        backlog.add(tiny)
+        now += 0.1
+        backlog.remove(tiny, work=tiny)
+    backlog.add(tiny)
+    assert backlog.is_in_time(large, seconds_left=30)
