@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 # How much of what was measured the next job leaves in place: about the last twenty count, a few batches.
 _MEMORY = 0.95
-# What one job is taken to last before the first was measured.
-_UNMEASURED_SECONDS = 1.0
+# What one job is taken to last before the first was measured: so little that the first burst after a start fills the
+# queue, as by default it may, rather than being refused by a guess.
+_UNMEASURED_SECONDS = 0.3
 # So many may be under way on that guess, however short their deadlines are.
 _UNMEASURED_JOBS = 8
 # A job is taken if it needs at most this share of the time it has: sizes and speeds vary.

@@ -34,8 +34,11 @@ def hang_ups(*, callers: int = 200, min_size: int = 400) -> Verdict:
 
         async def call_all() -> list[int | None]:
             async with Client(server.target, timeout_seconds=300) as client:
+                for request in requests[:MAX_BATCH_SIZE]:  # the server learns how fast it is, and lets all others in
+                    await client.send(request)
+                before.update(server.metrics())
                 calls = [asyncio.create_task(call(client, request)) for request in requests]
-                while await asyncio.to_thread(_waiting, server) < callers / 2:
+                while await asyncio.to_thread(_waiting, server) < callers / 2 and not all(one.done() for one in calls):
                     await asyncio.sleep(0.01)
                 for impatient in calls[1::2]:
                     impatient.cancel()
