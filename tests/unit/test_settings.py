@@ -27,6 +27,23 @@ def test_environment_sets_fields_and_arguments_win(monkeypatch: pytest.MonkeyPat
     assert (settings.port, settings.log_format) == (9001, "json")
 
 
+def test_variables_of_vertex_ai_go_before_those_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROISERVE_PORT", "8000")
+    monkeypatch.setenv("AIP_HTTP_PORT", "8080")
+    monkeypatch.setenv("AIP_HEALTH_ROUTE", "/v1/endpoints/1/deployedModels/2")
+    monkeypatch.setenv("AIP_PREDICT_ROUTE", "/v1/endpoints/1/deployedModels/2:predict")
+    settings = Settings()
+    assert settings.port == 8080
+    assert settings.health_route == "/v1/endpoints/1/deployedModels/2"
+    assert settings.predict_route == "/v1/endpoints/1/deployedModels/2:predict"
+
+
+@pytest.mark.parametrize("route", ["predict", "/{name}", "/a b", "/"])
+def test_route_that_is_no_path_is_refused(route: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(predict_route=route)
+
+
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROISERVE_MODELS", "nuclei, blood-cells@2,")
     monkeypatch.setenv("ROISERVE_API_KEYS", "one,two")
