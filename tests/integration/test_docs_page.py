@@ -26,6 +26,7 @@ OPTIONS = {
     "labels",
     "masks",
     "roi_op",
+    "intensity",
     "timeout_ms",
 }
 
