@@ -113,6 +113,8 @@ def create_app(
         predict.probes,
         predict.router,
     ]
+    if settings.health_route or settings.predict_route:
+        routers.append(predict.further_routes(settings))
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]

@@ -257,6 +257,7 @@ class Pipeline:
                 return decode_image(
                     job.source.data,
                     limits=self._image_limits,
+                    intensity=job.source.intensity,
                     before_decoding=holding.take,
                     should_stop=lambda: holding.is_over,
                 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -27,6 +27,14 @@ OTHER_VARIABLES = frozenset(
     {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
 )
 """Variables with our prefix that the server does not read: of the compose file, and of `roiserve models pull`."""
+
+_ROUTE = r"^(/[A-Za-z0-9._~:@-]+)+$"
+# What Vertex AI tells a container, by the variable of ours that it goes before: an image may have set ours already.
+_VERTEX_VARIABLES = {
+    "roiserve_port": "aip_http_port",
+    "roiserve_health_route": "aip_health_route",
+    "roiserve_predict_route": "aip_predict_route",
+}
 
 # Kubernetes gives every pod such variables for every Service: ROISERVE_PORT=tcp://10.0.0.7:8000 for one named roiserve.
 _SERVICE_LINK_NAME = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
@@ -46,6 +54,17 @@ class Settings(BaseSettings):
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="Path under which a proxy publishes the server, such as /detector, whether the proxy strips it or "
         "not.",
+    )
+    health_route: str | None = Field(
+        None,
+        pattern=_ROUTE,
+        description="A further path that answers as /readyz does, for platforms that choose one; Vertex AI's "
+        "AIP_HEALTH_ROUTE sets it, too.",
+    )
+    predict_route: str | None = Field(
+        None,
+        pattern=_ROUTE,
+        description="A further path that answers as /invocations does; Vertex AI's AIP_PREDICT_ROUTE sets it, too.",
     )
     forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -255,6 +274,12 @@ class Settings(BaseSettings):
         env_settings.env_vars = {
             name: value for name, value in env_settings.env_vars.items() if not is_service_link(name, value or "")
         }
+        from_vertex = {
+            ours: env_settings.env_vars[theirs]
+            for ours, theirs in _VERTEX_VARIABLES.items()
+            if theirs in env_settings.env_vars
+        }
+        env_settings.env_vars = {**env_settings.env_vars, **from_vertex}
         return init_settings, env_settings
 
     @field_validator("models", "cors_origins", "forwarded_allow_ips", mode="before")
@@ -294,6 +319,13 @@ class Settings(BaseSettings):
                     ipaddress.ip_network(address)
             except ValueError:
                 raise PydanticCustomError("address", "expected IP addresses or networks, or *") from None
+        return value
+
+    @field_validator("admin_port")
+    @classmethod
+    def _check_admin_port(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value == info.data.get("port"):
+            raise PydanticCustomError("admin_port", "expected another port than that of the API")
         return value
 
     @field_validator("device")

@@ -20,6 +20,7 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
 ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
@@ -306,9 +307,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """An image as the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file."""
+    """An image as the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+
+    Attributes:
+        intensity: how 16-bit grey becomes 8-bit: by its full range, or stretched from its own smallest to its own
+            largest value, as the 12 bits of a camera in a file of 16 need it.
+    """
 
     data: bytes
+    intensity: Intensity = "full"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.errors import ServiceError
 from service.structures import Progress
 
 if TYPE_CHECKING:
@@ -86,14 +87,22 @@ class Tracer:
     Args:
         endpoint: the collector's, such as http://collector:4318/v1/traces.
         version: of the service.
+
+    Raises:
+        ServiceError: the extra `otel` is not installed.
     """
 
     def __init__(self, endpoint: str, *, version: str) -> None:
         # Imported here: an extra, and slow to import for those who do not trace.
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError:
+            raise ServiceError(
+                "otlp_endpoint needs the extra otel: pip install --constraint constraints.txt '.[otel]'"
+            ) from None
 
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": "roiserve", "service.version": version})

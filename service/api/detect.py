@@ -57,7 +57,7 @@ class _Order(Generic[P]):
     def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
         return Job(
             model=self.info.key,
-            source=Encoded(image),
+            source=Encoded(image, self.parameters.intensity or "full"),
             options=self.resolved.options,
             form=form,
             deadline=self.deadline,
@@ -66,7 +66,9 @@ class _Order(Generic[P]):
         )
 
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
-        return detections_document(self.info, answer, progress, roi_op=self.resolved.options.roi_op)
+        return detections_document(
+            self.info, answer, progress, roi_op=self.resolved.options.roi_op, intensity=self.parameters.intensity
+        )
 
     def charge(self, state: ApiState, answer: Answer) -> None:
         """Count the pixels of an image for the quota of the caller's key."""

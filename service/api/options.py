@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from service.api.body import Upload
 from service.api.errors import MAX_MISTAKES, and_more, describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, MaskFormat, ModelInfo
+from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, Intensity, MaskFormat, ModelInfo
 
 MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
@@ -69,6 +69,11 @@ class DetectParameters(BaseModel):
         max_length=200,
         description="RoI operator of the box and the mask branch for this request, such as roi_pool, if the server "
         "allows it (allow_roi_op_override). Unset, the model's.",
+    )
+    intensity: Intensity | None = Field(
+        None,
+        description="What is white in 16-bit grey: 65535 (full), or the picture's own largest value (stretch), as "
+        "12-bit cameras need it. Unset: full.",
     )
     timeout_ms: int | None = Field(
         None,
@@ -144,7 +149,7 @@ class AnnotateParameters(DetectParameters):
     def _refuse_unknown_parts(cls, given: str | None) -> str | None:
         unknown = [part for part in (given or "").split(",") if given and part.strip() not in ALL_DRAWN_PARTS]
         if unknown:
-            words = f"expected any of {', '.join(ALL_DRAWN_PARTS)}, separated by commas, got {reprlib.repr(unknown[0])}"
+            words = f"{reprlib.repr(unknown[0])} is none of {', '.join(ALL_DRAWN_PARTS)}, which commas separate"
             raise PydanticCustomError("draw", "{words}", {"words": words})
         return given
 

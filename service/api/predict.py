@@ -22,6 +22,7 @@ from service.api.options import DetectParameters
 from service.api.schemas import ImageDetections, detections_document, json_response
 from service.api.state import State
 from service.errors import InvalidRequestError
+from service.settings import Settings
 from service.structures import Encoded, Json, MaskFormat
 
 _EXPECTED = 'an image in base64: "…", {"b64": "…"} or {"image": "…"}'
@@ -82,6 +83,16 @@ async def invoke(ask: Asked) -> Response:
         return json_response(found)
     images, options = await asyncio.to_thread(_parse, body)
     return json_response({"predictions": await _find(ask, images, ask.parameters(options))})
+
+
+def further_routes(settings: Settings) -> APIRouter:
+    """`/ping` and `/invocations` once more, at the paths that the settings name; not described, being the same."""
+    routes = APIRouter(include_in_schema=False)
+    if settings.health_route is not None:
+        routes.add_api_route(settings.health_route, ping, methods=["GET"])
+    if settings.predict_route is not None:
+        routes.add_api_route(settings.predict_route, invoke, methods=["POST"], dependencies=[Depends(require_key)])
+    return routes
 
 
 async def _find(ask: Ask, images: Sequence[bytes], parameters: DetectParameters) -> list[dict[str, object]]:

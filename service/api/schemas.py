@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.structures import Answer, ModelInfo, Progress, Verification
+from service.structures import Answer, Intensity, ModelInfo, Progress, Verification
 
 
 class ImageFrame(BaseModel):
@@ -20,6 +20,7 @@ class ImageFrame(BaseModel):
     width: int = Field(description="In pixels, after EXIF orientation.")
     height: int
     orientation_applied: bool = Field(description="Whether EXIF orientation turned or mirrored the stored pixels.")
+    intensity: Intensity | None = Field(None, description="What the option `intensity` asked for; absent without it.")
 
 
 class RunLengths(BaseModel):
@@ -160,11 +161,13 @@ def detections_document(
     progress: Progress,
     *,
     roi_op: str | None = None,
+    intensity: Intensity | None = None,
 ) -> dict[str, object]:
     """What was found in one image, as `ImageDetections` describes it; the detections are JSON already.
 
     Args:
         roi_op: the operator that the request named instead of the model's.
+        intensity: what the request named.
     """
     height, width = answer.image_size
     seconds = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
@@ -173,7 +176,8 @@ def detections_document(
         "model": info.name,
         "version": info.version,
         "roi_op": roi_op or info.roi_op,
-        "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied},
+        "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied}
+        | ({} if intensity is None else {"intensity": intensity}),
         "detections": orjson.Fragment(answer.encoded),
         "timings_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
         "batch_size": answer.batch_size,

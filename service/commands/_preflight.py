@@ -17,8 +17,11 @@ _HOW_TO_FILL = (
 )
 
 
-def check_address(host: str, port: int) -> None:
+def check_address(host: str, port: int, *, flag: str = "--port") -> None:
     """Listen for a moment.
+
+    Args:
+        flag: the one that chooses the port, for messages.
 
     Raises:
         ServiceError: says in words why that is not possible and what to change.
@@ -34,17 +37,18 @@ def check_address(host: str, port: int) -> None:
             listener.bind(address)
             listener.listen()
     except OSError as error:
-        raise ServiceError(f"cannot listen: {_why(error, host, port)}") from None
+        raise ServiceError(f"cannot listen: {_why(error, host, port, flag)}") from None
 
 
-def _why(error: OSError, host: str, port: int) -> str:
+def _why(error: OSError, host: str, port: int, flag: str) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is in use by another program; choose another with --port, or --port 0 for any"
+        any_port = ", or --port 0 for any" if flag == "--port" else ""
+        return f"port {port} on {host} is in use by another program; choose another with {flag}{any_port}"
     if error.errno == errno.EACCES:
-        return f"this user may not listen on port {port} (below 1024 it takes privileges); choose another with --port"
+        return f"this user may not listen on port {port} (below 1024 it takes privileges); choose another with {flag}"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"this machine has no address {host}; --host 0.0.0.0 listens on all that it has"
-    return f"--host {host} --port {port}: {error.strerror}"
+    return f"--host {host} {flag} {port}: {error.strerror}"
 
 
 def check_models(settings: Settings) -> None:

@@ -48,6 +48,8 @@ def serve_command() -> Callable[..., None]:
         from service.logs import configure_logging
 
         check_address(settings.host, settings.port)
+        if settings.admin_port is not None:
+            check_address(settings.host, settings.admin_port, flag="--admin-port")
         check_models(settings)
         configure_logging(log_format=settings.log_format, log_level=settings.log_level)
         _tell_of_variables()
@@ -75,7 +77,7 @@ def _tell_of_variables() -> None:
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     words = [environment_variable(name), *_range_words(field)]
-    if field.default_factory is None and field.default not in (None, ()):
+    if field.default_factory is None and field.default not in (None, (), ""):
         words.append(f"default {_written(field.default)}")
     names = [_flag_name(name), "--store"] if name == "model_store" else [_flag_name(name)]
     option = typer.Option(

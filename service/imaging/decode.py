@@ -35,7 +35,7 @@ from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
 from service.imaging.pixels import rgb_pixels
 from service.imaging.quiet import complaints_counted
-from service.structures import Image, UInt8Array
+from service.structures import Image, Intensity, UInt8Array
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def decode_image(
     data: bytes,
     *,
     limits: ImageLimits,
+    intensity: Intensity = "full",
     before_decoding: Callable[[int], None] = lambda pixels: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Image:
@@ -110,6 +111,7 @@ def decode_image(
     Args:
         data: a whole JPEG, PNG, WebP, GIF, BMP or TIFF file.
         limits: what to refuse before decoding.
+        intensity: see `Encoded`.
         before_decoding: called with the number of pixels when the header is known to be good. May wait, and may raise.
         should_stop: asked between pieces of the work, each well below a second: whether nobody waits any more.
 
@@ -127,7 +129,7 @@ def decode_image(
     height, width = container.image_size
     before_decoding(height * width)
     with _as_invalid_image(image_format):
-        pixels = _decode(container, image_format, _Watch(should_stop))
+        pixels = _decode(container, image_format, intensity, _Watch(should_stop))
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 
 
@@ -154,7 +156,7 @@ class _WatchedFile(io.BytesIO):
         return super().read(size)
 
 
-def _decode(container: Container, image_format: ImageFormat, watch: _Watch) -> UInt8Array:
+def _decode(container: Container, image_format: ImageFormat, intensity: Intensity, watch: _Watch) -> UInt8Array:
     watch()
     height, width = container.image_size
     if image_format == "JPEG" and container.num_passes * height * width <= _MAX_TRIED_PIXELS:
@@ -163,7 +165,7 @@ def _decode(container: Container, image_format: ImageFormat, watch: _Watch) -> U
         with suppress(ValueError):
             return _decode_plain_jpeg(container)
         watch()
-    return _decode_with_pillow(container, image_format, watch)
+    return _decode_with_pillow(container, image_format, intensity, watch)
 
 
 def _decode_plain_jpeg(container: Container) -> UInt8Array:
@@ -179,7 +181,9 @@ def _decode_plain_jpeg(container: Container) -> UInt8Array:
     return pixels
 
 
-def _decode_with_pillow(container: Container, image_format: ImageFormat, watch: _Watch) -> UInt8Array:
+def _decode_with_pillow(
+    container: Container, image_format: ImageFormat, intensity: Intensity, watch: _Watch
+) -> UInt8Array:
     # Always from memory: from a real file Pillow believes a chunk's length and allocates it. And not through
     # `PIL.Image.open`, which tries formats in turn and warns about sizes that our limits allow.
     with complaints_counted() as complaints:
@@ -189,7 +193,7 @@ def _decode_with_pillow(container: Container, image_format: ImageFormat, watch: 
         picture.load()
     if complaints.count:
         logger.debug("libtiff complains", extra={"fields": {"lines": complaints.count}})
-    return rgb_pixels(picture, before_band=watch)
+    return rgb_pixels(picture, intensity=intensity, before_band=watch)
 
 
 def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:

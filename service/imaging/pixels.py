@@ -15,19 +15,23 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from service.structures import UInt8Array
+from service.structures import Intensity, UInt8Array
 
 # A band of this size takes some tens of megabytes to convert, whatever its mode.
 _BAND_PIXELS = 1 << 22
 # 32-bit grey: what is black and what is white the picture itself must say.
 _WITHOUT_RANGE = ("I", "F")
+_SIXTEEN_BITS = "I;16"  # and its byte orders
 _BACKGROUND = (255, 255, 255)  # what a browser shows through a transparent picture
 
 
-def rgb_pixels(picture: PIL.Image.Image, *, before_band: Callable[[], None] = lambda: None) -> UInt8Array:
+def rgb_pixels(
+    picture: PIL.Image.Image, *, intensity: Intensity = "full", before_band: Callable[[], None] = lambda: None
+) -> UInt8Array:
     """Convert a loaded picture of any mode to pixels, in bands, so that no second copy of the whole is made.
 
     Args:
+        intensity: what is white in 16-bit grey: the full range's end, or the picture's own largest value.
         before_band: called before each band of up to 4 megapixels; may raise.
 
     Returns:
@@ -38,7 +42,8 @@ def rgb_pixels(picture: PIL.Image.Image, *, before_band: Callable[[], None] = la
     """
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     bands = list(_bands(picture))
-    value_range = _value_range(picture, bands) if picture.mode in _WITHOUT_RANGE else None
+    is_stretched = intensity == "stretch" and picture.mode.startswith(_SIXTEEN_BITS)
+    value_range = _value_range(picture, bands) if is_stretched or picture.mode in _WITHOUT_RANGE else None
     for top, bottom in bands:
         before_band()
         band = picture.crop((0, top, picture.width, bottom)) if len(bands) > 1 else picture
@@ -53,10 +58,10 @@ def _bands(picture: PIL.Image.Image) -> Iterator[tuple[int, int]]:
 
 
 def _to_rgb(picture: PIL.Image.Image, value_range: tuple[float, float] | None) -> PIL.Image.Image:
-    if picture.mode.startswith("I;16"):
-        return PIL.Image.fromarray(_from_16_bits(np.asarray(picture))).convert("RGB")
     if value_range is not None:
         return PIL.Image.fromarray(_stretched(np.asarray(picture), *value_range)).convert("RGB")
+    if picture.mode.startswith(_SIXTEEN_BITS):
+        return PIL.Image.fromarray(_from_16_bits(np.asarray(picture))).convert("RGB")
     if picture.has_transparency_data:
         return _on_background(picture.convert("RGBA"))
     return picture if picture.mode == "RGB" else picture.convert("RGB")
@@ -79,7 +84,9 @@ def _value_range(picture: PIL.Image.Image, bands: Sequence[tuple[int, int]]) -> 
     return low, high
 
 
-def _stretched(grey: NDArray[np.int32] | NDArray[np.float32], low: float, high: float) -> UInt8Array:
+def _stretched(
+    grey: NDArray[np.uint16] | NDArray[np.int32] | NDArray[np.float32], low: float, high: float
+) -> UInt8Array:
     """Scale `low` to 0 and `high` to 255: 32-bit grey has no nominal range. Values that are not finite become 0."""
     values = grey.astype(np.float32)
     if high <= low:

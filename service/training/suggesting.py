@@ -51,7 +51,7 @@ class Suggestion:
         return (
             f"the median side of objects is {self.median_side:.0f} pixels, {self.median_side * self.scale:.0f} after "
             f"resizing; anchors overlap {100 * self.matched:.0f} % of them by half or more; the fullest picture has "
-            f"{self.fullest}"
+            f"{self.fullest} objects"
         )
 
 

@@ -110,7 +110,7 @@ def source_to(source: Source) -> tuple[Header, bytes]:
     """An image as it goes into a frame: what the header says of it, and the body."""
     match source:
         case Encoded():
-            return {}, source.data
+            return {"intensity": source.intensity}, source.data
         case Pixels():
             return {"shape": source.array.shape}, source.array.tobytes()
         case _:
@@ -120,7 +120,7 @@ def source_to(source: Source) -> tuple[Header, bytes]:
 def source_from(fields: Header, body: bytes) -> Source:
     """An image as it came out of a frame."""
     if "shape" not in fields:
-        return Encoded(body)
+        return Encoded(body, fields["intensity"])
     return Pixels(np.frombuffer(body, np.uint8).reshape(fields["shape"]))
 
 

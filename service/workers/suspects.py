@@ -79,6 +79,7 @@ def _length(job: Job) -> int:
 def _key(job: Job) -> Hashable:
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(job.source, Encoded):
+        digest.update(job.source.intensity.encode())
         digest.update(job.source.data)
     else:
         digest.update(repr(job.source.array.shape).encode())

@@ -26,6 +26,7 @@ OPTIONS = {
     "labels",
     "masks",
     "roi_op",
+    "intensity",
     "timeout_ms",
 }
 
@@ -73,6 +74,8 @@ def test_security_is_described_where_keys_are_needed(live: Live, serve: Callable
     assert {path for path, route in paths.items() for one in route.values() if "security" in one} == {
         "/v1/models/{name}/load",
         "/v1/models/{name}/unload",
+        "/v2/repository/models/{name}/load",
+        "/v2/repository/models/{name}/unload",
     }
     paths = serve(api_keys="a").client.get("/openapi.json").json()["paths"]
     assert "security" in paths["/v1/detect"]["post"]

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import psutil
 import pytest
@@ -131,3 +132,15 @@ def test_boxes_are_in_the_frame_of_the_upright_picture(live: Live, orientation: 
     answer = live.detect(encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0), "image/jpeg").json()
     assert answer["image"] == {"width": 64, "height": 48, "orientation_applied": orientation != 1}
     assert answer["detections"][1]["box"] == [16, 8, 32, 24]
+
+
+def test_12_bits_in_a_16_bit_file_are_stretched_if_asked_and_the_answer_says_so(live: Live) -> None:
+    camera = PIL.Image.fromarray(np.full((48, 64), 4095, np.uint16))
+    camera.putpixel((0, 0), 0)
+    dark = live.detect(encoded(camera, "PNG")).json()
+    bright = live.detect(encoded(camera, "PNG"), intensity="stretch").json()
+    assert dark["image"] == {"width": 64, "height": 48, "orientation_applied": False}
+    assert bright["image"] == dark["image"] | {"intensity": "stretch"}
+    # The fake model scores by the mean red.
+    assert max(one["score"] for one in dark["detections"]) < 0.1
+    assert max(one["score"] for one in bright["detections"]) > 0.99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_platforms_see_that_it_is_ready(live: Live) -> None:
     assert live.client.get("/ping").status_code == 200
     model = live.client.get("/v1/models/fake").json()
     assert (model["name"], model["ready"]) == ("fake", True)
+
+
+def test_platforms_may_choose_the_paths(serve: Callable[..., Live]) -> None:
+    own = serve(health_route="/my/health", predict_route="/my/model:predict", api_keys="k" * 32)
+    assert own.client.get("/my/health").status_code == 200
+    refused = own.client.post("/my/model:predict", json={"instances": [TEXT]})
+    assert (refused.status_code, refused.json()["code"]) == (401, "missing_key")
+    headers = {"X-API-Key": "k" * 32}
+    answer = own.client.post("/my/model:predict", json={"instances": [TEXT]}, headers=headers).json()
+    assert [one["label"] for one in answer["predictions"][0]["detections"]] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

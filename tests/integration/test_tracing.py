@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from service.errors import ServiceError
+from service.tracing import Tracer
 from tests.fakes import picture
 from tests.integration.conftest import Live, running_workers
 
@@ -143,3 +146,9 @@ def test_trace_ids_reach_the_exemplars_also_without_a_collector(serve: Callable[
 def test_what_is_no_traceparent_is_passed_over(header: str, live: Live) -> None:
     headers = {"traceparent": header, "Content-Type": "image/png"}
     assert live.client.post("/v1/detect", content=picture(), headers=headers).status_code == 200
+
+
+def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ServiceError, match=r"needs the extra otel: pip install"):
+        Tracer("http://127.0.0.1:4318/v1/traces", version="0")

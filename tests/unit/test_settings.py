@@ -27,6 +27,23 @@ def test_environment_sets_fields_and_arguments_win(monkeypatch: pytest.MonkeyPat
     assert (settings.port, settings.log_format) == (9001, "json")
 
 
+def test_variables_of_vertex_ai_go_before_those_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROISERVE_PORT", "8000")
+    monkeypatch.setenv("AIP_HTTP_PORT", "8080")
+    monkeypatch.setenv("AIP_HEALTH_ROUTE", "/v1/endpoints/1/deployedModels/2")
+    monkeypatch.setenv("AIP_PREDICT_ROUTE", "/v1/endpoints/1/deployedModels/2:predict")
+    settings = Settings()
+    assert settings.port == 8080
+    assert settings.health_route == "/v1/endpoints/1/deployedModels/2"
+    assert settings.predict_route == "/v1/endpoints/1/deployedModels/2:predict"
+
+
+@pytest.mark.parametrize("route", ["predict", "/{name}", "/a b", "/"])
+def test_route_that_is_no_path_is_refused(route: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(predict_route=route)
+
+
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROISERVE_MODELS", "nuclei, blood-cells@2,")
     monkeypatch.setenv("ROISERVE_API_KEYS", "one,two")
@@ -124,6 +141,12 @@ def test_keys_are_not_printed() -> None:
 def test_what_is_out_of_range_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_the_admin_port_is_another_port() -> None:
+    with pytest.raises(ValidationError, match="expected another port than that of the API"):
+        Settings(port=9000, admin_port=9000)
+    assert Settings(port=9000, admin_port=9001).admin_port == 9001
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])

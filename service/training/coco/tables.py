@@ -48,7 +48,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
-        raise DatasetError(f"expected a COCO annotation file at {path}, got {error.strerror}") from error
+        raise DatasetError(f"{path}: the COCO annotation file cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: expected JSON, got {error}") from error
     missing = [key for key in KEYS if not isinstance(raw, dict) or key not in raw]

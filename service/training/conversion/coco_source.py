@@ -28,8 +28,10 @@ def read_coco_source(source: Path) -> tuple[list[Scene], list[str]]:
 
 def _shapes(sample: Sample, dataset: CocoDataset) -> Iterator[Shape]:
     rles = sample.segmentations or (None,) * len(sample.labels)
-    for (x1, y1, x2, y2), label, rle in zip(sample.boxes.tolist(), sample.labels.tolist(), rles, strict=True):
-        yield Shape(dataset.labels[label - 1], (x1, y1, x2, y2), None if rle is None else plain_rle(rle))
+    columns = zip(sample.boxes.tolist(), sample.labels.tolist(), sample.areas.tolist(), rles, strict=True)
+    for (x1, y1, x2, y2), label, area, rle in columns:
+        segmentation = None if rle is None else plain_rle(rle)
+        yield Shape(dataset.labels[label - 1], (x1, y1, x2, y2), segmentation, area=area)
     for one in sample.crowds:
         segmentation = None if one.rle is None else plain_rle(one.rle)
         yield Shape(dataset.labels[one.label - 1], one.box, segmentation, is_crowd=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import DatasetError
+from service.training.coco.frames import Frame
 from service.training.coco.pictures import PictureFacts, look_at_all
+from service.training.coco.segmentations import BadSegmentation, area_of, read_segmentation
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -26,6 +28,7 @@ class Shape:
         box: (x1, y1, x2, y2) in pixels.
         segmentation: as COCO has it, polygons or an RLE; None where there is but a box.
         where: the file and line that it comes from, for messages.
+        area: in pixels, where the source says it; else the mask's, or the box's, is written.
     """
 
     label: str
@@ -33,6 +36,7 @@ class Shape:
     segmentation: Any = None
     where: str = ""
     is_crowd: bool = False
+    area: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +144,18 @@ def _add(document: dict[str, Any], scene: Scene, fact: PictureFacts, name: str, 
                 "image_id": image_id,
                 "category_id": labels.index(shape.label) + 1,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": _area(shape, fact),
                 "iscrowd": int(shape.is_crowd),
                 **({} if shape.segmentation is None else {"segmentation": shape.segmentation}),
             }
         )
+
+
+def _area(shape: Shape, fact: PictureFacts) -> float:
+    if shape.area is not None:
+        return shape.area
+    x1, y1, x2, y2 = shape.box
+    try:
+        return area_of(read_segmentation(shape.segmentation, Frame(fact.upright_size))[0])
+    except BadSegmentation:  # none, or one that `roiserve data check` will name
+        return (x2 - x1) * (y2 - y1)

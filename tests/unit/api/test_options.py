@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from service.api.body import Upload
-from service.api.options import MAX_PROPOSALS, DetectParameters, merge_options, read_proposals, resolve_options
+from service.api.options import (
+    MAX_PROPOSALS,
+    AnnotateParameters,
+    DetectParameters,
+    merge_options,
+    read_proposals,
+    resolve_options,
+)
 from service.errors import InvalidRequestError
 from service.structures import DetectOptions
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO
@@ -145,3 +152,9 @@ def test_model_that_proposes_nothing_itself_is_given_proposals_or_refuses() -> N
     assert resolve_options(DetectParameters(), info, ()).options.proposals == ()
     box = (0.0, 0.0, 10.0, 10.0)
     assert resolve_options(DetectParameters(), info, (box,)).options.proposals == (box,)
+
+
+def test_a_part_that_cannot_be_drawn_is_named_once() -> None:
+    with pytest.raises(InvalidRequestError, match=r"^option 'draw': 'foo' is none of boxes, masks") as refused:
+        merge_options(AnnotateParameters(), Upload([], json={"draw": "masks,foo"}))
+    assert str(refused.value).count("'foo'") == 1

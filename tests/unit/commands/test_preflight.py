@@ -27,6 +27,8 @@ def test_a_port_in_use_is_called_so() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=rf"^cannot listen: port {port} on 127\.0\.0\.1 is in use by another"):
             check_address("127.0.0.1", port)
+        with pytest.raises(ServiceError, match=r"in use by another program; choose another with --admin-port$"):
+            check_address("127.0.0.1", port, flag="--admin-port")
 
 
 @pytest.mark.parametrize(

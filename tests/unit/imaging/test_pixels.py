@@ -25,6 +25,17 @@ def test_16_bit_grey_is_scaled_from_its_full_range() -> None:
     assert row(PIL.Image.fromarray(values)) == grey(0, 1, 128, 255)
 
 
+def test_12_bits_of_a_camera_are_stretched_if_asked() -> None:
+    values: NDArray[np.uint16] = np.array([[100, 1124, 4095]], np.uint16)
+    assert row(PIL.Image.fromarray(values)) == grey(0, 4, 16)
+    assert rgb_pixels(PIL.Image.fromarray(values), intensity="stretch")[0].tolist() == grey(0, 65, 255)
+
+
+def test_8_bits_stay_as_they_are_when_stretching_is_asked() -> None:
+    values: NDArray[np.uint8] = np.array([[10, 20]], np.uint8)
+    assert rgb_pixels(PIL.Image.fromarray(values), intensity="stretch")[0].tolist() == grey(10, 20)
+
+
 def test_16_bit_grey_in_big_endian_order_reads_the_same() -> None:
     picture = PIL.Image.frombytes("I;16B", (2, 1), bytes([0x01, 0x01, 0xFF, 0xFF]))
     assert row(picture) == grey(1, 255)

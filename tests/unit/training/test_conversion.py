@@ -150,6 +150,16 @@ def test_every_layout_is_known_and_means_the_same(tmp_path: Path, name: str) -> 
             np.testing.assert_allclose(sample.boxes, [BOX], atol=1e-4)
             for mask in sample.read_masks():
                 assert (mask.x, mask.y, mask.bitmap.shape, int(mask.bitmap.sum())) == (10, 20, (30, 20), 600)
+    for path in (tmp_path / "ours").glob("*.json"):
+        areas = [row["area"] for row in json.loads(path.read_text())["annotations"]]
+        assert areas == pytest.approx([600] * len(areas), abs=0.01)  # pycocotools reads it of every object
+
+
+def test_an_area_that_the_source_gives_is_kept(tmp_path: Path) -> None:
+    picture(tmp_path / "s" / "a.png")
+    row = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [10, 20, 20, 30], "area": 412.5}
+    (tmp_path / "s" / "train.json").write_text(coco("a.png", annotations=[row]))
+    assert converted(tmp_path / "s")["train"].samples[0].areas.tolist() == [412.5]
 
 
 def test_parts_of_a_group_are_one_object_and_a_circle_is_round(tmp_path: Path) -> None:

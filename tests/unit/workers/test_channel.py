@@ -111,10 +111,10 @@ def test_forms_come_back_as_they_were(form: Form) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 3), (0, 3, 3)])
 def test_sources_come_back_as_they_were(shape: tuple[int, ...]) -> None:
-    header, body = source_to(Encoded(b"a file"))
+    header, body = source_to(Encoded(b"a file", "stretch"))
     encoded = source_from(through_json(header), body)
     assert isinstance(encoded, Encoded)
-    assert encoded.data == b"a file"
+    assert (encoded.data, encoded.intensity) == (b"a file", "stretch")
     array = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
     header, body = source_to(Pixels(array))
     pixels = source_from(through_json(header), body)
