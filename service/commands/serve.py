@@ -77,7 +77,7 @@ def _tell_of_variables() -> None:
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     words = [environment_variable(name), *_range_words(field)]
-    if field.default_factory is None and field.default not in (None, ()):
+    if field.default_factory is None and field.default not in (None, (), ""):
         words.append(f"default {_written(field.default)}")
     names = [_flag_name(name), "--store"] if name == "model_store" else [_flag_name(name)]
     option = typer.Option(

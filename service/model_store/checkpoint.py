@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from service.errors import ModelStoreError
+from service.model_store.files import open_regular
 from service.model_store.pickle_reader import Unread, array_of, described, read_pickle
 from service.model_store.torch_reader import LEGACY_START, read_torch_legacy, read_torch_zip, tensor_of
 from service.model_store.weights import read_safetensors
@@ -113,11 +114,8 @@ def read_checkpoint(path: Path, *, averaged: bool = False) -> Checkpoint:
 
 def _content_of(path: Path) -> Any:
     """What is in the file, tensors not yet made of it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(_SAMPLE_BYTES)
-    except OSError as error:
-        raise ModelStoreError(f"{path}: cannot be read: {error.strerror}") from error
+    with open_regular(path) as file:
+        start = file.read(_SAMPLE_BYTES)
     if not start:
         raise ModelStoreError(f"{path}: expected a checkpoint, got an empty file")
     if start[8:9] == b"{":

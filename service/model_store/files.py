@@ -17,8 +17,10 @@ from service.errors import ModelStoreError
 
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """Of a `model.toml` or a model card: a hundred thousand labels are 2 MiB."""
-# What the safetensors library itself allows.
-_MAX_HEADER_BYTES = 100_000_000
+# Some forty thousand tensors; the largest detectors have two thousand.
+_MAX_HEADER_BYTES = 4 * 1024 * 1024
+# Convolutions have four; with a million, making the tensor takes minutes.
+_MAX_DIMENSIONS = 16
 
 _KINDS: dict[str, Callable[[int], bool]] = {
     "a folder": stat.S_ISDIR,
@@ -89,7 +91,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
         The shape of each tensor.
 
     Raises:
-        ModelStoreError: missing, not safetensors, or truncated.
+        ModelStoreError: missing, not safetensors, truncated, or of more dimensions than any network has.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -103,6 +105,8 @@ def check_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
         expected_size = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ModelStoreError(f"{path}: expected a safetensors file, got {_kind(start)}") from None
+    if (most := max(map(len, shapes.values()), default=0)) > _MAX_DIMENSIONS:
+        raise ModelStoreError(f"{path}: a tensor of {most} dimensions; expected at most {_MAX_DIMENSIONS}")
     if size != expected_size:
         problem = "truncated" if size < expected_size else "longer than its header says"
         raise ModelStoreError(f"{path}: {problem}: expected {expected_size:,} bytes, got {size:,}")

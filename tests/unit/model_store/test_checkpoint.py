@@ -175,7 +175,7 @@ def test_what_is_no_state_dict_is_refused(path: Path, content: object, problem: 
 
 
 def test_a_missing_file_is_named(path: Path) -> None:
-    with pytest.raises(ModelStoreError, match="checkpoint: cannot be read: No such file"):
+    with pytest.raises(ModelStoreError, match="checkpoint: no such file"):
         read_checkpoint(path)
 
 

@@ -5,6 +5,8 @@ that may hold a pickle. All of them work on an unsuspecting reader, and none on 
 from __future__ import annotations
 
 import copyreg
+import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -114,3 +116,18 @@ def test_a_pickle_beside_the_weights_of_a_zip_is_not_even_read(target: Path, tmp
         archive.writestr("checkpoint/extra.pkl", programs(target)["GLOBAL and REDUCE"])
     assert read_checkpoint(path).weights.keys() == {"a"}
     assert not target.exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    os.mkfifo(path)
+    with pytest.raises(ModelStoreError, match="expected a regular file"):
+        read_checkpoint(path)
+
+
+def test_a_tensor_of_a_million_dimensions_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1] * 1_000_000, "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ModelStoreError, match="a tensor of 1000000 dimensions"):
+        read_checkpoint(path)
