@@ -24,7 +24,7 @@ def hang_ups(*, callers: int = 200, min_size: int = 400) -> Verdict:
         serving(store, max_queue_size=callers, max_batch_size=MAX_BATCH_SIZE) as server,
     ):
         requests = detect_requests(server, mixed_pictures(callers))
-        before = server.metrics()
+        before = dict(server.metrics())
 
         async def call(client: Client, request: bytes) -> int | None:
             try:
