@@ -48,6 +48,13 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces, as in a container.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port for /metrics, /healthz and /readyz, which are then not on the other one; unset keeps all "
+        "on one.",
+    )
 
     root_path: str = Field(
         "",
@@ -222,6 +229,15 @@ class Settings(BaseSettings):
     admin_keys_file: Path | None = Field(
         None, description="File with further administrators' keys, one a line; read again on SIGHUP."
     )
+    max_images_per_minute: float | None = Field(
+        None, gt=0, description="Most images that each API key may send in a minute; more get a 429. Unset: no limit."
+    )
+    max_pixels_per_minute: float | None = Field(
+        None,
+        gt=0,
+        description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
+        "Unset: no limit.",
+    )
 
     drain_delay_seconds: float = Field(
         0.0,
@@ -232,22 +248,6 @@ class Settings(BaseSettings):
     )
     drain_timeout_seconds: float = Field(
         30.0, ge=0, le=3600, description="How long accepted requests may take to finish after that, in seconds."
-    )
-    max_images_per_minute: float | None = Field(
-        None, gt=0, description="Most images that each API key may send in a minute; more get a 429. Unset: no limit."
-    )
-    max_pixels_per_minute: float | None = Field(
-        None,
-        gt=0,
-        description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
-        "Unset: no limit.",
-    )
-    admin_port: int | None = Field(
-        None,
-        ge=1,
-        le=65535,
-        description="TCP port for /metrics, /healthz and /readyz, which are then not on the other one; unset keeps all "
-        "on one.",
     )
     otlp_endpoint: str | None = Field(
         None,

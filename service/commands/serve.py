@@ -29,7 +29,7 @@ _PANELS = {
     "allow_roi_op_override": "Requests",
     "api_keys": "Keys",
     "drain_delay_seconds": "Stopping",
-    "log_format": "Log",
+    "otlp_endpoint": "Traces and log",
 }
 _METAVARS = {"_seconds": "SECONDS", "_ms": "MILLISECONDS", "_bytes": "BYTES", "_pixels": "PIXELS", "_dir": "DIR"}
 
