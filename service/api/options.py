@@ -149,7 +149,8 @@ class AnnotateParameters(DetectParameters):
     def _refuse_unknown_parts(cls, given: str | None) -> str | None:
         unknown = [part for part in (given or "").split(",") if given and part.strip() not in ALL_DRAWN_PARTS]
         if unknown:
-            words = f"{reprlib.repr(unknown[0])} is none of {', '.join(ALL_DRAWN_PARTS)}, which commas separate"
+            known = ", ".join(ALL_DRAWN_PARTS)
+            words = f"{reprlib.repr(unknown[0])} is not one of {known} (separate several with commas)"
             raise PydanticCustomError("draw", "{words}", {"words": words})
         return given
 
