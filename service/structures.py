@@ -178,7 +178,7 @@ class VerifiedValue:
     """How far one kind of output lies from that of the plain network.
 
     Attributes:
-        largest_difference: for boxes in pixels of the pictures, for scores and masks in probability; `NOT_FINITE` if
+        largest_difference: for boxes in pixels of the pictures, for scores and masks as probabilities; `NOT_FINITE` if
             any number was not finite.
         tolerance: the largest difference that passes.
     """

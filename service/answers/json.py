@@ -25,7 +25,7 @@ MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
     "crop": encode_crops,
 }
 
-# A mask takes time in proportion to the sides of its box. So many pixels take about 2 ms, far more than a switch to a
+# A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
 # thread.
 _SIDES_PER_PART_PIXELS = 20_000
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.

@@ -1,6 +1,4 @@
-"""Decides which other origins' pages may call this server from a browser (CORS). Never with cookies: keys go in
-headers.
-"""
+"""Decides which other origins' pages may call this server from a browser (CORS). Never with cookies, only with keys."""
 
 from __future__ import annotations
 

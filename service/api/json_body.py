@@ -18,7 +18,7 @@ from service.api.errors import MAX_MISTAKES, and_more
 from service.errors import InvalidRequestError, TooLargeError
 
 MAX_JSON_BYTES = 256 * 1024
-"""What a JSON body may hold beside its longest text, which is the image: enough for 2000 proposals with all digits."""
+"""What a JSON body may hold beside its longest text, which is the image: more than 2000 proposals with all digits."""
 
 MAX_JSON_VALUES = 256 * 1024
 """What a document of another protocol may hold: enough for a picture of 290 x 290 pixels as numbers."""

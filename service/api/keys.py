@@ -26,7 +26,7 @@ class Keys:
 
     * Users' keys (`api_keys`, `api_keys_file`) open `/v1`. Without any, everyone may call it.
     * Administrators' keys (`admin_keys`, `admin_keys_file`) open all of `/v1`, loading and unloading included. Without
-      any, nobody may load or unload. They do not close `/v1` to others.
+      any, loading and unloading are off. They do not close `/v1` to others.
 
     Args:
         settings: the key files are read at once.

@@ -19,8 +19,7 @@ _MAX_PARTS = 1000
 _MAX_HEADER_BYTES = 512 * 1024
 # All fields that are not files: 2000 proposals, and more than all other options.
 _MAX_FIELD_BYTES = 256 * 1024
-# `; name=value` or `; name="value"`. Possessive, without backtracking: otherwise a long header would take quadratic
-# time.
+# `; name=value` or `; name="value"`. Possessive, since with backtracking a long header would take quadratic time.
 _PARAMETER = re.compile(rb'\s*+;\s*+([^\s=;"]++)\s*+=\s*+(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s;"]*+))', re.DOTALL)
 _ESCAPED = re.compile(rb'\\(["\\])')
 

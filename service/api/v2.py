@@ -74,7 +74,7 @@ async def ready(state: State) -> Response:
     return json_response({"ready": True})
 
 
-# Declared before the routes of one model, so that no model can be called `stats`.
+# Must be declared before the routes of one model, to match first; hence no model can be called `stats`.
 @models.get("/models/stats")
 async def show_all_statistics(state: State) -> Response:
     """What all models have done since the start."""
@@ -148,8 +148,8 @@ async def infer(name: Name, ask: Asked, version: str | None = None, header_lengt
     one object, in the image with the index `image_index[i]`, counted from 0.
 
     The images are the input `image`: encoded files as BYTES [n] (in JSON: in base64), or pixels as UINT8 [n, height,
-    width, 3]. Each of the `masks` holds probabilities on a grid that is to be stretched over its box. If one image
-    fails, the whole request fails.
+    width, 3]. Each of the `masks` holds probabilities on a grid that spans its box. If one image fails, the whole
+    request fails.
     """
     info = _find(ask.state, name, version)
     body = await ask.read()

@@ -13,7 +13,7 @@ _MEMORY = 0.95
 # Assumed duration of one job before the first is measured. Low enough that, by default, the first burst after a start
 # can fill the queue instead of being refused on a guess.
 _UNMEASURED_SECONDS = 0.3
-# While there is only that guess, so many jobs may be under way, however short their deadlines are.
+# How many jobs may be under way on that guess alone, however short their deadlines are.
 _UNMEASURED_JOBS = 8
 # A job is accepted if it needs at most this share of the time it has: sizes and speeds vary.
 SAFETY = 0.75

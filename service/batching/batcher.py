@@ -61,7 +61,7 @@ class BatchObserver(Protocol):
     """
 
     def queue_changed(self, size: int, cost: int) -> None:
-        """The number of waiting entries or their total cost (in pixels) has changed."""
+        """The queue now holds so many entries, of this total cost in pixels."""
         return
 
     def batch_started(self, queue_seconds: Sequence[float]) -> None:
@@ -317,7 +317,7 @@ class Batcher(Generic[T, R]):
     def _tell(self, told: Callable[..., None], *args: object) -> None:
         """Call a function on the event loop, after those that were passed here before."""
         assert self._loop is not None
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: no caller waits any more
             self._loop.call_soon_threadsafe(told, *args)
 
     def _serve(self) -> None:
@@ -338,9 +338,7 @@ class Batcher(Generic[T, R]):
             self._is_woken = False
 
     def _run_next(self) -> bool:
-        """Wait for a batch and run it; returns whether there was one. Keeps no reference to a batch while waiting for
-        the next.
-        """
+        """Wait for a batch and run it; return whether there was one. Keeps no batch while waiting for the next."""
         batch = self._next_batch()
         if batch:
             self._run(batch)

@@ -26,7 +26,7 @@ from service.workers.handle import WorkerHandle
 from service.workers.routing import Router
 from service.workers.suspects import REMEMBERED_SECONDS, KnownSuspects
 
-# At most so many requests are named in one log line.
+# Limit for the requests named in one log line.
 _MOST_NAMED_REQUESTS = 20
 
 Outcome = Answer | ServiceError

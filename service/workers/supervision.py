@@ -18,7 +18,7 @@ from service.workers.handle import WorkerHandle
 
 logger = logging.getLogger(__name__)
 
-# After so many starts in a row that failed, the device counts as down until one succeeds.
+# After so many failed starts in a row, the device counts as down until one succeeds.
 MAX_FAILED_STARTS = 5
 _FIRST_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 30.0
