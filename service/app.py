@@ -1,5 +1,5 @@
-"""Wires the rooms together, the only place that does: `create_app(settings)`. Its lifespan starts what has threads,
-loads the models while the server already listens, and stops everything in reverse.
+"""`create_app(settings)`: the only place that wires the rooms together. The app's lifespan starts everything that has
+threads, loads the models while the server already listens, and stops everything in reverse.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def create_app(
 
     Args:
         predictors: what to serve, in this process, instead of the models of the store.
-        predictor_factory: loads the models in each worker process, pickled on its way there; None for those of the
+        predictor_factory: loads the models in each worker process, to which it is pickled; None for the models of the
             store.
-        detector: makes what runs the models, elsewhere; None for workers of this process.
+        detector: makes a detector that runs the models elsewhere; None for workers of this process.
         registry: for the metrics; a new one if None.
     """
     measures = Metrics(registry or CollectorRegistry())
@@ -99,7 +99,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.api = state
-    # At the least effort, and in a thread if it takes long; pictures go as they are.
+    # Level 1 costs the least time. Starlette compresses large answers in a thread, and leaves pictures as they are.
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
     app.add_middleware(RequestMiddleware, state=state)
     resources = [detect, models, health, metrics, docs, start]
@@ -133,7 +133,7 @@ def _build_detector(
     if predictors is None and settings.workers != 0:
         preload = PRELOAD if factory is None else ()
         return WorkerPool(settings, factory or stored_predictors, metrics, preload=preload)
-    # Imported here: who has workers need not load what they run.
+    # Imported here: a server with worker processes need not import what they run.
     from service.workers.local import LocalDetector
 
     local_factory = (factory or stored_predictors) if predictors is None else lambda _: iter(predictors)
@@ -150,7 +150,7 @@ async def _get_ready(state: ApiState, describe: Callable[[], object]) -> None:
             state.add_model(info)
         state.models.find(None)  # If the default model is not among them, say so now rather than in a request.
     except Exception as error:
-        # Whoever runs the server watches for this and stops it.
+        # The server watches for this and stops.
         state.lifecycle.failure = error
         is_known = isinstance(error, ServiceError)
         logger.error(f"cannot start: {error}", exc_info=None if is_known else error)

@@ -1,4 +1,4 @@
-"""Every error that crosses a room of the service. Code below `api/` raises these and knows no HTTP status;
+"""Every error that crosses a room boundary of the service. Code below `api/` raises these and knows no HTTP status;
 `api/errors.py` holds the one table from error to status. Messages say what was expected and what came.
 
 * ServiceError
@@ -9,15 +9,15 @@
     - AnswerTooLargeError     masks in a form that would take more bytes than the settings allow
     - PoisonousImageError     an image that twice stopped the process that worked on it
     - ModelNotFoundError      no model of that name or version
-    - ModelNeededError        a model that must not go
+    - ModelNeededError        a model that must not be unloaded
   - OverloadedError           the queue is full; try again later
     - QuotaError              this caller's key has used up its share
   - NotReadyError             loading, draining, or the model is not loaded
   - DeadlineExceededError     no answer within the request's time
-  - CancelledRequestError     the caller has gone; nobody waits for the answer
+  - CancelledRequestError     the caller has gone and no longer waits for the answer
   - InferenceError            the model failed on the batch that this image was in
     - OutOfMemoryError        for lack of memory; in the end, for this image alone
-  - ModelStoreError           a model folder, its `model.toml` or its weights are not as they must be
+  - ModelStoreError           a model folder, its `model.toml` or its weights are invalid
   - DatasetError              a data set that cannot be trained on or evaluated
 """
 
@@ -37,31 +37,31 @@ class InvalidRequestError(ServiceError):
 
 
 class UnsupportedImageError(InvalidRequestError):
-    """The bytes are not of an image format that we read."""
+    """The bytes are not in an image format that we read."""
 
     code = "unsupported_image"
 
 
 class InvalidImageError(InvalidRequestError):
-    """The bytes begin as an image that we read, but do not decode."""
+    """The bytes begin like an image that we read, but do not decode."""
 
     code = "invalid_image"
 
 
 class TooLargeError(InvalidRequestError):
-    """More bytes or pixels than the settings allow; found out before the work is done."""
+    """More bytes or pixels than the settings allow; noticed before the work is done."""
 
     code = "too_large"
 
 
 class AnswerTooLargeError(InvalidRequestError):
-    """What was found would take more bytes than the settings allow in the form that was asked for."""
+    """In the form that was asked for, the answer would take more bytes than the settings allow."""
 
     code = "answer_too_large"
 
 
 class PoisonousImageError(InvalidRequestError):
-    """The process that worked on this image, and on nothing else, died; twice."""
+    """The process that worked on this image, and on nothing else, died twice."""
 
     code = "poisonous_image"
 
@@ -73,7 +73,7 @@ class ModelNotFoundError(InvalidRequestError):
 
 
 class ModelNeededError(InvalidRequestError):
-    """The model is what requests that name none go to."""
+    """The model must stay: requests that name no model go to it."""
 
     code = "model_needed"
 
@@ -82,7 +82,7 @@ class OverloadedError(ServiceError):
     """The queue is full.
 
     Attributes:
-        retry_after_seconds: when a new try is likely to be accepted.
+        retry_after_seconds: after how long a retry is likely to be accepted.
     """
 
     code = "overloaded"
@@ -102,7 +102,7 @@ class NotReadyError(ServiceError):
     """The service is loading, draining, or does not serve this model at the moment.
 
     Attributes:
-        retry_after_seconds: when a new try may succeed.
+        retry_after_seconds: after how long a retry may succeed.
     """
 
     code = "not_ready"
@@ -113,10 +113,10 @@ class NotReadyError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """The request's time has passed.
+    """The request's deadline has passed.
 
     Attributes:
-        stage: where it was when that happened (`decode`, `queue`, `inference`, `encode`).
+        stage: the stage it was in at that time (`decode`, `queue`, `inference`, `encode`).
     """
 
     code = "deadline_exceeded"
@@ -139,13 +139,13 @@ class InferenceError(ServiceError):
 
 
 class OutOfMemoryError(InferenceError):
-    """The device had not enough memory for the batch that this image was in."""
+    """The device did not have enough memory for the batch that this image was in."""
 
     code = "insufficient_memory"
 
 
 class ModelStoreError(ServiceError):
-    """A model folder, its `model.toml` or its weights are not as they must be."""
+    """A model folder, its `model.toml` or its weights are invalid."""
 
     code = "model_store_error"
 
@@ -157,7 +157,7 @@ class DatasetError(ServiceError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 letters: libraries add the stack of their C++ code."""
+    """The first line of an error's message, cut to 200 characters: libraries append their C++ stack traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"

@@ -1,6 +1,6 @@
 """Log lines: events with keys, as text or as JSON. Only entry points call `configure_logging`; every other room uses
 `logging.getLogger(__name__)` and passes its keys as `extra={"fields": {...}}`. Each line that is written for a request
-bears its id.
+has its id.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Literal
 
 import orjson
 
-# Bound by the outermost layer of the HTTP app for as long as a request lasts; copied into its tasks by asyncio.
+# Set for as long as a request lasts; asyncio copies it into the request's tasks.
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 # Longer texts are cut: a caller can send megabytes, and a message may repeat them.
 _MAX_TEXT_LENGTH = 4096
-# What uvicorn says of its own start; we say when the server listens, is ready, drains and has stopped.
+# What uvicorn logs about its start and stop; we log ourselves when the server listens, is ready, drains and has
+# stopped.
 _UVICORNS_NEWS = re.compile(
     r"(Started|Finished) server process|Waiting for |Application (startup|shutdown) |Shutting down"
 )
@@ -30,7 +31,7 @@ def configure_logging(*, log_format: Literal["text", "json"], log_level: str) ->
     """Send all log lines of this process to standard error.
 
     Args:
-        log_format: `json` writes one object a line, `text` the same as `key=value`.
+        log_format: `json` writes one object per line, `text` the same as `key=value`.
         log_level: least severity, `debug` to `error`.
     """
     handler = logging.StreamHandler()
@@ -38,11 +39,11 @@ def configure_logging(*, log_format: Literal["text", "json"], log_level: str) ->
     level = logging.getLevelNamesMapping()[log_level.upper()]
     root = logging.getLogger()
     root.handlers = [handler]
-    # Debugging is about this package, not about every chunk of every PNG.
+    # Debug lines of this package only: libraries would log every chunk of every PNG.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger("service").setLevel(level)
     logging.captureWarnings(True)  # as log lines, so that JSON stays JSON
-    # It warns of every damaged form, which is its sender's business.
+    # It warns about every damaged form, which is the sender's mistake.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     logging.getLogger("uvicorn.error").addFilter(_is_news)
 
@@ -52,7 +53,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: `time` (UTC), `level`, `logger`, `event`, `request_id`, then the event's own keys."""
+    """One JSON object per line: `time` (UTC), `level`, `logger`, `event`, `request_id`, then the event's own keys."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -79,7 +80,7 @@ def _common_fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = {
         "time": f"{seconds}.{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
-        # uvicorn's one logger for all but requests has a name that looks like trouble.
+        # uvicorn logs everything but requests to this logger, whose name looks like trouble.
         "logger": "uvicorn" if record.name == "uvicorn.error" else record.name,
         "event": _one_line(record.getMessage()),
     }
@@ -94,15 +95,15 @@ def _own_fields(record: logging.LogRecord) -> Mapping[str, object]:
 
 
 def _one_line(text: str) -> str:
-    """A text that any log can hold: cut where it is very long, without line breaks, and valid Unicode."""
+    """The text in a form that is safe for any log: cut if very long, without line breaks, and valid Unicode."""
     if len(text) > _MAX_TEXT_LENGTH:
         text = f"{text[:_MAX_TEXT_LENGTH]}… ({len(text)} characters)"
     text = re.sub(r"\s*\n\s*", "; ", text.strip())
-    # Also escape sequences, which a terminal would obey, and lone surrogates, which no encoder takes.
+    # This also escapes control sequences, which a terminal would obey, and lone surrogates, which no encoder accepts.
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _quoted(value: object) -> str:
-    """Quote what would break the line apart, so that a caller cannot write log lines of their own."""
+    """Quote a value that would break the line's format, so that a caller cannot forge log fields."""
     text = str(value)
     return text if text.isprintable() and " " not in text and '"' not in text else orjson.dumps(text).decode()

@@ -1,6 +1,5 @@
-"""Every Prometheus metric, declared once, in a registry that is passed in. The app makes one `Metrics`; the HTTP layer
-and the pipeline set it. Names carry our prefix and base units. Labels are bounded: routes are patterns, models those
-that are loaded, the rest words of our own.
+"""Every Prometheus metric, declared once, in a registry that is passed in. Names have our prefix and base units. Labels
+are bounded: routes are patterns, models are the loaded ones, all others are words of our own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detec
 
 
 class Observe(Protocol):
-    """Where a device worker's observations go: into the metrics, or to the process that has them."""
+    """Takes a device worker's observations, into the metrics or to the process that holds them."""
 
     def __call__(self, name: Observed, labels: Sequence[str], value: float) -> None:
         """Count a value in the histogram, or add it to the counter, that `Metrics` calls by this name."""
@@ -41,12 +40,12 @@ class Metrics:
     """The metrics of one app.
 
     Args:
-        registry: where they are registered; a fresh one for each app, so that two apps in a process do not meet.
+        registry: where they are registered; a fresh one for each app, so that two apps in a process do not collide.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        # A series `…_created` beside each of ours would double them; it holds for the whole process.
+        # Otherwise a series `…_created` beside each of ours would double their number. Applies to the whole process.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # without annotations
         ProcessCollector(registry=registry)
         self.requests = Counter(
@@ -164,11 +163,11 @@ class Metrics:
     def add_model(
         self, info: ModelInfo, *, queue_depth: Callable[[], float], queue_pixels: Callable[[], float]
     ) -> None:
-        """Make a loaded model known, and let its series start at zero rather than at the first event.
+        """Add the series of a loaded model, so that they start at zero rather than at the first event.
 
         Args:
-            queue_depth: how many images wait for it, asked at each scrape.
-            queue_pixels: how many pixels, padded, they have.
+            queue_depth: returns how many images wait for it; called at each scrape.
+            queue_pixels: returns how many padded pixels these have; called at each scrape.
         """
         self.model_info.labels(*_info_labels(info)).set(1)
         self.model_ready.labels(info.key).set(1)
@@ -181,7 +180,7 @@ class Metrics:
         self.queue_pixels.labels(info.key).set_function(queue_pixels)
 
     def remove_model(self, info: ModelInfo) -> None:
-        """Forget a model that was unloaded, but for what was counted."""
+        """Remove the gauges of a model that was unloaded; its counters and histograms stay."""
         self.model_info.remove(*_info_labels(info))
         for gauge in (self.model_ready, self.queue_depth, self.queue_pixels):
             gauge.remove(info.key)

@@ -1,5 +1,5 @@
-"""One request: decode, submit, encode. Knows threads, the batcher and the deadline, but neither HTTP nor networks:
-whatever runs a model is a `Predictor` to it.
+"""Takes one job through its stages: decode, submit, encode. Knows threads, the batcher and the deadline, but neither
+HTTP nor networks: whatever runs a model is a `Predictor` to it.
 
 Sizes are (height, width) in pixels, times are in seconds of `time.monotonic`.
 """
@@ -39,14 +39,14 @@ from service.tasks import all_of
 
 T = TypeVar("T")
 
-# Parts of one answer that are encoded, or wait for a thread, at a time: the rest of the threads' queue is for others.
+# Parts of one answer that may be encoding or waiting for a thread at a time, so that other jobs get threads too.
 _PARTS_AT_A_TIME = 4
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
 _MATES_SECONDS = 0.1
 
 
 class Predictor(Protocol):
-    """One loaded model on one device, as far as the service knows it."""
+    """One loaded model on one device: all that the service needs to know of it."""
 
     @property
     def info(self) -> ModelInfo:
@@ -56,7 +56,7 @@ class Predictor(Protocol):
         """The padded size at which an image of this size runs; images of one padded size may share a batch."""
 
     def warm_up(self) -> None:
-        """Do once what would make the first requests slow."""
+        """Do the one-time work that would otherwise slow down the first requests."""
 
     def predict(self, queries: Sequence[Query]) -> Sequence[Prediction]:
         """Answer a batch: one prediction for each query, in order. Raises OutOfMemoryError for lack of memory."""
@@ -67,7 +67,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What waits in the batcher: a query and the model that is to answer it."""
+    """What waits in the batcher: a query and the model that will answer it."""
 
     predictor: Predictor
     query: Query
@@ -77,8 +77,8 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class ThreadTask:
-    """Something else to be done on the batcher's thread, such as a warm-up. It never runs beside a batch: much of what
-    runs networks is safe on one thread only.
+    """Something else to run on the batcher's thread, such as a warm-up. It never runs beside a batch: much of the code
+    that runs networks is safe on one thread only.
 
     Attributes:
         error: what the function raised.
@@ -96,7 +96,7 @@ class ThreadTask:
 
 
 def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequence[Prediction | None]:
-    """The batcher's function: answer works of one model together, or run tasks. Runs on the batcher's thread."""
+    """The batcher's `predict`: answer queries to one model together, or run tasks. Runs on the batcher's thread."""
     for task in batch:
         if isinstance(task, ThreadTask):
             task.run()
@@ -124,13 +124,13 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
 
 
 def release_memory(batch: Sequence[Work | ThreadTask]) -> None:
-    """The batcher's function after a lack of memory for these works."""
+    """The batcher's `release_memory`, after there was not enough memory for these items."""
     if isinstance(batch[0], Work):
         batch[0].predictor.release_memory()
 
 
 class Plan(Protocol):
-    """How one image becomes several entries of the batcher, such as tiles, and their predictions become one."""
+    """How one image is split into several entries of the batcher, such as tiles, and their predictions are merged."""
 
     def split(self, image: Image) -> Sequence[Query]:
         """What to ask the model; at least one query."""
@@ -161,13 +161,13 @@ class Pipeline:
     Args:
         batcher: runs `run_batch`.
         decoders: threads that decode.
-        encoders: threads that encode: others, so that finished answers do not wait behind new images.
-        held_pixels: bounds what the decoded images hold together, each from its decoding to its answer.
+        encoders: threads that encode; separate, so that finished answers do not wait behind new images.
+        held_pixels: bounds the pixels of all decoded images together, each from its decoding to its answer.
         predictors: the loaded models by their keys; looked up anew for each job.
-        observe: takes the times of the stages and the numbers of detections.
+        observe: records the times of the stages and the numbers of detections.
         batch_policy: which images may share a batch, see `Settings`.
         max_answer_bytes: largest answer in JSON, see `Settings`.
-        plan_for: chooses how a job's image is cut.
+        plan_for: chooses how a job's image is split.
     """
 
     def __init__(
@@ -195,10 +195,10 @@ class Pipeline:
         self._max_answer_bytes = max_answer_bytes
         self._plan_for = plan_for
         self._submitted: set[Work] = set()
-        self._coming: set[Job] = set()  # bulk, from before their decoding until they are submitted
+        self._coming: set[Job] = set()  # bulk jobs, from the start of their decoding until they are submitted
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
-        """Of each image that waits for the device on behalf of one model, its pixels, resized and padded."""
+        """The resized and padded pixels of each image that waits for the device, for one model."""
         return [
             work.padded_pixels
             for work in self._submitted
@@ -206,11 +206,12 @@ class Pipeline:
         ]
 
     async def run(self, job: Job) -> Answer:
-        """Take one job the whole way. Cancelling it drops what was not begun.
+        """Take one job from its source to its answer. Cancelling it drops the work that has not begun.
 
         Raises:
-            ServiceError: UnsupportedImageError, InvalidImageError or TooLargeError for the image; OverloadedError,
-                NotReadyError, DeadlineExceededError or InferenceError for what became of it.
+            ServiceError: UnsupportedImageError, InvalidImageError or TooLargeError if the image is to blame;
+                OverloadedError, NotReadyError, DeadlineExceededError or InferenceError if it was not processed;
+                AnswerTooLargeError if there is too much to answer.
         """
         with self._held_pixels.hold(resting=job.progress.resting) as holding:
             image, prediction = await self._detect(job, holding)
@@ -226,7 +227,7 @@ class Pipeline:
         )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
-        """As `run`, but for the encoding: the decoded image and what was found in it."""
+        """Like `run` without the encoding: the decoded image and what was found in it."""
         with self._held_pixels.hold(resting=job.progress.resting) as holding:
             return await self._detect(job, holding)
 
@@ -292,7 +293,7 @@ class Pipeline:
         return encoder.join(parts)
 
     def _check_size(self, form: Json, image: Image, detections: Detections, size: int) -> None:
-        """Refuse an answer of which it is known that it has more than so many bytes."""
+        """Refuse an answer that is known to have at least `size` bytes, if that is too many."""
         if size > self._max_answer_bytes:
             smaller = {"png": "masks=crop or masks=rle", "polygons": "masks=rle or masks=crop"}.get(
                 form.masks, "masks=none"
@@ -326,7 +327,7 @@ class Pipeline:
         return answer.result
 
     async def run_on_device_thread(self, function: Callable[[], object]) -> None:
-        """Call a function on the batcher's thread, when its turn comes; raises what it raises.
+        """Call a function on the batcher's thread when its turn comes; raises what it raises.
 
         Raises:
             OverloadedError: the queue is full.
@@ -338,7 +339,7 @@ class Pipeline:
             raise task.error
 
     async def _in_thread(self, threads: Executor, job: Job, function: Callable[..., T], *args: object) -> T:
-        """Call a function in a thread for as long as the caller waits. One that has begun runs on, in vain."""
+        """Call a function in a thread, and wait until the deadline. A call that has begun then runs on, in vain."""
         stage = job.progress.stage
         too_late = DeadlineExceededError(f"the deadline passed in the stage {stage!r}", stage=stage)
         seconds_left = job.deadline - time.monotonic()

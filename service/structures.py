@@ -1,5 +1,5 @@
-"""The nouns that travel between rooms: small frozen data classes that check themselves when created.
-NumPy only, so that rooms without torch (`api`, `batching`, `masks`, `imaging`) can hold them.
+"""The data types that the rooms pass to each other: small data classes, mostly frozen, some of which check their shapes
+when created. NumPy only, so that rooms that never import torch (`api`, `batching`) can use them.
 
 Shapes: D detections of one image, M x M the mask head's output size, H x W the image. Boxes are (x1, y1, x2, y2).
 """
@@ -25,11 +25,11 @@ PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
 ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
 
-# Roughly, for photographs as JPEG; and what networks resize large images to.
+# A rough figure for JPEG photographs; and the size to which networks resize large images.
 _PIXELS_PER_BYTE = 8
 _MOST_LIKELY_PIXELS = 1344 * 1344
-# Networks resize small pictures up, and some time is the same for all: a tiny picture must not count as next to
-# nothing, or the first one would make the device pass for a slow one.
+# Networks enlarge small pictures, and part of the time does not depend on size. So a tiny picture must not count as
+# next to nothing, or the first one would make the device look slow.
 _LEAST_LIKELY_PIXELS = 250_000
 
 
@@ -75,10 +75,10 @@ class DetectOptions:
         label_ids: keep only these classes (1-based; 0 is the background).
         with_masks: run the mask head (ignored by a model that has none).
         proposals: (x1, y1, x2, y2) each, finite, x1 < x2 and y1 < y2, in pixels of the image: classify and refine these
-            instead of the RPN's. They may reach beyond the image, where they are clipped.
+            instead of the RPN's. They may reach beyond the image, and are clipped to it.
         roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
         nms_thresh: IoU, 0 to 1, above which the better of two detections suppresses the other.
-        class_agnostic_nms: whether it does so whatever their classes are.
+        class_agnostic_nms: whether it also suppresses detections of other classes.
     """
 
     score_thresh: float | None = None
@@ -107,8 +107,8 @@ class Detections:
         boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels, 0 <= x1 < x2 <= W.
         labels: (D,) int64 class ids, 1-based; 0, the background, never occurs.
         scores: (D,) float32, 0 to 1.
-        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked.
-        extras: what else there is to say of each detection, by name: (D, ...) arrays.
+        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked for.
+        extras: further outputs for each detection, by name: (D, ...) arrays.
     """
 
     boxes: Float32Array
@@ -134,11 +134,11 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, which: slice | Int64Array) -> Detections:
-        """Some of the detections: every array cut alike."""
+        """Some of the detections: every array indexed alike."""
         return Detections.of({name: values[which] for name, values in self.arrays().items()})
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All there is, by name: the attributes of the class, `masks` if there are any, and the extras."""
+        """All arrays by name: `boxes`, `labels`, `scores`, `masks` if there are any, and the extras."""
         masks = {} if self.masks is None else {"masks": self.masks}
         return {"boxes": self.boxes, "labels": self.labels, "scores": self.scores, **masks, **self.extras}
 
@@ -159,7 +159,7 @@ class Prediction:
         stage_seconds: time of the whole batch by stage (`preprocess, backbone, rpn, roi_heads, postprocess`).
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
-        overflowed: whether the batch ran again in float32, since half precision could not hold its numbers.
+        overflowed: whether the batch was rerun in float32, since its numbers overflowed half precision.
     """
 
     detections: Detections
@@ -170,17 +170,17 @@ class Prediction:
 
 
 NOT_FINITE = 1e9
-"""A difference beyond all others, for JSON has no infinity."""
+"""Stands for a difference that is not finite, since JSON has no infinity."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedValue:
-    """How far one kind of answer lies from the plain network's.
+    """How far one kind of output lies from that of the plain network.
 
     Attributes:
-        largest_difference: of boxes in pixels of the pictures, of scores and masks as probabilities; `NOT_FINITE` if
-            there was a number that is not finite.
-        tolerance: the most that passes.
+        largest_difference: for boxes in pixels of the pictures, for scores and masks as probabilities; `NOT_FINITE` if
+            any number was not finite.
+        tolerance: the largest difference that passes.
     """
 
     largest_difference: float
@@ -189,13 +189,14 @@ class VerifiedValue:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What came of holding an engine, on its device and in its precision, to `eager` in float32 on the same device.
+    """The result of comparing an engine, on its device and in its precision, with `eager` in float32 on the same
+    device.
 
     Attributes:
-        engine: the one that was looked at; another one serves if it did not pass.
-        precision: the one that was looked at.
-        values: `boxes`, `scores`, and `masks` of a network that has them.
-        seconds: what it took.
+        engine: the one that was verified; if it did not pass, another one serves.
+        precision: the one that was verified.
+        values: `boxes`, `scores`, and `masks` if the network has them.
+        seconds: how long the verification took.
     """
 
     engine: str
@@ -221,12 +222,12 @@ class ModelInfo:
     Attributes:
         labels: class names; `labels[i]` has the id i + 1.
         score_thresh: the default threshold, 0 to 1.
-        max_detections: the default bound of detections an image.
+        max_detections: the default limit of detections per image.
         has_masks: whether it is a Mask R-CNN.
-        roi_ops: RoI operators that can take the place of `roi_op`, itself among them; none if its heads fit no other.
+        roi_ops: RoI operators that can replace `roi_op`, itself included; empty if its heads fit no other.
         needs_proposals: whether every request must bring proposals.
-        verification: of its engine and precision; None for `eager` in float32, which others are held to, and before it
-            has warmed up.
+        verification: of its engine and precision; None for `eager` in float32, which is the reference, and until the
+            model has warmed up.
     """
 
     name: str
@@ -252,12 +253,13 @@ class ModelInfo:
 
 
 class Progress:
-    """Where a request is, and how long each earlier stage took. The rooms move it on, whoever reports reads it.
+    """Which stage a request is in, and how long each earlier stage took. The rooms advance it; logs, metrics and
+    answers read it.
 
     Attributes:
-        batch_id: names the batch that the image was in last.
-        stage: the one it is in.
-        stage_seconds: by name, for the stages that it has left.
+        batch_id: identifies the last batch that contained the image.
+        stage: the current stage.
+        stage_seconds: time in seconds by stage, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
     """
 
@@ -268,17 +270,17 @@ class Progress:
         self.started_at = self._entered_at = time.monotonic()
 
     def enter(self, stage: str) -> None:
-        """Leave the present stage for another one."""
+        """Leave the current stage for another one."""
         now = time.monotonic()
         self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + now - self._entered_at
         self.stage, self._entered_at = stage, now
 
     @contextmanager
     def at_risk(self, stage: str) -> Iterator[None]:
-        """For as long as this thread works on the request: what it does may end the process.
+        """Enter while this thread does work on the request that might kill the process.
 
-        Entered before the first byte is looked at, so that a process that dies of the work has said so. Several threads
-        may work on one request.
+        Enter it before the work looks at the first byte, so that a worker that dies has already reported the work.
+        Several threads may work on one request.
 
         Args:
             stage: `decode`, `inference` or `encode`.
@@ -291,7 +293,7 @@ class Progress:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Within `at_risk`, for as long as the thread only waits."""
+        """Enter within `at_risk`, while the thread only waits."""
         self._mark(None, -1)
         try:
             yield
@@ -299,10 +301,10 @@ class Progress:
             self._mark(None, 1)
 
     def queued(self, padded_pixels: int) -> None:
-        """The image waits for the device from now on, with so many pixels, resized and padded."""
+        """The image now waits for the device, with so many resized and padded pixels."""
 
     def _mark(self, stage: str | None, change: int) -> None:
-        """One thread more, or one less, works on the request. Only a worker process reports it."""
+        """One more thread, or one fewer, works on the request. Only worker processes report it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -310,8 +312,8 @@ class Encoded:
     """An image as the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
 
     Attributes:
-        intensity: how 16-bit grey becomes 8-bit: by its full range, or stretched from its own smallest to its own
-            largest value, as the 12 bits of a camera in a file of 16 need it.
+        intensity: how 16-bit grey becomes 8-bit: from its full range, or stretched between its own smallest and largest
+            values, which 12-bit camera images in 16-bit files need.
     """
 
     data: bytes
@@ -320,7 +322,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pixels:
-    """An image whose sender has decoded it.
+    """An image that its sender has already decoded.
 
     Attributes:
         array: (H, W, 3) uint8 RGB, C-contiguous.
@@ -334,7 +336,7 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, its masks in one of several forms."""
+    """An answer as our JSON, with masks in one of several formats."""
 
     masks: MaskFormat = "none"
 
@@ -344,8 +346,8 @@ class Drawing:
     """An answer as the image with the detections drawn into it.
 
     Attributes:
-        type: of the picture.
-        parts: what to draw; None leaves it to the drawing, see `imaging/overlay.py`.
+        type: media type of the picture.
+        parts: what to draw; None for a choice that suits the image, see `imaging/overlay.py`.
     """
 
     type: PictureType = "image/png"
@@ -362,13 +364,13 @@ Form = Json | Drawing | Tensors
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Job:
-    """One image, what to find in it, and what to make of it.
+    """One image, what to find in it, and the form of the answer.
 
     Attributes:
         model: the key of a loaded model, name@version.
-        source: the image as it came.
-        form: what the answer is to look like.
-        deadline: when the caller will no longer wait, in seconds of `time.monotonic`.
+        source: the image as it arrived.
+        form: the form of the answer.
+        deadline: when the caller stops waiting, in seconds of `time.monotonic`.
         is_bulk: whether it is one of many that may take their time.
     """
 
@@ -382,7 +384,7 @@ class Job:
 
     @property
     def likely_pixels(self) -> int:
-        """About how many the network will see: a guess from what can be known without decoding."""
+        """Roughly how many pixels the network will see: a guess from what is known without decoding."""
         if isinstance(self.source, Pixels):
             pixels = self.source.array.size // 3
         else:
@@ -392,14 +394,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        image_size: of the upright image, the frame of the boxes.
+        image_size: (height, width) of the upright image, the frame of the boxes.
         detections: how many there are.
         batch_size: how many images shared the batch.
         encoded: the detections in the form that the job asked for.
-        batch_id: names the batch.
+        batch_id: identifies the batch.
     """
 
     image_size: tuple[int, int]

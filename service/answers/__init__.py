@@ -1,7 +1,7 @@
-"""What was found in an image to the bytes of an answer: one file a form.
+"""Encodes the detections of an image into the bytes of an answer: one file per form.
 
-An encoder splits what takes long into parts of a few milliseconds. Whoever runs them can stop between two, and share
-its threads fairly with other requests.
+An encoder splits long work into parts of a few milliseconds, so that its caller can stop between two parts and share
+threads fairly among requests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from service.structures import Detections, Drawing, Form, Image, Json, ModelInfo
 
 
 def encoder_for(form: Form) -> Encoder:
-    """What encodes answers of this form."""
+    """The encoder for answers of this form."""
     match form:
         case Json():
             return JsonEncoder(form)

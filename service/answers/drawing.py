@@ -1,4 +1,4 @@
-"""The image with the detections drawn into it, as a picture file."""
+"""Encodes the image with its detections drawn into it, as a picture file."""
 
 from __future__ import annotations
 

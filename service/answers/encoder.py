@@ -16,7 +16,7 @@ class Encoder(ABC):
         return [detections]
 
     def least_bytes(self, image_size: tuple[int, int], detections: Detections) -> int:
-        """A size that the answer has at the least, known before any of it is encoded.
+        """A lower bound on the size of the answer, known before any of it is encoded.
 
         Args:
             image_size: (height, width).
@@ -29,10 +29,10 @@ class Encoder(ABC):
 
         Args:
             info: the model that found them.
-            should_stop: asked now and then by what takes longer than some milliseconds.
+            should_stop: polled now and then by work that takes longer than a few milliseconds.
 
         Raises:
-            CancelledRequestError: `should_stop` said yes.
+            CancelledRequestError: `should_stop` returned True.
         """
 
     def join(self, parts: Sequence[bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""Detections as the JSON array that `/v1/detect` answers; `api/schemas.py` describes it.
+"""Encodes detections as the JSON array that `/v1/detect` answers; `api/schemas.py` describes it.
 
 Shapes: D detections of one image.
 """
@@ -25,11 +25,12 @@ MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
     "crop": encode_crops,
 }
 
-# A mask takes time in proportion to the sides of its box: these are some 2 ms, far above what a thread costs.
+# A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
+# thread.
 _SIDES_PER_PART_PIXELS = 20_000
-# What all masks of an answer may have together, which is about a second's work: a thousand objects of 2000 x 2000 each.
+# Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
-# A PNG of a large image takes a tenth of a millisecond however small its mask is.
+# A PNG of a large image takes a tenth of a millisecond, however small its mask is.
 _MOST_MASKS_PER_PART = 64
 
 
@@ -40,7 +41,7 @@ class JsonEncoder(Encoder):
         self._masks = form.masks
 
     def split(self, detections: Detections) -> Sequence[Detections]:
-        """Parts of about 2 ms, as long as a single mask allows it.
+        """Parts of about 2 ms, unless a single mask takes longer.
 
         Raises:
             AnswerTooLargeError: the masks would take seconds.
@@ -60,11 +61,11 @@ class JsonEncoder(Encoder):
         return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def least_bytes(self, image_size: tuple[int, int], detections: Detections) -> int:
-        """Only pictures of the whole image have a size that is known beforehand."""
+        """Only masks as PNGs of the whole image have a minimum size that is known beforehand."""
         return len(detections) * smallest_png(image_size) if self._masks == "png" else 0
 
     def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
-        """An array of an object for each detection."""
+        """An array with an object for each detection."""
         found: list[dict[str, Any]] = [
             {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
             for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
@@ -76,5 +77,5 @@ class JsonEncoder(Encoder):
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def join(self, parts: Sequence[bytes]) -> bytes:
-        """One array of the parts' elements."""
+        """One array of the elements of all parts."""
         return b"[" + b",".join(part[1:-1] for part in parts) + b"]"

@@ -1,5 +1,5 @@
-"""Detections as named arrays, for protocols that write tensors themselves: no mask is spread over its box, nothing is
-turned into text. `service.tensors.read_tensors` gives the arrays back.
+"""Encodes detections as named arrays, for protocols that write tensors themselves: masks are not spread over their
+boxes, and nothing is turned into text. `service.tensors.read_tensors` gives the arrays back.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""HTTP and JSON: reads requests, hands jobs to the pipeline, writes answers and errors. One file per resource; `app.py`
-mounts their routers. Knows nothing of torch, and of images only that they are bytes.
+"""HTTP and JSON: reads requests, hands jobs to the detector, writes answers and errors. One file per resource, each
+with a router. Knows nothing of torch, and of images only that they are bytes or raw pixels.
 """

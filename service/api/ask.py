@@ -1,5 +1,5 @@
-"""What the routes of all protocols share between a request's head and its answer: the body, the model, the options,
-the deadline, and the jobs.
+"""The steps from a request's head to its answer that the routes of all protocols share: the body, the model, the
+options, the deadline, and the jobs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.structures import Answer, Form, Job, ModelInfo, Progress, Source
 from service.tasks import all_of
 
 MAX_IMAGES = 1000
-"""Of one request; each costs a little however small it is."""
+"""The most images in one request; each costs a little, however small it is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Ask:
         self.state.admission.require_place(seconds_left=self.state.settings.request_timeout_ms / 1000)
 
     async def read(self) -> bytes:
-        """The request's body, unpacked if it came compressed; errors as in `read_data`."""
+        """The request's body, decompressed if need be; errors as in `read_data`."""
         settings = self.state.settings
         try:
             return await read_data(
@@ -52,7 +52,7 @@ class Ask:
             raise
 
     def parameters(self, given: Mapping[str, object]) -> DetectParameters:
-        """Options as they came in JSON; the labels may also be one text with commas.
+        """Options from their JSON form; the labels may also be one text with commas.
 
         Raises:
             InvalidRequestError: one is unknown, of the wrong type, or out of range.
@@ -66,7 +66,7 @@ class Ask:
             raise InvalidRequestError(describe_option_errors(error.errors())) from None
 
     def choose_model(self, parameters: DetectParameters) -> ModelInfo:
-        """The model that is asked for, held until the request is answered.
+        """The requested model, kept from being unloaded until the request is answered.
 
         Raises:
             ModelNotFoundError: it is not loaded.
@@ -82,23 +82,24 @@ class Ask:
         return info
 
     def deadline(self, parameters: DetectParameters) -> float:
-        """When the caller will no longer wait, in seconds of `time.monotonic`."""
+        """When the caller stops waiting, in seconds of `time.monotonic`."""
         longest_ms = self.state.settings.request_timeout_ms
         return self.record.progress.started_at + min(parameters.timeout_ms or longest_ms, longest_ms) / 1000
 
     async def answer(
         self, sources: Sequence[Source], parameters: DetectParameters, form: Form
     ) -> list[tuple[Answer, Progress]]:
-        """Find the objects in each image: all of them or, if one fails, none.
+        """Find the objects in each image; if one image fails, the whole request fails.
 
         Args:
-            parameters: `masks` says whether masks are wanted, `form` how.
+            parameters: the options; `masks` says whether masks are wanted.
+            form: the form of the answers, masks included.
 
         Returns:
             For each image, in order, the answer and the times of its stages.
 
         Raises:
-            ServiceError: the first image's that failed.
+            ServiceError: the error of the first image that failed.
         """
         if not 1 <= len(sources) <= MAX_IMAGES:
             raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {len(sources)}")
@@ -147,7 +148,7 @@ class Ask:
                 )
             return answer, progress
 
-        # Two batches' worth at a time keep the device busy and leave the queue to others.
+        # Two batches' worth at a time keep the device busy and leave room in the queue for others.
         return await all_of(run_one, sources, at_a_time=2 * self.state.settings.max_batch_size)
 
 

@@ -1,4 +1,4 @@
-"""Who may call what, as FastAPI dependencies: routes name the one that they need. The keys are `keys.py`'s."""
+"""Who may call what, as FastAPI dependencies: each route declares the one it needs. `keys.py` holds the keys."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _UNKNOWN = "unknown key: this server does not know the key that was sent"
 
 
 async def require_key(state: State, record: Record, bearer: _Bearer, header: _Header) -> None:
-    """Let a request pass that bears a user's or an administrator's key, or any request if `/v1` needs no key.
+    """Let a request pass if it has a user's or an administrator's key, or if `/v1` needs no key.
 
     Raises:
-        MissingKeyError: no key came, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+        MissingKeyError: no key was sent, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
         KeyNotAllowedError: it is not one of ours.
     """
     if not state.keys.are_needed:
@@ -34,10 +34,10 @@ async def require_key(state: State, record: Record, bearer: _Bearer, header: _He
 
 
 async def require_admin_key(state: State, bearer: _Bearer, header: _Header) -> None:
-    """Let a request pass that bears an administrator's key.
+    """Let a request pass if it has an administrator's key.
 
     Raises:
-        MissingKeyError: no key came.
+        MissingKeyError: no key was sent.
         KeyNotAllowedError: it is a user's key, or unknown, or this server has no administrators' keys.
     """
     if not state.keys.has_administrators:
@@ -59,5 +59,5 @@ def _sent(bearer: HTTPAuthorizationCredentials | None, header: str | None) -> by
     key = bearer.credentials if bearer else header
     if key is None:
         raise MissingKeyError(_HOW_TO_SEND)
-    # Starlette decodes headers as Latin-1, whatever the client meant: these are the bytes that came.
+    # Starlette decodes headers as Latin-1, whatever the client meant: this restores the bytes that were sent.
     return key.encode("latin-1")

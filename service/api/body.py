@@ -1,5 +1,6 @@
-"""Reading uploads: a raw image, a multipart form or JSON with base64, into bytes and options. The byte limits, of one
-body and of all requests together, hold while a body streams in, so that no more is ever held; so does a time limit.
+"""Reads uploads (a raw image, a multipart form, or JSON with base64) into bytes and options. The byte limits, for one
+body and for all requests together, are checked while a body streams in, so that they are never exceeded; so is a time
+limit.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from service.imaging.formats import sniff_format
 
 _ACCEPTED = "a raw body of image/* or application/octet-stream, multipart/form-data, or application/json"
 _FORM, _JSON = "multipart/form-data", "application/json"
-# zlib's word for each Content-Encoding.
+# zlib's `wbits` for each Content-Encoding.
 _UNPACKERS: Mapping[str, int | None] = {"": None, "identity": None, "gzip": 31, "deflate": 15}
-# Larger JSON is parsed in a thread; a smaller one is parsed sooner than a thread begins.
+# Larger JSON is parsed in a thread; smaller JSON is parsed faster than a thread starts.
 _QUICK_BYTES = 16 * 1024
 
 
@@ -49,7 +50,7 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
     """Read a request's body, whichever of the three kinds it is.
 
     Args:
-        timeout_seconds: for the body to arrive; what is done with it then does not count.
+        timeout_seconds: for the body to arrive; processing it does not count.
         holding: the request's account of bytes; grows as the body arrives.
 
     Raises:
@@ -57,7 +58,7 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
         TooLargeError: over the limit; nothing beyond it was held.
         OverloadedError: all requests together would hold too much.
         SlowBodyError: it took too long.
-        InvalidRequestError: empty, or not the form or JSON that it says it is.
+        InvalidRequestError: empty, or not the form or JSON that it claims to be.
         CancelledRequestError: the caller went away.
     """
     _refuse_encodings(request.headers)
@@ -75,9 +76,9 @@ async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds:
 
 
 async def read_data(request: Request, *, max_body_bytes: int, timeout_seconds: float, holding: Holding) -> bytes:
-    """Read a request's body as it is, possibly empty; unpacked if its Content-Encoding is gzip or deflate.
+    """Read a request's body as it is, possibly empty; decompressed if its Content-Encoding is gzip or deflate.
 
-    Arguments and errors are as in `read_upload`; the limits hold for the bytes that come and for the unpacked ones.
+    Arguments and errors are as in `read_upload`; the limits apply both to the received and to the decompressed bytes.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in _UNPACKERS:
@@ -110,7 +111,7 @@ def _unpack(data: bytes, window_bits: int, max_bytes: int) -> bytes:
 async def _arriving(
     request: Request, max_body_bytes: int, timeout_seconds: float, holding: Holding
 ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-    """The body's chunks, within the limits of its size and its time."""
+    """The body's chunks, as they arrive within the limits of size and time."""
     _refuse_declared_length(request.headers, max_body_bytes, holding)
     try:
         async with asyncio.timeout(timeout_seconds), aclosing(_limited(request, max_body_bytes, holding)) as stream:
@@ -142,7 +143,7 @@ def _refuse_repeated_content_type(headers: Headers) -> None:
 
 
 def _is_json(kind: str, data: bytes) -> bool:
-    """Whether a body is JSON; else it is an image, or may be one, which its bytes tell later.
+    """Whether a body is JSON; if not, it is an image, or may be one, which decoding will show.
 
     Raises:
         UnsupportedMediaTypeError: it is neither.
@@ -164,7 +165,7 @@ def _is_json(kind: str, data: bytes) -> bool:
         )
     if kind.startswith("image/"):
         return False
-    # What curl -d and a browser's fetch send as text or as a form of another kind. No image begins so.
+    # JSON that curl -d and a browser's fetch send labelled as text or as another kind of form. No image begins so.
     if beginning.startswith(b"{"):
         return True
     if kind in ("", "application/octet-stream"):

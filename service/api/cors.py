@@ -1,4 +1,4 @@
-"""Which other origins' pages may call this server from a browser (CORS). Never with cookies: keys go in headers."""
+"""Decides which other origins' pages may call this server from a browser (CORS). Never with cookies, only with keys."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _EXPOSED = "X-Request-ID, Server-Timing, Retry-After"
 
 
 class CrossOrigin:
-    """What browsers are told.
+    """The CORS headers and preflight answers for browsers.
 
     Args:
-        origins: `https://app.example.com` and the like, or `*` for all; none switches it off.
+        origins: `https://app.example.com` and the like, or `*` for all; empty to switch CORS off.
     """
 
     def __init__(self, origins: Sequence[str]) -> None:
         self._origins = frozenset(origins)
 
     def headers(self, request: Headers) -> dict[str, str]:
-        """What to add to the answer to a request, whatever it is."""
+        """The headers to add to any answer to this request."""
         if not self._origins:
             return {}
         if "*" in self._origins:
@@ -41,7 +41,7 @@ class CrossOrigin:
         }
 
     def preflight(self, method: str, request: Headers) -> Response | None:
-        """The answer to a browser that asks before it sends a request; None if this is no such question."""
+        """The answer to a browser's preflight request; None if this request is not one."""
         if not self._origins or method != "OPTIONS" or "access-control-request-method" not in request:
             return None
         return Response(status_code=204, headers=_PREFLIGHT)

@@ -1,5 +1,5 @@
-"""Detections in one image, in several, or drawn into the image. Reads the upload and its options, hands jobs to the
-detector and writes what comes back.
+"""The routes that detect objects in one image or several, or draw them into the image. Reads the upload and its
+options, hands jobs to the detector and writes the answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ P = TypeVar("P", bound=DetectParameters)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Order(Generic[P]):
-    """What a request asks: which images, of which model, how, and until when."""
+    """What a request asks for: which images, which model, which options, and until when."""
 
     images: Sequence[bytes]
     parameters: P
@@ -154,7 +154,7 @@ async def detect_batch(
 
 
 async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list[dict[str, object]]:
-    """A document for each image, in order. A mistake of ours in one of them ends all the others."""
+    """A document for each image, in order. An unexpected error in one of them cancels all the others."""
     max_bytes, size = state.settings.max_answer_bytes, 0
 
     async def answer_one(image: bytes) -> dict[str, object]:
@@ -175,7 +175,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
         size += len(answer.encoded)
         return order.describe(answer, progress)
 
-    # Two batches' worth at a time keep the device busy and leave the queue to others.
+    # Two batches' worth at a time keep the device busy and leave room in the queue for others.
     return await all_of(answer_one, order.images, at_a_time=2 * state.settings.max_batch_size)
 
 
@@ -188,7 +188,7 @@ async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list
 async def annotate(
     request: Request, state: State, record: Record, query: Annotated[AnnotateParameters, Query()]
 ) -> Response:
-    """Find the objects in one image, as `/v1/detect` does, and answer the image with them drawn into it."""
+    """Find the objects in one image, as `/v1/detect` does, and answer the image with the objects drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
     job = order.job(order.only_image(), record.progress, Drawing(picture_type, order.parameters.drawn_parts))

@@ -1,4 +1,4 @@
-"""Work for a caller who may hang up: done only for as long as the caller waits."""
+"""Runs work for a caller that may hang up, only for as long as the caller waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await the work, and cancel it when the caller goes away.
 
     Args:
-        request: its body has been read, so that the next message can only say that it is disconnected.
+        request: its body must have been read, so that the next message can only be a disconnect.
 
     Raises:
         CancelledRequestError: the caller has gone.

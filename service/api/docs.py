@@ -1,4 +1,4 @@
-"""The page on which to try the service, Swagger UI, from files of an installed package: it works without internet."""
+"""Serves Swagger UI, on which people can try the service, from files of an installed package: it works offline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEDIA_TYPES = {
 
 
 def page_headers(*policies: str) -> dict[str, str]:
-    """Headers of a page that loads nothing from elsewhere, and that no other page may frame.
+    """Headers of a page that loads nothing from other servers, and that no other page may frame.
 
     Args:
         policies: what it needs beyond images and requests to this server, as directives of a content security policy.
@@ -38,7 +38,7 @@ def page_headers(*policies: str) -> dict[str, str]:
 
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
-    """The description that the page shows. A route of ours, so that the metrics know it by its name."""
+    """The description that the page shows. Our own route, so that it has a label of its own in the metrics."""
     root = request.scope.get("root_path", "")
     servers = {"servers": [{"url": root}]} if root else {}
     return JSONResponse(request.app.openapi() | servers)
@@ -57,7 +57,7 @@ async def docs(request: Request) -> Response:
         # Otherwise Swagger UI asks a validator on the internet about every document.
         swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True},
     )
-    # Its own script stands in the page, and is allowed by its hash; others, which somebody might slip in, are not.
+    # Only the page's own inline script is allowed, by its hash; an injected one is not.
     hashes = [hashlib.sha256(script).digest() for script in _INLINE_SCRIPT.findall(bytes(page.body))]
     scripts = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in hashes)
     page.headers.update(page_headers(f"script-src 'self' {scripts}", "style-src 'self' 'unsafe-inline'"))

@@ -1,5 +1,6 @@
-"""The one table from error to HTTP status, and the one form in which errors leave: RFC 9457 problem documents.
-Rooms below raise the errors of `service/errors.py` and know no statuses; those that only HTTP can raise are here.
+"""The one table from error to HTTP status, and the forms in which errors are answered: RFC 9457 problem documents, or
+plain ones for other protocols. Rooms below raise the errors of `service/errors.py` and know no statuses; errors that
+only HTTP can raise are here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class SlowBodyError(InvalidRequestError):
 
 
 class MalformedRequestError(InvalidRequestError):
-    """What came is not HTTP/1.1, or proxies might read it differently than we do."""
+    """The request is not valid HTTP/1.1, or proxies might read it differently than we do."""
 
     code = "malformed_request"
 
@@ -90,7 +91,7 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class MissingKeyError(InvalidRequestError):
-    """API keys are configured and the request bears none."""
+    """API keys are configured and the request has none."""
 
     code = "missing_key"
 
@@ -101,7 +102,7 @@ class KeyNotAllowedError(InvalidRequestError):
     code = "key_not_allowed"
 
 
-# The most specific class counts. 499 is what proxies log for a caller that has gone: nobody receives it.
+# The most specific class counts. 499 is what proxies log for a caller that has gone; no caller receives it.
 ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
     MalformedRequestError: (400, "Not a valid HTTP request"),
     MissingKeyError: (401, "An API key is needed"),
@@ -128,16 +129,16 @@ ERROR_STATUS: Mapping[type[ServiceError], tuple[int, str]] = {
     OutOfMemoryError: (507, "Not enough memory for this image"),
 }
 
-# In characters: an answer stays below 8 KiB however they are escaped, and the names of COCO's 80 classes fit.
+# In characters: however they are escaped, an answer stays below 8 KiB, and the names of COCO's 80 classes fit.
 _MAX_DETAIL_LENGTH = 1200
-# How many of a request's mistakes an answer names.
+# How many of a request's mistakes an answer lists.
 MAX_MISTAKES = 3
 # A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
 # Protocols whose clients look for an error's text under the key `error`.
 _PLAIN_PREFIXES = ("/v2", "/hf/", "/invocations")
 _PLAIN_SUFFIX = ":predict"
-# What is rejected before any work was done on it.
+# Errors that reject a request before any work is done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
 
 
@@ -147,10 +148,10 @@ def status_of(error: ServiceError) -> tuple[int, str]:
 
 
 def detail_of(error: ServiceError) -> str:
-    """What an error says, for its answer and its log line: cut, for it may repeat what a caller sent, on one line, and
-    valid Unicode.
+    """The message of an error, for its answer and its log line: on one line, valid Unicode, and cut, since it may
+    repeat what a caller sent.
     """
-    # One more, so that what was cut can be told from what fits.
+    # One character more, to tell whether the message was cut.
     text = str(error)[: _MAX_DETAIL_LENGTH + 1]
     if not text.isprintable():
         text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
@@ -174,14 +175,14 @@ def problem(error: ServiceError) -> dict[str, object]:
 
 
 def path_of(scope: Scope) -> str:
-    """The path that was asked for, without the one under which a proxy publishes the server."""
+    """The requested path, without the prefix under which a proxy publishes the server."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def error_response(error: ServiceError, scope: Scope) -> Response:
-    """The answer to a request that failed, in the form of the protocol that the request's path belongs to."""
+    """The answer to a failed request, in the form of the protocol that its path belongs to."""
     path = path_of(scope)
     if not (path.startswith(_PLAIN_PREFIXES) or path.endswith(_PLAIN_SUFFIX)):
         return problem_response(error)
@@ -190,7 +191,7 @@ def error_response(error: ServiceError, scope: Scope) -> Response:
 
 
 def problem_response(error: ServiceError) -> Response:
-    """The answer to a request that failed, as a problem document."""
+    """The answer to a failed request, as a problem document."""
     return Response(orjson.dumps(problem(error)), status_of(error)[0], _headers(error), PROBLEM_MEDIA_TYPE)
 
 
@@ -206,7 +207,7 @@ def _headers(error: ServiceError) -> dict[str, str]:
 
 
 def report(error: ServiceError, metrics: Metrics) -> None:
-    """Count a refusal; log what is not the caller's fault with its traceback."""
+    """Count a refusal; log errors that are not the caller's fault, with their traceback."""
     if isinstance(error, _REFUSALS):
         metrics.rejected.labels(error.code).inc()
     if isinstance(error, InferenceError) or status_of(error)[0] == HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -214,10 +215,10 @@ def report(error: ServiceError, metrics: Metrics) -> None:
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) -> None:
-    """Answer everything that goes wrong in a route with a problem document.
+    """Answer every error of a route in the form of its protocol.
 
     Args:
-        paths: what to list to those who ask for something else.
+        paths: those to suggest when a request asks for an unknown one.
     """
 
     def answer(request: Request, error: ServiceError) -> Response:
@@ -253,7 +254,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics, *, paths: Sequence[str]) 
 
 
 def _describe_missing(path: str, known: Sequence[str]) -> str:
-    """What to say of a path where nothing is: the one that was probably meant, or all of them."""
+    """The message for an unknown path: the one that was probably meant, or all of them."""
     shown = path if len(path) <= 100 else f"{path[:100]}…"
     if similar := get_close_matches(path[:100].rstrip("/").lower(), known, n=1, cutoff=0.8):
         return f"nothing at {shown}; did you mean {similar[0]}?"
@@ -261,13 +262,13 @@ def _describe_missing(path: str, known: Sequence[str]) -> str:
 
 
 def describe_option_errors(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Say of the first options that pydantic refused which they are, what was expected and what came."""
+    """Describe the first options that pydantic refused: which they are, what was expected and what came."""
     words = [_describe(error) for error in errors[:MAX_MISTAKES]]
     return "; ".join([*words, *and_more(len(errors))])
 
 
 def and_more(count: int) -> list[str]:
-    """What to add to the first few of so many mistakes."""
+    """What to add to a list of the first few of `count` mistakes."""
     return [f"and {count - MAX_MISTAKES} more"] if count > MAX_MISTAKES else []
 
 
@@ -290,5 +291,5 @@ def describe_expectation(error: Mapping[str, Any]) -> str:
 
 
 def _quote(value: object) -> str:
-    """What came, as the caller wrote it; shortened, for it may be as long as a body."""
+    """The received value, as the caller wrote it; shortened, since it may be as long as a body."""
     return orjson.dumps(value).decode() if value is None or isinstance(value, bool) else reprlib.repr(value)

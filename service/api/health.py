@@ -1,4 +1,4 @@
-"""The probes of an orchestrator: whether the process is alive, and whether it wants requests."""
+"""Probes for an orchestrator: whether the process is alive, and whether it wants requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = APIRouter(tags=["health"])
 @router.get("/healthz", responses=describe_answer(Health) | describe_errors(503))
 async def live(state: State) -> Response:
     """Whether the process answers and its workers can do their work, now or soon. 503 while the last starts of all
-    workers have failed; they are tried again, so that it may be 200 later without a restart.
+    workers have failed; they are retried, so it may become 200 again without a restart.
     """
     if (failure := state.detector.failure) is not None:
         raise NotReadyError(failure)
@@ -26,8 +26,8 @@ async def live(state: State) -> Response:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=describe_answer(Health) | describe_errors(503))
 async def ready(state: State) -> Response:
-    """Whether requests are wanted: all models are loaded and warmed up, a worker is there to run them, and the service
-    is not about to stop.
+    """Whether requests are wanted: all models are loaded and warmed up, a worker is available to run them, and the
+    service is not stopping.
     """
     phase = state.lifecycle.phase
     if phase is not Phase.READY:

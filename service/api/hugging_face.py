@@ -1,4 +1,4 @@
-"""Hugging Face's tasks `object-detection` and `image-segmentation`, as its Inference API and its clients speak them:
+"""Hugging Face's tasks `object-detection` and `image-segmentation`, compatible with its Inference API and clients:
 `InferenceClient(model="http://host:8000/hf/nuclei")`.
 """
 
@@ -25,7 +25,7 @@ Name = Annotated[str, Path(description="name, or name@version", examples=["nucle
 
 # Larger answers are parsed in a thread.
 _QUICK_BYTES = 64 * 1024
-# The only values of parameters that change nothing here.
+# Parameters that are accepted only with these values, which are what the server does anyway.
 _FIXED: Mapping[str, object] = {"mask_threshold": 0.5, "subtask": "instance", "overlap_mask_area_threshold": None}
 
 
@@ -117,10 +117,10 @@ def _parse(body: bytes) -> tuple[bytes, dict[str, object]]:
 
 
 def _found(encoded: bytes) -> list[dict[str, object]]:
-    """Detections in our JSON as the tasks' elements."""
+    """Convert detections from our JSON to the elements of these tasks' answers."""
     found = []
     for one in orjson.loads(encoded):
-        # Cut to whole pixels, as the library's own pipelines do.
+        # Truncated to whole pixels, as in the library's own pipelines.
         box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, one["box"]), strict=True))
         mask = {"mask": one["mask"]} if "mask" in one else {}
         found.append({"label": one["label"], "score": one["score"], "box": box, **mask})

@@ -1,5 +1,5 @@
-"""JSON bodies: one image in base64, and options. A body is as large as its image, but what stands beside the image is
-bounded before anything is parsed, so that no document of many small values takes time and memory.
+"""Parses JSON bodies: one image in base64, and options. A body may be as large as its image, but everything beside the
+image is bounded before anything is parsed, so that a document of many small values cannot take much time or memory.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MAX_JSON_VALUES = 256 * 1024
 """What a document of another protocol may hold: enough for a picture of 290 x 290 pixels as numbers."""
 
 EXPECTED_JSON = 'a JSON object with the image in base64: {"image": "...", ...}'
-# Base64 is decoded in pieces: each holds Python's global lock, which the event loop wants, too. A multiple of 4.
+# Base64 is decoded in pieces, since decoding holds the GIL, which the event loop needs, too. A multiple of 4.
 _PIECE_BYTES = 1024 * 1024
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
 # The longest JSON escape: \u0041.
 _ESCAPE_BYTES = 6
-# Of a run that is looked at, in documents that are larger than all but their image may be.
+# The longest run of backslashes that is examined, in documents too large to parse before their image is cut out.
 _MAX_BACKSLASHES = 64
-# What other services call it.
+# What other services call the image, with hints for our callers.
 _OTHER_NAMES = {
     "images": "one image goes into 'image'; several go to /v1/detect/batch, as the files 'image' of a multipart form",
     "image_url": "addresses are not fetched; send the image's bytes in base64 as 'image'",
@@ -51,13 +51,13 @@ def parse_json(data: bytes) -> tuple[bytes, dict[str, object]]:
         The encoded image and the other fields, with JSON's types.
 
     Raises:
-        InvalidRequestError: it is not that, or names a key twice.
+        InvalidRequestError: the body does not have that form, or has a key twice.
         TooLargeError: it holds more than `MAX_JSON_BYTES` beside its longest text.
     """
     start, end = (0, 0) if len(data) <= MAX_JSON_BYTES else _longest_text(data)
     if (size := len(data) - (end - start)) > MAX_JSON_BYTES:
         raise _too_large(size)
-    # Cut out at its own place, and known again by a word that nobody can guess.
+    # The image is cut out, and an unguessable placeholder marks where it was.
     placeholder = uuid.uuid4().hex
     fields = _parse(data[:start] + placeholder.encode() + data[end:] if end else data)
     if placeholder in fields:
@@ -78,10 +78,10 @@ def parse_document(data: bytes) -> dict[str, Any]:
     """Read a JSON object of another protocol, in which any number of texts may hold images.
 
     Raises:
-        InvalidRequestError: it is none.
+        InvalidRequestError: it is not a JSON object.
         TooLargeError: it holds more than `MAX_JSON_VALUES` values.
     """
-    # Base64 has no commas: these are about as many as there are values.
+    # Base64 has no commas, so there are about as many commas as values.
     if (commas := data.count(b",")) > MAX_JSON_VALUES:
         raise TooLargeError(
             f"the JSON has about {commas} values, at most {MAX_JSON_VALUES} are read; send pictures as encoded files "
@@ -104,13 +104,13 @@ def _too_large(size: int) -> TooLargeError:
 
 
 def _longest_text(data: bytes) -> tuple[int, int]:
-    """Where the longest text between quotes stands, without them. Gives up as soon as all else is too much."""
+    """Start and end of the longest text between quotes, without them. Gives up as soon as the rest is too large."""
     longest = (0, 0)
     at = 0
     while (start := data.find(b'"', at) + 1) > 0:
         end = data.find(b'"', start)
         while end >= 0 and _is_escaped(data, end, start):
-            # Base64 has no quotes, so what lies between them is none: it counts as any other text.
+            # Base64 has no quotes, so a text with escaped quotes is not the image and counts like any other text.
             if end - longest[1] + longest[0] > MAX_JSON_BYTES:
                 raise _too_large(end - longest[1] + longest[0])
             end = data.find(b'"', end + 1)
@@ -134,7 +134,7 @@ def _is_escaped(data: bytes, quote: int, start: int) -> bool:
 
 def _parse(document: bytes) -> dict[str, object]:
     try:
-        # Not strict: a shell's "$(base64 photo.jpg)" has line breaks, which JSON wants escaped.
+        # Not strict: a shell's "$(base64 photo.jpg)" has line breaks, which strict JSON requires to be escaped.
         fields = json.loads(
             document.decode(), strict=False, object_pairs_hook=_no_key_twice, parse_constant=_refuse_constant
         )
@@ -156,7 +156,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _no_key_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """Which of two equal keys a caller means, nobody knows; a parser would keep the last."""
+    """Refuse repeated keys: it is unclear which one the caller means, and the parser would keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -179,13 +179,14 @@ def _describe_keys(fields: dict[str, object]) -> str:
 
 
 def decode_base64(text: bytes) -> bytes:
-    """Decode base64 as it comes: of either alphabet, with line breaks, after `data:…;base64,`, with or without padding.
+    """Decode base64 in any common form: either alphabet, line breaks or none, with or without a `data:…;base64,` prefix
+    or padding.
 
     Args:
-        text: as it stands between the quotes of JSON, escapes included.
+        text: as written between the quotes of JSON, escapes included.
 
     Raises:
-        InvalidRequestError: it is something else; says what.
+        InvalidRequestError: it is not base64; says what it looks like.
     """
     text = text[_prefix_length(text) :]
     decoded: list[bytes] = []
@@ -194,7 +195,7 @@ def decode_base64(text: bytes) -> bytes:
         for piece in _unescaped(text):
             rest += piece.translate(_FROM_URL_SAFE, _WHITE_SPACE)
             whole = len(rest) // 4 * 4
-            # The last characters wait for the next piece, in case they are the end, where padding may stand.
+            # The last characters are left for the next piece: they may be the end, where padding is allowed.
             whole = max(0, whole - 4)
             decoded.append(binascii.a2b_base64(rest[:whole], strict_mode=True) if whole else b"")
             if b"=" in rest[:whole]:
@@ -208,7 +209,7 @@ def decode_base64(text: bytes) -> bytes:
 
 
 def _prefix_length(text: bytes) -> int:
-    """Of `data:image/png;base64,`, which a browser's FileReader puts before the base64."""
+    """Length of a prefix such as `data:image/png;base64,`, which a browser's FileReader puts before the base64."""
     if text[:5].lower() != b"data:":
         return 0
     comma = text.find(b",", 0, 300)
@@ -218,14 +219,14 @@ def _prefix_length(text: bytes) -> int:
 
 
 def _unescaped(text: bytes) -> Iterator[bytes]:
-    """JSON's text in pieces, without escapes: some write them for each slash, and must for line breaks."""
+    """A JSON text in pieces, unescaped: some writers escape each slash, and all must escape line breaks."""
     at = 0
     while at < len(text):
         piece = text[at : at + _PIECE_BYTES]
         if b"\\" in piece:
             if b"\\\\" in piece:
                 raise ValueError("a backslash")
-            # An escape must not be cut; with no double ones among them, each backslash begins one.
+            # Do not cut an escape in two. There are no double backslashes here, so each backslash begins an escape.
             last = piece.rfind(b"\\")
             if last > len(piece) - _ESCAPE_BYTES and at + len(piece) < len(text):
                 piece = piece[:last]

@@ -1,4 +1,4 @@
-"""The API keys of a running server: those of the settings, and those of key files, which can be read again while it
+"""The API keys of a running server: those of the settings, and those of key files, which can be reloaded while it
 serves. Keys are bytes here, since that is what an HTTP header holds.
 """
 
@@ -17,7 +17,7 @@ from service.settings import Settings, check_key
 
 logger = logging.getLogger(__name__)
 
-# Tens of thousands of keys; a larger file, or a device that never ends, is a mistake.
+# Enough for tens of thousands of keys; a larger file, or an endless device, is a mistake.
 _MAX_FILE_BYTES = 1024 * 1024
 
 
@@ -26,7 +26,7 @@ class Keys:
 
     * Users' keys (`api_keys`, `api_keys_file`) open `/v1`. Without any, everyone may call it.
     * Administrators' keys (`admin_keys`, `admin_keys_file`) open all of `/v1`, loading and unloading included. Without
-      any, nobody may load or unload. They do not close `/v1` to others.
+      any, loading and unloading are off. They do not close `/v1` to others.
 
     Args:
         settings: the key files are read at once.
@@ -46,7 +46,7 @@ class Keys:
         self._users = users
 
     def reload(self) -> None:
-        """Read the key files again. If one of them cannot be used, all keys stay as they were and the log says why."""
+        """Reread the key files. If one of them cannot be used, all keys stay as they were and the log says why."""
         try:
             self._read()
         except ServiceError as error:
@@ -66,12 +66,12 @@ class Keys:
 
     @property
     def have_files(self) -> bool:
-        """Whether there is anything to read again."""
+        """Whether there are key files to reload."""
         return (self._settings.api_keys_file or self._settings.admin_keys_file) is not None
 
     @property
     def are_needed(self) -> bool:
-        """Whether `/v1` wants a key."""
+        """Whether `/v1` requires a key."""
         return bool(self._users)
 
     @property
@@ -81,7 +81,7 @@ class Keys:
 
     def is_known(self, key: bytes) -> bool:
         """Whether this is a key of a user or of an administrator."""
-        # Both are looked at in any case, so that the time does not tell which of them a key belongs to.
+        # Always check both, so that the time does not reveal which of them a key belongs to.
         return sum((_is_one_of(key, self._users), _is_one_of(key, self._administrators))) > 0
 
     def is_administrators(self, key: bytes) -> bool:
@@ -90,7 +90,7 @@ class Keys:
 
 
 def _is_one_of(key: bytes, allowed: Iterable[bytes]) -> bool:
-    # Each is compared, in constant time, so that the time does not tell how near a guess was.
+    # Compare with every key, each in constant time, so that the time does not reveal how close a guess was.
     return sum(hmac.compare_digest(key, one) for one in allowed) > 0
 
 
@@ -99,7 +99,7 @@ def _encoded(keys: Iterable[SecretStr]) -> frozenset[bytes]:
 
 
 def _keys_in(file: Path | None) -> frozenset[bytes]:
-    """The keys of a file, one a line; blanks around them and empty lines do not count."""
+    """The keys of a file, one per line; surrounding blanks and empty lines are ignored."""
     if file is None:
         return frozenset()
     try:
@@ -109,7 +109,7 @@ def _keys_in(file: Path | None) -> frozenset[bytes]:
         raise ServiceError(f"key file {file}: cannot be read: {error.strerror}") from error
     if len(data) > _MAX_FILE_BYTES:
         raise ServiceError(f"key file {file}: expected at most {_MAX_FILE_BYTES} bytes of keys, one a line")
-    # Bytes that are no UTF-8 become surrogates, which `check_key` refuses as it does in a variable.
+    # Bytes that are not UTF-8 become surrogates, which `check_key` refuses, as in an environment variable.
     keys = [line.strip() for line in data.decode(errors="surrogateescape").splitlines() if line.strip()]
     if not keys:
         raise ServiceError(f"key file {file}: expected a key on each line, got none")

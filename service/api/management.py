@@ -1,4 +1,4 @@
-"""Metrics and probes on a port of their own, for networks in which callers must not see them."""
+"""Serves metrics and probes on a separate port, for networks in which callers must not see them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.api.state import ApiState
 
 @asynccontextmanager
 async def management_server(state: ApiState) -> AsyncIterator[None]:
-    """Serve them while entered, if the settings name a port; also while the service drains.
+    """Serve metrics and probes while entered, if the settings name a port; also while the service drains.
 
     Raises:
         OSError: the port is taken.
@@ -56,7 +56,7 @@ def management_app(state: ApiState) -> FastAPI:
 
 
 class _Server(uvicorn.Server):
-    """One that leaves signals to the server of the API."""
+    """A server that leaves signals to the server of the API."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -16,8 +16,8 @@ router = APIRouter(tags=["metrics"])
     responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
 )
 async def metrics(request: Request, state: State) -> Response:
-    """All metrics of this process, in Prometheus' text format, or in OpenMetrics, which has ids of traces as exemplars,
-    for those who accept that.
+    """All metrics of this process, in Prometheus' text format, or in OpenMetrics, with trace ids as exemplars, if the
+    request accepts that.
     """
     state.metrics.set_device_memory(state.detector.memory())
     encode, media_type = choose_encoder(request.headers.get("accept", ""))

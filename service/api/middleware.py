@@ -1,5 +1,5 @@
 """The outermost layer of every request: its id, its times, its log line, its metrics, and an answer whatever happens.
-Pure ASGI: it sees the messages as they pass and holds nothing back.
+Pure ASGI: messages pass through it without being buffered.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a caller may name a request: nothing that could break a log line or a header.
+# A request id that a caller may choose: nothing that could break a log line or a header.
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-# Requests for one image: refused before they are read, while there is no place for one.
+# Requests for one image: refused before their bodies are read while there is no place for one.
 _ONE_IMAGE_PATHS = ("/v1/detect", "/v1/annotate")
-# So much of a body is here or on its way when its head is (the socket's buffers hold it): reading it costs nobody
-# anything, and the connection can be kept.
+# The socket's buffers hold so much of a body, so it is here or on its way when the head arrives. Reading it costs next
+# to nothing, and the connection can be kept open.
 _SMALL_BODY_BYTES = 64 * 1024
-# How long an answer that was given before the body was read goes on reading it: a connection that is closed at once
-# would be reset, and a caller that is still sending would never see the answer.
+# How long we go on reading a body after an early answer: if the connection were closed at once, it would be reset, and
+# a caller that is still sending would never see the answer.
 _LINGER_SECONDS = 2.0
 _CLIENT_CLOSED_REQUEST = 499
-# In a log line.
+# Limits for a log line.
 _MAX_PATH_LENGTH = 200
 _MAX_ADDRESS_LENGTH = 64
-# Probes and scrapes come every few seconds. What makes a probe say no is logged where it happens; a scrape that fails
-# is not.
+# Probes and scrapes come every few seconds. Why a probe fails is logged where it happens; why a scrape fails is not.
 _PROBES = ("/healthz", "/readyz")
 
 
@@ -57,12 +56,12 @@ class RequestRecord:
 
     Attributes:
         holding: the bytes of its body, accounted for until its answer has been sent.
-        parent: the caller's span, if it named one.
-        span: of the request, if spans are recorded.
-        resources: what else it holds until then.
-        notes: for the log line, such as the model.
+        parent: the caller's span, if it sent one.
+        span: the request's own, if spans are recorded.
+        resources: what else it holds until its answer has been sent.
+        notes: fields for the log line, such as the model.
         status: of the answer, once it has begun.
-        batch_id: of the batch that its image was in.
+        batch_id: of the batch that contained its image.
         caller: the fingerprint of its API key, if keys are needed.
     """
 
@@ -79,14 +78,14 @@ class RequestRecord:
 
     @property
     def trace_id(self) -> str | None:
-        """Of the trace that the request belongs to: its span's or its caller's."""
+        """The id of the trace that the request belongs to: its span's or its caller's."""
         if self.span is not None:
             return trace_id_of(self.span)
         return None if self.parent is None else self.parent.trace_id
 
     @property
     def seconds(self) -> float:
-        """Since the request came."""
+        """Seconds since the request arrived."""
         return time.monotonic() - self.progress.started_at
 
 
@@ -123,7 +122,7 @@ class RequestMiddleware:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         scope.setdefault("state", {})["record"] = record
-        # Routes are found with it and without it, so a proxy may strip it or not.
+        # Routes match with or without it, so a proxy may strip it or not.
         scope["root_path"] = self._state.settings.root_path
         token = request_id_context.set(record.request_id)
         exchange = _Exchange(scope, receive, send, record, self._state.lifecycle, self._cross_origin)
@@ -135,7 +134,7 @@ class RequestMiddleware:
             request_id_context.reset(token)
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
-        """Let the app answer; if it cannot, answer for it."""
+        """Let the app answer; if it fails, send an error answer instead."""
         task = asyncio.current_task()
         assert task is not None
         self._state.lifecycle.enter(task)
@@ -164,7 +163,7 @@ class RequestMiddleware:
             await error_response(error, scope)(scope, exchange.receive, exchange.send)
 
     def _tell(self, scope: Scope, record: RequestRecord) -> None:
-        """Count the request and write its line."""
+        """Count the request and write its log line."""
         path = path_of(scope)
         route = path if path in _ONE_IMAGE_PATHS else getattr(scope.get("route"), "path", "unmatched")
         status = record.status or _CLIENT_CLOSED_REQUEST
@@ -226,7 +225,7 @@ class _Exchange:
         return message
 
     async def read_small_body(self) -> None:
-        """Read and forget a body that is small, so that the connection need not be closed after the answer."""
+        """Read and discard a body that is small, so that the connection need not be closed after the answer."""
         if self._body_is_small:
             await self._read_to_the_end()
 
@@ -253,7 +252,7 @@ class _Exchange:
             yield b"connection", b"close"
 
     async def _read_to_the_end(self) -> None:
-        """Read what is left of the body and forget it; give up after a while."""
+        """Read and discard the rest of the body; give up after a while."""
         try:
             async with asyncio.timeout(_LINGER_SECONDS):
                 while self._body_is_open:

@@ -1,4 +1,4 @@
-"""Which models can be asked, what they are, and how an administrator changes that."""
+"""The routes that list and describe the loaded models, and let an administrator load and unload them."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ async def load_model(
         Query(ge=1, le=10**9, description="Unset, the highest in the store."),
     ] = None,
 ) -> Response:
-    """Load a model of the store, by name or name@version, beside those that serve, and let it take the place of what
-    has its name.
+    """Load a model of the store, by name or name@version, beside those that serve, and let it replace the loaded model
+    of the same name.
 
-    Requests that came before get their answers of the old one, then it is unloaded, and this request is answered. If
-    the new one cannot be loaded, the old one goes on.
+    Requests that arrived earlier are still answered by the old model; then it is unloaded, and this request is
+    answered. If the new model cannot be loaded, the old one goes on serving.
     """
     state.lifecycle.require_serving()
     info = await state.load_model(name if version is None else f"{name}@{version}")
@@ -71,7 +71,7 @@ async def load_model(
     responses=describe_errors(404, 409, 422),
 )
 async def unload_model(name: Name, state: State) -> Response:
-    """Unload a model, by name or name@version, when the requests that came before have their answers."""
+    """Unload a model, by name or name@version, once all earlier requests for it have been answered."""
     state.lifecycle.require_serving()
     await state.unload_model(name)
     return Response(status_code=204)

@@ -1,5 +1,5 @@
-"""Multipart forms, collected in memory as they stream in. Starlette's own form parser writes what is larger than a
-megabyte to files on disk, which we never want.
+"""Parses multipart forms in memory as they stream in. Starlette's own form parser writes files larger than a megabyte
+to disk, which we never want.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from python_multipart.multipart import MultipartParser
 
 from service.errors import InvalidRequestError, TooLargeError
 
-# Far more than any request of ours needs; each costs a little time even if it is empty.
+# Far more than any request needs; each part costs a little time even if it is empty.
 _MAX_PARTS = 1000
-# Of all parts together: a browser's are about 100 bytes a part.
+# Headers of all parts together: a browser sends about 100 bytes per part.
 _MAX_HEADER_BYTES = 512 * 1024
-# Of all fields that are no files: 2000 proposals, and more than all other options.
+# All fields that are not files: 2000 proposals, and more than all other options.
 _MAX_FIELD_BYTES = 256 * 1024
-# `; name=value` or `; name="value"`. Nothing here is tried twice, or a long header would take time with its square.
+# `; name=value` or `; name="value"`. Possessive, since with backtracking a long header would take quadratic time.
 _PARAMETER = re.compile(rb'\s*+;\s*+([^\s=;"]++)\s*+=\s*+(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s;"]*+))', re.DOTALL)
 _ESCAPED = re.compile(rb'\\(["\\])')
 
@@ -29,7 +29,7 @@ class FormPart:
     """One part of a form.
 
     Attributes:
-        is_file: whether it has a filename; else it is the value of a field.
+        is_file: whether it has a filename; if not, it is the value of a field.
     """
 
     name: str = ""
@@ -47,13 +47,13 @@ class FormPart:
 
 
 class FormReader:
-    """Feed it the chunks of a body; `finish` gives the parts, in order.
+    """Feed it the chunks of a body; `finish` returns the parts, in order.
 
     Args:
         content_type: the request's header, with the boundary.
 
     Raises:
-        InvalidRequestError: from the constructor or any method, when this is no multipart form.
+        InvalidRequestError: from the constructor or any method, if this is not a multipart form.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -118,7 +118,7 @@ class FormReader:
             self._has_disposition = True
             parameters = _parameters(bytes(self._header_value))
             self._parts[-1].name = _decoded(parameters.get(b"name", b""))
-            # RFC 7578 forbids the form of RFC 5987, `filename*`; some clients send it all the same, and it alone.
+            # RFC 7578 forbids `filename*`, the form of RFC 5987, but some clients send it anyway, and nothing else.
             self._parts[-1].is_file = not parameters.keys().isdisjoint((b"filename", b"filename*"))
         self._header_name.clear()
         self._header_value.clear()
@@ -139,7 +139,7 @@ def _parameters(header: bytes) -> dict[bytes, bytes]:
     """The parameters that follow a header's first word, by name in lower case.
 
     Raises:
-        InvalidRequestError: one comes twice, or what follows is none; readers would differ over what is meant.
+        InvalidRequestError: one comes twice, or something else follows; parsers would disagree on what is meant.
     """
     found: dict[bytes, bytes] = {}
     at = len(header) if b";" not in header else header.index(b";")

@@ -1,6 +1,6 @@
-"""What `/openapi.json` says beyond what FastAPI sees: bodies that we read ourselves, errors as problem documents, and
-an example of everything. What Swagger UI fills in from it must work as it stands, so the options of a form are
-described once, as parameters of the query.
+"""Adds to `/openapi.json` what FastAPI cannot derive: bodies that we read ourselves, errors as problem documents, and
+examples of everything. Requests that Swagger UI prefills from it must work unchanged, so the options of a form are
+described once, as query parameters.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def describe_plain_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """As `describe_errors`, for protocols whose errors are `{"error": ...}`."""
+    """Like `describe_errors`, for protocols whose errors are `{"error": ...}`."""
     example = {"error": "what was expected, and what came", "code": "invalid_request", "request_id": _REQUEST_ID}
     return {
         status: {**one, "model": PlainProblem, "content": {"application/json": {"example": example}}}
@@ -143,8 +143,8 @@ def describe_upload(
     form = {"image": image} if several else {"image": image, "proposals": text}
     base64 = {"type": "string", "contentEncoding": "base64"}
     schemas: dict[str, dict[str, Any]] = {
-        # The example is what the empty form holds. Without it Swagger UI takes the form for one that was filled in, and
-        # keeps that when one changes from the form to JSON.
+        # The example is the content of an empty form. Without it Swagger UI believes that the form was filled in, and
+        # keeps its content when the user switches from the form to JSON.
         "multipart": {
             "multipart/form-data": _upload_schema(form) | ({} if several else {"example": dict.fromkeys(form, "")})
         },
@@ -160,7 +160,7 @@ def _upload_schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_app(app: FastAPI, keys: Keys) -> None:
-    """Describe what FastAPI cannot be told: that errors have a media type of their own, and where keys are needed."""
+    """Correct what FastAPI cannot be told: that errors have their own media type, and where keys are needed."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The options of a detection: their names, ranges and help, read from the query, a form or JSON alike, and what they
-mean for a model. An option may be given in one place only, so that nobody has to know which place wins. One that is
-empty, as forms send what nobody filled in, counts as absent.
+mean for a model. An option may be given in one place only, so that no order of precedence is needed. An empty option
+counts as absent, since forms send empty values for fields that were not filled in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, I
 
 MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
-# Of a query: each label, and every other option once.
+# For a query: each label, and every other option once.
 _MAX_QUERY_OPTIONS = MAX_LABELS + 50
 
 
@@ -40,7 +40,7 @@ class DetectParameters(BaseModel):
     max_detections: int | None = Field(
         None, ge=1, le=1000, description="Keep at most so many, best first; unset, the model's."
     )
-    # One error for a whole list: there would be one for each of a hundred thousand items.
+    # fail_fast: one error for the whole list, rather than one for each of perhaps a hundred thousand items.
     labels: Annotated[list[Annotated[str, Field(max_length=200)]], Field(fail_fast=True)] | None = Field(
         None,
         min_length=1,
@@ -89,7 +89,7 @@ class DetectParameters(BaseModel):
             return given
         unknown = [name for name in given if name not in cls.model_fields]
         if unknown:
-            # Its message may hold braces, which a template of its own would not survive.
+            # The message may contain braces, so it must not itself be the template.
             words = [_unknown_words(name, cls) for name in unknown[:MAX_MISTAKES]]
             raise PydanticCustomError(
                 "unknown_option", "{words}", {"words": "; ".join([*words, *and_more(len(unknown))])}
@@ -99,12 +99,12 @@ class DetectParameters(BaseModel):
     @field_validator("score_thresh", "max_detections", "nms_thresh", "timeout_ms", mode="before")
     @classmethod
     def _refuse_underscores(cls, given: object) -> object:
-        """Python reads 1_0 as ten, nobody else does."""
+        """Python reads 1_0 as ten; other languages do not."""
         return refuse_underscores(given)
 
 
 def refuse_underscores(given: object) -> object:
-    """A validator for numbers that come as text."""
+    """Validator for numbers that come as text."""
     if isinstance(given, str) and "_" in given:
         raise PydanticCustomError("number", "Input should be a number without underscores")
     return given
@@ -122,7 +122,7 @@ _ProposedBox = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4, fa
 
 
 class BodyParameters(BaseModel):
-    """The options that are too long for a query: fields of a form, where they are written as JSON, or of JSON."""
+    """The options that are too long for a query: fields of JSON, or fields of a form, with JSON as their value."""
 
     proposals: Annotated[list[_ProposedBox], Field(fail_fast=True)] | None = Field(
         None,
@@ -133,7 +133,7 @@ class BodyParameters(BaseModel):
 
 
 class AnnotateParameters(DetectParameters):
-    """The options of a detection, and what the picture is to be."""
+    """The options of a detection, and those of the picture."""
 
     format: Literal["png", "jpeg"] = Field("png", description="Format of the answered picture: png or jpeg.")
     draw: str | None = Field(
@@ -156,7 +156,7 @@ class AnnotateParameters(DetectParameters):
 
     @property
     def drawn_parts(self) -> Sequence[DrawnPart] | None:
-        """What to draw; None leaves it to the drawing."""
+        """What to draw; None for a choice that suits the image."""
         asked = {part.strip() for part in (self.draw or "").split(",")}
         return tuple(part for part in ALL_DRAWN_PARTS if part in asked) or None
 
@@ -165,10 +165,10 @@ P = TypeVar("P", bound=DetectParameters)
 
 
 async def refuse_repeated_options(request: Request) -> None:
-    """A dependency: only `labels` may stand in a query more than once.
+    """A dependency: only `labels` may occur in a query more than once.
 
     Raises:
-        InvalidRequestError: another does, or there are more options than there can be.
+        InvalidRequestError: another option does, or there are more options than can be valid.
     """
     if request.scope["query_string"].count(b"&") >= _MAX_QUERY_OPTIONS:
         raise InvalidRequestError(f"the query has more than {_MAX_QUERY_OPTIONS} options")
@@ -188,7 +188,7 @@ def only_options(*names: str) -> Callable[[Request], Awaitable[None]]:
 
 
 def merge_options(query: P, upload: Upload) -> P:
-    """The options of the query and of the body together, but for those that only a body may hold.
+    """The options of the query and of the body together, except those that only a body may hold.
 
     Raises:
         InvalidRequestError: one is unknown, of the wrong type, out of range, or given twice.
@@ -203,17 +203,17 @@ def merge_options(query: P, upload: Upload) -> P:
     if twice := sorted(in_query.keys() & in_body.keys()):
         raise InvalidRequestError(f"option {reprlib.repr(twice[0])} is given twice: in the query and in the body")
     try:
-        # Strict for JSON: there "0.5" is text and true is no number.
+        # Strict for JSON: there "0.5" is text and true is not a number.
         return type(query).model_validate(in_query | in_body, strict=bool(upload.json))
     except ValidationError as error:
         raise InvalidRequestError(describe_option_errors(error.errors())) from None
 
 
 def read_proposals(upload: Upload) -> tuple[Box, ...] | None:
-    """The boxes that the caller proposes in a body; None if there are none to take the place of the RPN's.
+    """The boxes that the caller proposes in a body, to replace the RPN's; None if there are none.
 
     Raises:
-        InvalidRequestError: too many, or one is no box; says which.
+        InvalidRequestError: too many, or one is not a valid box; says which.
     """
     given = upload.json.get("proposals")
     if text := dict(upload.form).get("proposals"):
@@ -267,8 +267,8 @@ def resolve_options(
     """Resolve the options for this model.
 
     Raises:
-        InvalidRequestError: a label that it does not know, masks that it does not have, an RoI operator that it
-            cannot take, or no proposals where it has none of its own.
+        InvalidRequestError: the model does not know a label, has no masks, cannot take the RoI operator, or needs
+            proposals and there are none.
     """
     mask_format: MaskFormat = parameters.masks or ("rle" if info.has_masks else "none")
     if mask_format != "none" and not info.has_masks:

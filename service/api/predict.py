@@ -1,5 +1,5 @@
-"""Predictions as hosting platforms ask for them: KServe's and TF Serving's `:predict`, Amazon SageMaker's `/ping` and
-`/invocations`, which also takes what Google's Vertex AI sends. What is found comes as `/v1/detect` writes it.
+"""The prediction routes of hosting platforms: KServe's and TF Serving's `:predict`, and Amazon SageMaker's `/ping` and
+`/invocations`, which also takes what Google's Vertex AI sends. Detections are written as in `/v1/detect`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ router = APIRouter(
 
 @probes.get("/ping", responses=describe_plain_errors(503))
 async def ping(state: State) -> Response:
-    """As `/readyz`, for SageMaker."""
+    """Like `/readyz`, for SageMaker."""
     return await ready(state)
 
 
 @router.post("/v1/models/{name}:predict", response_model=PredictAnswer, openapi_extra=describe_json(PredictRequest))
 async def predict(name: Name, ask: Asked) -> Response:
-    """Find the objects in one image or several: KServe's protocol v1. If one image fails, the request does."""
+    """Find the objects in one image or several: KServe's protocol v1. If one image fails, the whole request fails."""
     images, options = await asyncio.to_thread(_parse, await ask.read())
     if "model" in options:
         raise InvalidRequestError("parameter 'model': the path names the model")
@@ -86,7 +86,7 @@ async def invoke(ask: Asked) -> Response:
 
 
 def further_routes(settings: Settings) -> APIRouter:
-    """`/ping` and `/invocations` once more, at the paths that the settings name; not described, being the same."""
+    """`/ping` and `/invocations` again, at the paths that the settings name; left out of the API description."""
     routes = APIRouter(include_in_schema=False)
     if settings.health_route is not None:
         routes.add_api_route(settings.health_route, ping, methods=["GET"])
@@ -112,7 +112,7 @@ def _parse(body: bytes) -> tuple[list[bytes], Mapping[str, object]]:
 
 def _image(instance: object, index: int) -> bytes:
     text = instance
-    # Twice, for {"image": {"b64": "…"}}.
+    # Unwrap twice, for {"image": {"b64": "…"}}.
     for _ in range(2):
         if isinstance(text, dict) and len(text) == 1:
             text = text.get("image", text.get("b64"))

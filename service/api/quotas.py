@@ -1,5 +1,5 @@
-"""What each API key may ask for in a minute: images and pixels. A key that has used up its share gets a 429 that says
-when to come back; others do not notice it.
+"""Limits what each API key may ask for per minute: images and pixels. A key that has used up its share gets a 429 that
+says when to retry; other keys are not affected.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from service.settings import Settings
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket: full at first, filled again evenly, and for a moment it may owe.
+    """A token bucket: full at first, refilled at a constant rate, and temporarily allowed to go negative.
 
-    What something costs is often known only afterwards, such as the pixels of a picture. So anything may begin while
-    the bucket holds at least 1, and what it took beyond that is waited for by the next.
+    A cost is often known only afterwards, such as the pixels of a picture. So a request may begin while the bucket
+    holds at least 1; if it then takes more than there is, the next request waits for the difference.
 
     Attributes:
-        per_minute: how much flows in, and the most that it holds, if that is above 1.
-        level: how much it holds.
-        at: when, in seconds of a steady clock.
+        per_minute: refill per minute, and also the capacity, which is at least 1.
+        level: how much the bucket held at time `at`.
+        at: time of `level`, in seconds of a monotonic clock.
     """
 
     per_minute: float
@@ -31,12 +31,12 @@ class Bucket:
     at: float
 
     def wait_seconds(self, now: float) -> float:
-        """How long until something may begin; 0 if it may now."""
+        """How long until a request may begin; 0 if it may begin now."""
         self._fill(now)
         return max(0.0, 1 - self.level) * 60 / self.per_minute
 
     def take(self, amount: float, now: float) -> None:
-        """Something took this much."""
+        """Take so much; the level may go below 0."""
         self._fill(now)
         self.level -= amount
 
@@ -46,10 +46,10 @@ class Bucket:
 
 
 class Quotas:
-    """The buckets of all keys, by fingerprint. There are as many as there are keys, for unknown ones never get here.
+    """The buckets of all keys, by fingerprint. Their number is bounded, since unknown keys are refused earlier.
 
     Args:
-        clock: seconds, steady.
+        clock: a monotonic time in seconds.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +62,7 @@ class Quotas:
         self._clock = clock
 
     def require(self, caller: str | None) -> None:
-        """Let a request of this key begin; None, a caller without one, may always.
+        """Check that a request of this key may begin; a caller without a key (None) always may.
 
         Raises:
             QuotaError: the key has used up its share.
@@ -75,7 +75,7 @@ class Quotas:
                 )
 
     def charge(self, caller: str | None, *, images: int = 0, pixels: int = 0) -> None:
-        """Count what a request of this key took."""
+        """Charge a request's use to its key."""
         if caller is not None:
             for unit, amount in (("images", images), ("pixels", pixels)):
                 if unit in self._limits:
@@ -87,5 +87,5 @@ class Quotas:
 
 
 def fingerprint(key: bytes) -> str:
-    """Eight hexadecimal digits that name a key in the log without giving it away."""
+    """Eight hexadecimal digits that identify a key in the log without revealing it."""
     return hashlib.sha256(key).hexdigest()[:8]

@@ -1,5 +1,5 @@
-"""The JSON that leaves: its shape for `/openapi.json`, and the functions that build it. The models here only document:
-our own output is not validated on its way out, a test holds the two together.
+"""The JSON of answers: its schema for `/openapi.json`, and the functions that build it. The models here only document:
+our own output is not validated at run time; a test checks that the two agree.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ class BatchAnswer(BaseModel):
 
 
 class VerifiedDifference(BaseModel):
-    """How far one kind of answer lies from the plain network's."""
+    """How far one kind of output lies from that of the plain network."""
 
     largest_difference: float = Field(description="Of boxes in pixels, of scores and masks as probabilities.")
     tolerance: float = Field(description="The most that passes.")
 
 
 class ModelVerification(BaseModel):
-    """An engine's answers to two fixed pictures, held to `eager` in float32 on the same device when it was loaded."""
+    """An engine's answers to two fixed pictures, compared with `eager` in float32 on the same device at load time."""
 
     passed: bool = Field(description="If not, another engine took the place of this one.")
     engine: str
@@ -166,8 +166,8 @@ def detections_document(
     """What was found in one image, as `ImageDetections` describes it; the detections are JSON already.
 
     Args:
-        roi_op: the operator that the request named instead of the model's.
-        intensity: what the request named.
+        roi_op: the operator that the request chose instead of the model's.
+        intensity: the option of this name, as the request gave it.
     """
     height, width = answer.image_size
     seconds = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
@@ -194,7 +194,7 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
 
 
 def verification_document(verification: Verification) -> dict[str, object]:
-    """What came of a verification, as `ModelVerification` describes it."""
+    """The result of a verification, as `ModelVerification` describes it."""
     values = {name: verification.values.get(name) for name in ("boxes", "scores", "masks")}
     return {
         "passed": verification.has_passed,
@@ -205,5 +205,5 @@ def verification_document(verification: Verification) -> dict[str, object]:
 
 
 def json_response(document: object) -> Response:
-    """A document as the bytes of an answer, built once."""
+    """A JSON answer from a document, serialized once, without validation."""
     return Response(orjson.dumps(document), media_type="application/json")

@@ -1,4 +1,4 @@
-"""What is at `/`: a small page for people, and for programs the addresses in JSON."""
+"""The route `/`: a small page for people, and the addresses in JSON for programs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def start(request: Request) -> Response:
     state: ApiState = request.app.state.api
     links = dict(_LINKS)
     if state.settings.admin_port is not None:
-        del links["ready"], links["metrics"]  # which are there
+        del links["ready"], links["metrics"]  # those are on the admin port
     if "text/html" not in request.headers.get("accept", ""):
         paths = {name: f"{root}{path}" for name, (path, _) in links.items()}
         return json_response({"name": "RoIServe", "version": version, "detect": f"{root}/v1/detect", **paths})

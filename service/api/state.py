@@ -1,5 +1,5 @@
-"""What the routes of one app share: settings, metrics, the detector, the loaded models and where the service is in its
-life. Made by `app.py`; routes get it as the dependency `State`.
+"""What the routes of one app share: settings, metrics, the detector, the loaded models and the phase of the service.
+Routes get it as the dependency `State`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
-    """Where the service is in its life. While draining it still answers, but wants no more requests."""
+    """The phase of the service. While draining it still answers, but asks for no more requests."""
 
     LOADING = "loading"
     READY = "ready"
@@ -40,10 +40,10 @@ class Lifecycle:
     """The phase, and the requests that are under way.
 
     Attributes:
-        failure: what ended the loading of models; the server is to stop.
+        failure: the error that ended the loading of models; the server must stop.
         gave_up: whether the time for finishing requests is up.
-        has_models: whether they have been loaded; a service that is told to stop before that never gets any.
-        url: where it listens, as soon as it does.
+        has_models: whether the models have been loaded; they may never be if the service is told to stop first.
+        url: where it listens; None until it does.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Lifecycle:
 
     @property
     def requests_under_way(self) -> int:
-        """Requests that have come and are not answered yet."""
+        """Number of requests that have arrived and are not answered yet."""
         return len(self._tasks)
 
     def enter(self, task: asyncio.Task[object]) -> None:
@@ -69,7 +69,7 @@ class Lifecycle:
         self._tasks.add(task)
 
     def leave(self, task: asyncio.Task[object]) -> None:
-        """Its answer was sent."""
+        """The request of this task has ended."""
         self._tasks.remove(task)
 
     def give_up(self) -> None:
@@ -80,7 +80,7 @@ class Lifecycle:
 
 
 class LoadedModels:
-    """The models that can be asked, in the order in which they were loaded.
+    """The models that take requests, in the order in which they were loaded.
 
     Args:
         default_model: name or name@version; None for the first that has masks, else the first.
@@ -100,10 +100,10 @@ class LoadedModels:
         self._infos.append(info)
 
     def replace(self, info: ModelInfo) -> Sequence[ModelInfo]:
-        """Take requests for this model from now on, and none for those in whose place it stands: what has its name.
+        """Take requests for this model from now on, and no more for the models of the same name, which it replaces.
 
         Returns:
-            Those.
+            The models that it replaces.
 
         Raises:
             ModelNeededError: requests that name no model would find none.
@@ -125,10 +125,10 @@ class LoadedModels:
         """Take no more requests for the models of a name, or name@version.
 
         Returns:
-            Those.
+            Those models.
 
         Raises:
-            ModelNotFoundError: there is none.
+            ModelNotFoundError: there is no such model.
             ModelNeededError: requests that name no model would find none.
         """
         self.find(name)
@@ -140,7 +140,7 @@ class LoadedModels:
 
     @contextmanager
     def use(self, info: ModelInfo) -> Iterator[None]:
-        """For as long as a request needs a model."""
+        """Enter for as long as a request needs a model."""
         self._users[info.key] += 1
         try:
             yield
@@ -149,7 +149,7 @@ class LoadedModels:
             self._released.set()
 
     async def wait_until_unused(self, info: ModelInfo) -> None:
-        """Until the last request that found it has been answered."""
+        """Wait until the last request that uses it has been answered."""
         while self._users[info.key] > 0:
             self._released.clear()
             await self._released.wait()
@@ -159,7 +159,7 @@ class LoadedModels:
         """The model of a name (its highest version) or name@version; None for the default.
 
         Raises:
-            ModelNotFoundError: none of that name; lists those that are loaded.
+            ModelNotFoundError: no model of that name is loaded; lists those that are.
         """
         name = self._default_name() if name is None else name
         found = [one for one in self._infos if name in (one.name, one.key)]
@@ -194,7 +194,7 @@ class ApiState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are wanted: models are loaded, a worker can run them, and nothing has said stop."""
+        """Whether requests are wanted: models are loaded, a worker can run them, and the service is not stopping."""
         return self.lifecycle.phase is Phase.READY and self.detector.is_alive
 
     def add_model(self, info: ModelInfo) -> None:
@@ -210,14 +210,14 @@ class ApiState:
         )
 
     async def load_model(self, reference: str) -> ModelInfo:
-        """Load a model beside those that serve, let it take the place of what has its name, and when the last request
-        for that was answered, unload it.
+        """Load a model beside those that serve, and let it replace the one of the same name. Returns when the last
+        request for the old one has been answered and it is unloaded.
 
         Args:
             reference: name, for its highest version in the store, or name@version.
 
         Raises:
-            ServiceError: it cannot be loaded, or must not take that place; what served before still does.
+            ServiceError: the model cannot be loaded, or must not replace the old one, which then goes on serving.
         """
         async with self.changing_models:
             info = await self.detector.load(reference)
@@ -233,10 +233,10 @@ class ApiState:
             return info
 
     async def unload_model(self, name: str) -> None:
-        """Unload the models of a name, or name@version, when the last request for them was answered.
+        """Unload the models of a name, or name@version, once the last request for them has been answered.
 
         Raises:
-            ServiceError: there is none, or it must stay.
+            ServiceError: there is no such model, or it must stay.
         """
         async with self.changing_models:
             await self._retire(self.models.remove(name))
@@ -249,7 +249,7 @@ class ApiState:
             logger.info("model unloaded", extra={"fields": {"model": info.key}})
 
 
-# A coroutine, as all our dependencies are: FastAPI calls plain functions in a thread, which costs more than they do.
+# A coroutine, like all our dependencies: FastAPI calls plain functions in a thread, which costs more than their work.
 async def _state(request: Request) -> ApiState:
     state: ApiState = request.app.state.api
     return state

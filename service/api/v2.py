@@ -1,5 +1,5 @@
-"""The Open Inference Protocol, version 2, which KServe, Triton and their clients speak: a model takes encoded images or
-raw pixels as the tensor `image`, and answers `boxes`, `labels`, `scores`, `masks` and `image_index`.
+"""The Open Inference Protocol, version 2, as spoken by KServe, Triton and their clients: a model takes encoded images
+or raw pixels as the tensor `image`, and answers `boxes`, `labels`, `scores`, `masks` and `image_index`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HeaderLength = Annotated[
     Header(alias="Inference-Header-Content-Length", description="Bytes of JSON before the binary data; 0: one image."),
 ]
 
-# A body up to this size is read sooner than a thread begins.
+# A body up to this size is parsed faster than a thread starts.
 _QUICK_BYTES = 16 * 1024
 _PLATFORM = "roiserve"
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
@@ -62,19 +62,19 @@ async def show_server() -> Response:
 
 @probes.get("/health/live")
 async def live(state: State) -> Response:
-    """As `/healthz`."""
+    """Like `/healthz`."""
     await is_live(state)
     return json_response({"live": True})
 
 
 @probes.get("/health/ready")
 async def ready(state: State) -> Response:
-    """As `/readyz`."""
+    """Like `/readyz`."""
     await is_ready(state)
     return json_response({"ready": True})
 
 
-# Before the routes of one model, of which none can be called `stats`.
+# Must be declared before the routes of one model, to match first; hence no model can be called `stats`.
 @models.get("/models/stats")
 async def show_all_statistics(state: State) -> Response:
     """What all models have done since the start."""
@@ -103,7 +103,7 @@ async def show_model(name: Name, state: State, version: str | None = None) -> Re
 @models.get("/models/{name}/versions/{version}/ready")
 @models.get("/models/{name}/ready")
 async def show_model_ready(name: Name, state: State, version: str | None = None) -> Response:
-    """Whether a model is loaded and a device is there to run it."""
+    """Whether a model is loaded and a device is available to run it."""
     info = _find(state, name, version)
     await is_ready(state)
     return json_response({"name": info.name, "ready": True})
@@ -112,7 +112,7 @@ async def show_model_ready(name: Name, state: State, version: str | None = None)
 @models.get("/models/{name}/versions/{version}/config")
 @models.get("/models/{name}/config")
 async def show_config(name: Name, state: State, version: str | None = None) -> Response:
-    """A model's inputs and outputs in the words of Triton's configuration, and its class names."""
+    """A model's inputs and outputs in the format of Triton's configuration, and its class names."""
     info = _find(state, name, version)
     kinds = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
     outputs = [{"name": one, "data_type": kinds[kind], "dims": dims} for one, (kind, dims) in _outputs_of(info).items()]
@@ -144,12 +144,12 @@ _INFER: dict[str, Any] = {
 @models.post("/models/{name}/versions/{version}/infer", **_INFER)
 @models.post("/models/{name}/infer", **_INFER)
 async def infer(name: Name, ask: Asked, version: str | None = None, header_length: HeaderLength = None) -> Response:
-    """Find the objects in one image or several, and answer tensors: row i of `boxes`, `labels`, `scores` and `masks`
-    is one object, in the image that `image_index[i]` counts from 0.
+    """Find the objects in one image or several, and answer tensors: row i of `boxes`, `labels`, `scores` and `masks` is
+    one object, in the image with the index `image_index[i]`, counted from 0.
 
-    The images are the input `image`: encoded files as BYTES [n] (in JSON: in base64), or pixels as UINT8
-    [n, height, width, 3]. `masks` are probabilities that belong spread over their boxes. If one image fails, the
-    request does.
+    The images are the input `image`: encoded files as BYTES [n] (in JSON: in base64), or pixels as UINT8 [n, height,
+    width, 3]. Each of the `masks` holds probabilities on a grid that spans its box. If one image fails, the whole
+    request fails.
     """
     info = _find(ask.state, name, version)
     body = await ask.read()
@@ -208,7 +208,7 @@ def _options(document: InferRequest) -> dict[str, object]:
 def _joined(found: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """The arrays of all images one after the other, and `image_index`."""
     counts = [len(arrays["boxes"]) for arrays in found]
-    # Where nothing was found, masks may have another size than elsewhere.
+    # The masks of images without detections may have a different size, so leave those out.
     filled = [arrays for arrays, count in zip(found, counts, strict=True) if count] or found[:1]
     joined = {name: np.concatenate([arrays[name] for arrays in filled]) for name in found[0]}
     return joined | {"image_index": np.repeat(np.arange(len(found), dtype=np.int32), counts)}
@@ -229,7 +229,7 @@ async def list_repository(state: State, ask: Asked) -> Response:
     responses=describe_plain_errors(409, 429),
 )
 async def load_model(name: Name, ask: Asked) -> Response:
-    """As `/v1/models/{name}/load`, with an administrator's key."""
+    """Like `/v1/models/{name}/load`, with an administrator's key."""
     if b'"config"' in (body := await ask.read()) or b'"file:' in body:
         raise InvalidRequestError("models are loaded as the store has them, without a configuration or files")
     await ask.state.load_model(name)
@@ -242,7 +242,7 @@ async def load_model(name: Name, ask: Asked) -> Response:
     responses=describe_plain_errors(409),
 )
 async def unload_model(name: Name, ask: Asked) -> Response:
-    """As `/v1/models/{name}/unload`, with an administrator's key."""
+    """Like `/v1/models/{name}/unload`, with an administrator's key."""
     await ask.read()
     await ask.state.unload_model(name)
     return json_response({})

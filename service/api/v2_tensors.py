@@ -1,5 +1,5 @@
-"""The Open Inference Protocol's tensors, in JSON and in its binary extension: a request's bytes to images, arrays to an
-answer's bytes.
+"""The Open Inference Protocol's tensors, in JSON and in its binary extension: parses the bytes of a request into
+images, and writes arrays as the bytes of an answer.
 
 Source: the protocol's REST specification, https://github.com/kserve/open-inference-protocol, and the extension's,
 `docs/protocol/extension_binary_data.md` of https://github.com/triton-inference-server/server.
@@ -36,7 +36,7 @@ DATATYPES: Mapping[str, str] = {
 """The protocol's names of NumPy's types."""
 
 _LENGTH_BYTES = 4
-# Of a tensor: those of a picture, and of a batch of them.
+# The number of dimensions of one picture's tensor, and of a batch's.
 _PICTURE_DIMENSIONS, _BATCH_DIMENSIONS = 3, 4
 
 
@@ -53,7 +53,7 @@ class Tensor(BaseModel):
 
 
 class Output(BaseModel):
-    """An output that a request asks for."""
+    """An output that is asked for."""
 
     name: str = Field(examples=["boxes"])
     parameters: dict[str, Any] = Field({}, description="`binary_data`: whether its data are to follow the JSON.")
@@ -74,7 +74,7 @@ class InferRequest(BaseModel):
     )
 
     def is_binary(self, output: Output) -> bool:
-        """Whether the data of an output are to follow the JSON."""
+        """Whether the data of an output should follow the JSON."""
         return bool(output.parameters.get("binary_data", self.parameters.get("binary_data_output", False)))
 
 
@@ -94,7 +94,7 @@ def parse_request(body: bytes, header_length: str | None) -> ParsedRequest:
             data. None if all is JSON; 0 if the whole body is one encoded image.
 
     Raises:
-        InvalidRequestError: the body is not what the header and its JSON say, or holds no image.
+        InvalidRequestError: the body does not match the header and its JSON, or holds no image.
     """
     if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
         raise InvalidRequestError(
@@ -146,7 +146,7 @@ def _encoded_images(tensor: Tensor, binary: bytes) -> Sequence[Source]:
 
 
 def _split(binary: bytes) -> list[bytes]:
-    """The elements of a BYTES tensor: each a length (4 bytes, little-endian) and so many bytes."""
+    """The elements of a BYTES tensor: each is a length (4 bytes, little-endian), then that many bytes."""
     elements, at = [], 0
     while at < len(binary):
         start = at + _LENGTH_BYTES
@@ -183,8 +183,8 @@ def write_answer(
     """An answer's body.
 
     Args:
-        fields: what stands beside the outputs.
-        outputs: name, values, and whether these follow the JSON.
+        fields: the members beside `outputs`.
+        outputs: name, values, and whether the values follow the JSON as binary data.
 
     Returns:
         The bytes, and how many of them are JSON; None if all are.

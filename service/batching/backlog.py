@@ -1,6 +1,6 @@
-"""How long what is under way will take, from how fast it has been getting done. The measurement takes in all that a
-job waits for (decoding, the device, encoding, several workers, the other priority), so the answer holds whichever of
-them is the bottleneck. Knows costs and times only; all runs on one thread.
+"""Estimates how long the jobs under way will take, from their measured throughput. The measurement covers everything a
+job waits for (decoding, the device, encoding, several workers, the other priority), so the estimate holds whichever of
+them is the bottleneck. Knows costs and times only; everything runs on one thread.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-# How much of what was measured the next job leaves in place: about the last twenty count, a few batches.
+# Weight of the old measurements after each new one: about the last twenty jobs count, which is a few batches.
 _MEMORY = 0.95
-# What one job is taken to last before the first was measured: so little that the first burst after a start fills the
-# queue, as by default it may, rather than being refused by a guess.
+# Assumed duration of one job before the first is measured. Low enough that, by default, the first burst after a start
+# can fill the queue instead of being refused on a guess.
 _UNMEASURED_SECONDS = 0.3
-# So many may be under way on that guess, however short their deadlines are.
+# How many jobs may be under way on that guess alone, however short their deadlines are.
 _UNMEASURED_JOBS = 8
-# A job is taken if it needs at most this share of the time it has: sizes and speeds vary.
+# A job is accepted if it needs at most this share of the time it has: sizes and speeds vary.
 SAFETY = 0.75
 
 
@@ -27,7 +27,7 @@ class Backlog:
 
     Attributes:
         count: how many there are.
-        cost: of all of them together, in units of the caller's choice.
+        cost: their total cost, in units of the caller's choice.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,8 +45,8 @@ class Backlog:
         return (self.cost + cost) * self._measured_seconds / self._measured_cost
 
     def is_in_time(self, cost: int, seconds_left: float) -> bool:
-        """Whether a job of this cost is likely to be done in time. What would be alone always is: it has only itself to
-        wait for, and without a try nothing would be learned of a device that has become faster.
+        """Whether a job of this cost is likely to be done in time. A job that would be alone always counts as in time:
+        it waits for nothing else, and if it were refused, we would never notice that a device has become faster.
         """
         is_guess = self._measured_cost == 0 and self.count < _UNMEASURED_JOBS
         return self.count == 0 or is_guess or self.seconds_until_done(cost) <= SAFETY * seconds_left
@@ -62,15 +62,15 @@ class Backlog:
         """A job has ended.
 
         Args:
-            cost: what was added.
-            work: how much of that was done; None if its end says nothing about the speed, 0 if its time was spent for
-                nothing.
+            cost: the cost passed to `add`.
+            work: how much of it was done; None if the way it ended says nothing about the speed, 0 if its time was
+                wasted.
         """
         self.count -= 1
         self.cost -= cost
         if work is not None:
             now = self._clock()
-            # Only work replaces what was measured before: many deadlines of a millisecond must not make it forgotten.
+            # Only real work replaces older measurements: many deadlines of a millisecond must not erase them.
             memory = _MEMORY if work > 0 else 1.0
             self._measured_cost = memory * self._measured_cost + work
             self._measured_seconds = memory * self._measured_seconds + now - self._measured_since

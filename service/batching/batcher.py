@@ -1,13 +1,12 @@
-"""The batcher: hands waiting items to `predict` in batches and each result back to the caller that waits for it. What
-goes next is decided in `queue.py`; this file knows futures and threads, no models.
+"""The batcher: hands waiting items to `predict` in batches and each result back to the caller that waits for it.
+`queue.py` decides what goes next; this file knows futures and threads, no models.
 
-Callers wait on the event loop; `predict` runs on one thread of the batcher's own, which takes its next batch itself. So
-the device never waits for a loop that is busy with other things, and an entry can be withdrawn until the moment when
-its batch begins. What both sides touch, the queue and who is in `_outcomes`, is guarded by `_condition`.
+Callers wait on the event loop; `predict` runs on the batcher's own thread, which takes its next batch itself. So the
+device never waits for an event loop that is busy with other things, and an entry can be withdrawn until its batch
+begins. `_condition` guards what both sides touch: the queue and the set of entries in `_outcomes`.
 
-The ledger `_outcomes` holds a future for every accepted entry that is not answered yet. An entry leaves it exactly
-once, on the event loop: answered, expired, or abandoned by its caller; what `predict` returns for one that has left is
-dropped.
+`_outcomes` holds a future for every accepted entry that is not answered yet. An entry leaves it exactly once, on the
+event loop: answered, expired, or abandoned by its caller. Whatever `predict` returns for it after that is dropped.
 """
 
 from __future__ import annotations
@@ -56,21 +55,21 @@ class Answer(Generic[R]):
 
 
 class BatchObserver(Protocol):
-    """Is told what happens, on the event loop, so that it can be counted. Its methods are quick and do not raise.
+    """Notified on the event loop of what happens, for instance to count it. Its methods must be quick and not raise.
 
-    A subclass writes only what it wants to know. A stage is `queue` or `inference`.
+    A subclass overrides only the methods it needs. A stage is `queue` or `inference`.
     """
 
     def queue_changed(self, size: int, cost: int) -> None:
-        """So many entries of this total cost (pixels) wait now."""
+        """The queue now holds so many entries, of this total cost in pixels."""
         return
 
     def batch_started(self, queue_seconds: Sequence[float]) -> None:
-        """A batch goes to the device; for each of its members, how long it waited."""
+        """A batch goes to the device; `queue_seconds` says how long each of its members waited."""
         return
 
     def batch_failed(self, size: int, error: InferenceError) -> None:
-        """`predict` failed; if size > 1, each half is now tried."""
+        """`predict` failed; if size > 1, each half is retried."""
         return
 
     def cancelled(self, stage: str) -> None:
@@ -87,16 +86,16 @@ class BatchObserver(Protocol):
 
 
 class _SilentObserver(BatchObserver):
-    """Nobody wants to know."""
+    """The default: ignores everything."""
 
 
 class Batcher(Generic[T, R]):
     """Batches items that are submitted one at a time.
 
     Work-conserving: when the device is free, the oldest entry's group goes at once (or after `max_batch_wait_seconds`);
-    while it is busy, groups fill. If `predict` fails on a batch, each half is tried, and so on, so that only the item
-    to blame fails. If it failed for lack of memory, the memory is released first, and later batches are smaller for a
-    while.
+    while it is busy, groups fill. If `predict` fails on a batch, each half is retried, and so on, so that only the item
+    to blame fails. If it failed for lack of memory, reserved memory is released first, and later batches are smaller
+    for a while.
 
     Args:
         predict: from n items of one group to n results, in order. Called on the batcher's thread, one call at a time.
@@ -104,7 +103,7 @@ class Batcher(Generic[T, R]):
             see `RequestQueue`.
         release_memory: frees what the device holds in reserve. Called on the batcher's thread with the items for which
             `predict` raised OutOfMemoryError.
-        observer: is told what happens.
+        observer: is notified of what happens.
         clock: a monotonic time in seconds, also called on the batcher's thread.
     """
 
@@ -150,26 +149,26 @@ class Batcher(Generic[T, R]):
     async def stop(self, drain_timeout_seconds: float = _DRAIN_TIMEOUT_SECONDS) -> None:
         """Refuse new items, finish what is queued, fail what is left after the timeout (NotReadyError), end the thread.
 
-        A `predict` that is running when the time is up cannot be interrupted: its thread ends when it returns.
+        A `predict` that is still running at the timeout cannot be interrupted: the thread ends when it returns.
         """
         # 1. Refuse new work.
         with self._condition:
             self._queue.close()
         if self._ended is None:
             return
-        # 2. Finish what is queued; the thread ends when there is no more.
+        # 2. Finish what is queued; the thread ends when the queue is empty.
         self._wake()
         try:
             await asyncio.wait([self._ended], timeout=drain_timeout_seconds)
         finally:
-            # 3. Fail the rest, also when nobody waits for this call any more.
+            # 3. Fail the rest, even if this call is cancelled.
             self._give_up()
         if self._ended.done():
             self._ended.result()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the thread has ended for a failure of our own, so that nothing is answered any more."""
+        """Whether the thread has ended because of a bug of ours, so that nothing is answered any more."""
         return self._ended is not None and self._ended.done() and self._ended.exception() is not None
 
     async def __aenter__(self) -> Self:
@@ -193,14 +192,14 @@ class Batcher(Generic[T, R]):
         mates_seconds: float = 0.0,
         is_typical: bool = True,
     ) -> Answer[R]:
-        """Wait for the item's result. Cancelling the waiting task drops the item before the device sees it, if it can.
+        """Wait for the item's result. Cancelling the waiting task drops the item, unless its batch has begun.
 
         Args:
             item: what `predict` gets.
             group: only items of equal group share a batch.
             cost: at least 1, in pixels.
             shape: see `Entry`.
-            deadline: when the answer is of no more use, in seconds of the clock.
+            deadline: when the answer stops being useful, in seconds of the clock.
             priority: which line to wait in.
             is_typical: see `Entry`.
             mates_seconds: for how long a free device may wait for mates, see `Entry`.
@@ -249,12 +248,12 @@ class Batcher(Generic[T, R]):
             self._observer.rejected(error.code)
             raise
         self._report_queue()
-        # Not at once: what is submitted together shall share a batch, also with an idle device.
+        # Not at once: items that are submitted together should share a batch even if the device is idle.
         self._loop.call_soon(self._wake)
         return outcome
 
     def _withdraw(self, entry: Entry[T]) -> str:
-        """Take the entry out of the queue, if it is still there; the stage it was in."""
+        """Take the entry out of the queue, if it is still there; returns the stage it was in."""
         with self._condition:
             was_waiting = self._queue.remove(entry)
         self._report_queue()
@@ -279,7 +278,7 @@ class Batcher(Generic[T, R]):
         self._observer.queue_changed(size, cost)
 
     def _begin(self, expired: Sequence[Entry[T]], queue_seconds: Sequence[float]) -> None:
-        """Answer who waited too long, and tell of the batch, if there is one."""
+        """Answer the expired entries, and report the batch, if there is one."""
         for entry in expired:
             if entry in self._outcomes:
                 self._expire(entry, stage="queue")
@@ -288,7 +287,7 @@ class Batcher(Generic[T, R]):
             self._observer.batch_started(queue_seconds)
 
     def _give_up(self) -> None:
-        """Fail whoever is not answered yet; what the device is at is for nobody."""
+        """Fail every entry that is not answered yet; the result of a batch on the device will be dropped."""
         with self._condition:
             self._queue.close()
             for entry in self._outcomes:
@@ -299,7 +298,7 @@ class Batcher(Generic[T, R]):
         self._wake()
 
     def _end(self, failure: BaseException | None) -> None:
-        """The thread has ended; a failure is our own."""
+        """The thread has ended; a failure means a bug of ours."""
         assert self._ended is not None
         self._give_up()
         if failure is None:
@@ -313,12 +312,12 @@ class Batcher(Generic[T, R]):
             self._is_woken = True
             self._condition.notify()
 
-    # From here on, all runs on the batcher's thread.
+    # From here on, everything runs on the batcher's thread.
 
     def _tell(self, told: Callable[..., None], *args: object) -> None:
-        """Call a function on the event loop, after those that were told before it."""
+        """Call a function on the event loop, after those that were passed here before."""
         assert self._loop is not None
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed: no caller waits any more
             self._loop.call_soon_threadsafe(told, *args)
 
     def _serve(self) -> None:
@@ -329,7 +328,7 @@ class Batcher(Generic[T, R]):
             while self._run_next():
                 pass
         except BaseException as error:
-            # Nobody may be left waiting; `stop` raises it.
+            # No caller may be left waiting; `stop` raises this error.
             failure = error
         self._tell(self._end, failure)
 
@@ -339,14 +338,14 @@ class Batcher(Generic[T, R]):
             self._is_woken = False
 
     def _run_next(self) -> bool:
-        """Wait for a batch and run it; whether there was one. It holds nothing of it while it waits for the next."""
+        """Wait for a batch and run it; return whether there was one. Keeps no batch while waiting for the next."""
         batch = self._next_batch()
         if batch:
             self._run(batch)
         return bool(batch)
 
     def _next_batch(self) -> list[Entry[T]]:
-        """Wait for a batch; empty when there will be none any more."""
+        """Wait for a batch; empty when there will be no more."""
         while True:
             with self._condition:
                 now = self._clock()
@@ -364,7 +363,7 @@ class Batcher(Generic[T, R]):
         """Answer every member of the batch: with its result, or with the error of `predict` on it alone.
 
         Args:
-            failed_sizes: of the batches with these members that failed before.
+            failed_sizes: sizes of the earlier batches that contained these members and failed.
         """
         started_at = self._clock()
         with self._condition:
@@ -379,7 +378,7 @@ class Batcher(Generic[T, R]):
         try:
             results = self._predict_all([entry.item for entry in batch])
         except OutOfMemoryError as error:
-            # A new one: the frames that this one refers to would keep the memory of the batch from being released.
+            # A new error: the original's traceback keeps the batch's memory in use, so it could not be released.
             failure: InferenceError = OutOfMemoryError(str(error))
         except InferenceError as error:
             failure = error
@@ -413,14 +412,14 @@ class Batcher(Generic[T, R]):
         except OutOfMemoryError:
             raise
         except BaseException as error:
-            # Also SystemExit, which would end the thread, and StopIteration, which no future can hold.
+            # Includes SystemExit, which would end the thread, and StopIteration, which no future can hold.
             raise InferenceError(f"the model failed on a batch of {len(items)}: {error!r}") from error
         return results
 
     def _make_room(self, batch: Sequence[Entry[T]], cost: int) -> None:
-        """After a batch for which there was no memory: release what can be, and learn from it."""
+        """After a batch ran out of memory: release what can be released, and lower the limit for later batches."""
         if self._release_memory is not None:
-            # A device that cannot even do that fails the next try too, and then those who wait are told.
+            # If the device cannot even do that, the retry fails too, and its callers get that error.
             with suppress(Exception):
                 self._release_memory([entry.item for entry in batch])
         if len(batch) > 1:
@@ -429,7 +428,7 @@ class Batcher(Generic[T, R]):
 
 
 def _describe(failure: InferenceError, failed_sizes: Sequence[int]) -> InferenceError:
-    """The failure of an item alone; for lack of memory, with what was tried before."""
+    """The failure of an item on its own; if for lack of memory, with the batch sizes that failed before."""
     if not isinstance(failure, OutOfMemoryError):
         return failure
     before = f" after batches of {', '.join(map(str, failed_sizes))}" if failed_sizes else ""

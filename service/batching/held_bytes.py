@@ -1,10 +1,11 @@
 """The bound on the bytes of all requests together: one `HeldBytes` for the whole HTTP process, one `Holding` for each
-request. `api` adds to a request's holding what arrives of its body. Knows numbers only; all runs on one thread.
+request. The bytes of a body are added to the request's holding as they arrive. Knows numbers only; everything runs on
+one thread.
 
-How it is meant: the outermost layer of a request opens its holding, `with held_bytes.hold() as holding`, and closes it
-when the answer has been sent, so that whatever keeps the body in between (the queue, a worker that may have to be sent
-it again) needs no account of its own. Only received bytes are charged, not the declared Content-Length, so
-a client cannot reserve memory by announcing a large body.
+Intended use: the outermost layer of a request opens its holding, `with held_bytes.hold() as holding`, and closes it
+when the answer has been sent, so that whatever keeps the body in between (the queue, or a dispatcher that may have to
+resend it to a worker) needs no accounting of its own. Only received bytes are charged, not the declared Content-Length,
+so a client cannot reserve memory by announcing a large body.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from contextlib import contextmanager
 
 from service.errors import OverloadedError
 
-# What one holding is taken to last before the first has ended.
+# Assumed duration of a holding before the first one has ended.
 _UNMEASURED_SECONDS = 1.0
 
-# How much of the measured time of a holding the next one leaves in place: about the last fifty count.
+# Weight of the old measurements after each new one: about the last fifty holdings count.
 _TIME_MEMORY = 0.98
 
 
@@ -26,7 +27,7 @@ class HeldBytes:
     """The account of all requests.
 
     Args:
-        max_held_bytes: most bytes at a time; only who holds alone may have more, since a body of that size could
+        max_held_bytes: most bytes at a time. Only a request that holds alone may exceed it, since so large a body could
             never be read otherwise.
         clock: a monotonic time in seconds.
     """
@@ -55,7 +56,7 @@ class HeldBytes:
     def require_room(self, size: int, *, beside: int) -> None:
         """Raise OverloadedError if a request that holds `beside` bytes may not hold `size` more."""
         if self.size > beside and self.size + size > self._max_held_bytes:
-            # Little's law: what is held now will have been given back after about the time that one holding takes.
+            # Little's law: after about the duration of one holding, the bytes held now will have been released.
             raise OverloadedError(
                 f"the requests under way would hold {self.size + size} bytes, at most {self._max_held_bytes}",
                 retry_after_seconds=self._seconds_per_holding,
@@ -63,7 +64,7 @@ class HeldBytes:
 
 
 class Holding:
-    """The account of one request; made by `HeldBytes.hold`.
+    """The account of one request; `HeldBytes.hold` opens it.
 
     Attributes:
         size: bytes that it holds.
@@ -74,10 +75,10 @@ class Holding:
         self.size = 0
 
     def expect(self, size: int) -> None:
-        """Refuse now what there is no room for at present; takes nothing.
+        """Check that there is room for so many more bytes; takes none.
 
         Raises:
-            OverloadedError: so many more bytes are too many for all requests together.
+            OverloadedError: they are too many for all requests together.
         """
         self._held_bytes.require_room(size, beside=self.size)
 

@@ -1,6 +1,6 @@
-"""The bound on the pixels of all decoded images together: one `HeldPixels` for a worker, one `PixelHolding` for each
-job. The decoding thread takes room before it decodes, and waits where there is none; what it would have decoded is a
-few kilobytes meanwhile. Knows numbers and threads only.
+"""The bound on the pixels of all decoded images together: one `HeldPixels` per worker, one `PixelHolding` per job. The
+decoding thread reserves room before it decodes, and waits if there is none; meanwhile it holds only the encoded image,
+a few kilobytes. Knows numbers and threads only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class HeldPixels:
     """The account of all jobs.
 
     Args:
-        max_held_pixels: most pixels at a time; only an image that is alone may have more.
-        resting: gives a context in which a thread waits for room.
+        max_held_pixels: most pixels at a time; only an image that is alone may exceed it.
+        resting: returns a context manager, entered while a thread waits for room.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class HeldPixels:
         self._max_held_pixels = max_held_pixels
         self._resting = resting
         self._changed = threading.Condition()
-        # Only one waits for room, so that many small images cannot keep a large one waiting for ever.
+        # Only one thread at a time waits for room, so that many small images cannot keep a large one waiting forever.
         self._turn = threading.Lock()
         self.size = 0
 
@@ -35,7 +35,7 @@ class HeldPixels:
         """The account of one job, empty at first. What it holds is given back at the end.
 
         Args:
-            resting: gives a context in which a thread of this job waits for room.
+            resting: returns a context manager, entered while a thread of this job waits for room.
         """
         holding = PixelHolding(self, resting)
         try:
@@ -67,7 +67,7 @@ class HeldPixels:
 
 
 class PixelHolding:
-    """The account of one job; made by `HeldPixels.hold`.
+    """The account of one job; `HeldPixels.hold` opens it.
 
     Attributes:
         resting: see `HeldPixels.hold`.
@@ -82,7 +82,7 @@ class PixelHolding:
         self.is_over = False
 
     def take(self, pixels: int) -> None:
-        """Wait, in this thread, until there is room for so many more pixels, and hold them.
+        """Block this thread until there is room for so many more pixels, then hold them.
 
         Raises:
             CancelledRequestError: the job ended meanwhile.

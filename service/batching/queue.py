@@ -1,13 +1,14 @@
 """The request queue: decides which entries are admitted and which make the next batch. A synchronous data structure for
-one thread at a time. The time is an argument, so it can be tested on integers. Knows nothing of futures, threads,
-images or models.
+one thread at a time. Time is passed in, so it can be tested with integers. Knows nothing of futures, threads, images or
+models.
 
-* Two lines, one a priority; each has its own bounds, so neither can shut the other out.
-* An entry that would not be done before its deadline is refused at once, rather than kept waiting for nothing.
-* A batch holds one group of one priority: the oldest entry of the line and its mates in order of age. Since the oldest
-  always goes, an entry with k older ones in its line is in one of the line's next k + 1 batches: nobody starves.
-* Mates of different shapes are padded to the largest of them, and a batch costs what it has become by that. A mate that
-  would make it padding for the most part waits for another batch.
+* There are two lines, one per priority. Each has its own bounds, so neither can shut the other out.
+* An entry that would not be done before its deadline is refused at once instead of waiting in vain.
+* A batch holds one group of one priority: the oldest entry of the line and its mates, the other entries of its group,
+  in order of age. Since the oldest always goes, an entry with k older ones in its line is in one of the line's next k +
+  1 batches: no entry starves.
+* Mates of different shapes are padded to the largest of them, and a batch costs its padded size. A mate that would make
+  the batch mostly padding waits for another batch.
 * Interactive goes first, but while both wait, bulk gets `bulk_share` of the served cost, to within one batch.
 
 Cost is in pixels, times are in seconds of the caller's clock.
@@ -27,18 +28,18 @@ from service.errors import NotReadyError, OverloadedError
 
 T = TypeVar("T")
 
-# What a refused caller is told before the first batch was measured.
+# The retry-after for a refused caller before the first batch is measured.
 UNMEASURED_RETRY_AFTER_SECONDS = 1.0
 
-# Of the cost of a batch at most this share is padding.
+# At most this share of a batch's cost is padding.
 _MOST_PADDING = 0.5
 
-# How much the measured rate remembers at each new batch: about the last ten batches count.
+# Weight of the old measurements after each new batch: about the last ten batches count.
 _RATE_MEMORY = 0.9
 
 
 class Priority(StrEnum):
-    """Whether somebody waits for the answer, or it is one of many that may take their time."""
+    """Whether a caller is waiting for this answer, or the item is one of many that may take their time."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
@@ -52,13 +53,13 @@ class Entry(Generic[T]):
         item: what `predict` gets.
         group: only entries of equal group share a batch.
         cost: at least 1, in pixels.
-        shape: lengths whose product is the cost, as many as its mates have: all are padded to the largest of each; none
-            if nothing is padded.
-        enqueued_at: when it came.
-        deadline: from this time on its answer is of no use; None for never.
-        is_typical: whether the time that it takes says anything about others of its cost.
-        mates_until: its mates are on their way: a free device may wait for them until then, for as long as all members
-            of the batch say so. Entries of the other priority do not wait.
+        shape: lengths whose product is the cost. All mates have the same number of lengths, and each length is padded
+            to the largest among them. Empty if nothing is padded.
+        enqueued_at: when it arrived.
+        deadline: when its answer stops being useful; None for never.
+        is_typical: whether the time it takes says anything about other entries of its cost.
+        mates_until: until when a free device may wait for mates that are still on their way, if every member of the
+            batch agrees. Entries of the other priority do not wait.
     """
 
     item: T
@@ -95,12 +96,13 @@ class RequestQueue(Generic[T]):
 
     Args:
         max_batch_size: items in a batch.
-        max_batch_cost: total cost of a batch; an entry that costs more goes alone. Less after `lower_batch_cost`.
+        max_batch_cost: total cost of a batch; an entry that costs more goes alone. `lower_batch_cost` reduces it.
         max_queue_size: entries that may wait in each priority's line.
-        max_queue_cost: total cost that may wait in each priority's line; an entry that costs more is admitted
-            to an empty line, since it could never be served otherwise.
+        max_queue_cost: total cost that may wait in each priority's line; an entry that costs more is admitted to an
+            empty line, since it could never be served otherwise.
         max_batch_wait_seconds: how long the oldest entry of a group may be held back for more mates; 0 for never.
-        bulk_share: part of the served cost that bulk is sure of while interactive entries wait too, 0 to 1 exclusive.
+        bulk_share: share of the served cost that bulk is guaranteed while interactive entries wait too, 0 to 1
+            exclusive.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class RequestQueue(Generic[T]):
 
     @property
     def cost(self) -> int:
-        """Total cost of all that waits, in pixels."""
+        """Total cost of all waiting entries, in pixels."""
         return self._interactive.cost + self._bulk.cost
 
     @property
@@ -147,7 +149,7 @@ class RequestQueue(Generic[T]):
 
     @property
     def held_until(self) -> float | None:
-        """When the oldest entry will be held back no longer, whoever joins it; None for an empty queue."""
+        """When the oldest entry stops being held back, whatever joins it; None for an empty queue."""
         oldest = self._next_line().oldest
         return None if oldest is None else max(oldest.enqueued_at + self._max_batch_wait_seconds, oldest.mates_until)
 
@@ -155,7 +157,7 @@ class RequestQueue(Generic[T]):
         """Let an entry wait.
 
         Raises:
-            OverloadedError: its line is full, or too long for the entry's deadline; says when a new try may do better.
+            OverloadedError: its line is full, or too long for the entry's deadline; says when a retry may succeed.
             NotReadyError: the queue is closed.
         """
         if self._is_closed:
@@ -170,7 +172,7 @@ class RequestQueue(Generic[T]):
         line.add(entry)
 
     def remove(self, entry: Entry[T]) -> bool:
-        """Drop an entry; whether it was still waiting."""
+        """Drop an entry; returns whether it was still waiting."""
         return self._line(entry.priority).remove(entry)
 
     def expire(self, now: float) -> list[Entry[T]]:
@@ -197,21 +199,21 @@ class RequestQueue(Generic[T]):
         cost = sum(entry.cost for entry in batch)
         self._share_out(line, cost)
         is_known = bool(batch) and self._measured_cost > 0
-        # The device is free when this is called, whatever was expected of its last batch.
+        # The device is free when this is called, however long its last batch was expected to take.
         self._busy_until = now + self._seconds_for(cost) if is_known else -math.inf
         return batch
 
     def measure(self, cost: int, seconds: float) -> None:
-        """Learn that a batch of this total cost kept the device busy for so long."""
+        """Record that a batch of this total cost kept the device busy for so many seconds."""
         self._measured_cost = _RATE_MEMORY * self._measured_cost + cost
         self._measured_seconds = _RATE_MEMORY * self._measured_seconds + seconds
 
     def max_batch_cost(self, now: float) -> int:
-        """The total cost of a batch that is worth a try at this time."""
+        """The largest total cost of a batch that is worth trying at this time."""
         return self._memory_limit.at(now)
 
     def lower_batch_cost(self, failed_cost: int, now: float) -> None:
-        """Learn that there was no memory for a batch of several entries and of this total cost."""
+        """Record that a batch of several entries and of this total cost ran out of memory."""
         self._memory_limit.lower(failed_cost, now)
 
     def close(self) -> None:
@@ -226,14 +228,14 @@ class RequestQueue(Generic[T]):
         return self._bulk if len(self._bulk) > 0 and bulk_is_due else self._interactive
 
     def _next_batch(self, line: _Line[T], now: float) -> list[Entry[T]]:
-        """What goes next of a line; empty if it is held back."""
+        """The next batch of a line; empty if it is held back."""
         batch, is_full = self._fill_batch(line, self.max_batch_cost(now))
         return [] if not is_full and self._may_be_held(batch, now) else batch
 
     def _fill_batch(self, line: _Line[T], max_batch_cost: int) -> tuple[list[Entry[T]], bool]:
         """The oldest entry and its mates, and whether no more could join. Stops at the first mate that does not fit, so
-        that nobody of its group is overtaken but who would be padded too much. Scans the line: microseconds beside a
-        prediction.
+        that within a group only entries that would need too much padding are overtaken. Scans the whole line, which
+        takes microseconds, little compared with a prediction.
         """
         batch: list[Entry[T]] = []
         for entry in line:
@@ -258,8 +260,8 @@ class RequestQueue(Generic[T]):
         return now < held_until and not any(entry.is_expired(held_until) for entry in batch)
 
     def _share_out(self, line: _Line[T], cost: int) -> None:
-        """Keep the account of what bulk is owed. Interactive work always pays off bulk's debt, but gives it credit
-        only while bulk waits: a share that was not wanted is not saved up.
+        """Update how much cost bulk is owed. Interactive work always pays off bulk's debt, but gives bulk credit only
+        while bulk waits: a share that bulk did not use is not saved up.
         """
         if line is self._interactive:
             self._cost_owed_to_bulk += cost * self._bulk_per_interactive
@@ -275,9 +277,9 @@ class RequestQueue(Generic[T]):
             return
         running_seconds = max(0.0, self._busy_until - entry.enqueued_at)
         if len(self) == 0 and running_seconds == 0:
-            return  # it has only itself to wait for
+            return  # it waits for nothing else
         ahead = line.cost + entry.cost
-        # What the other line may take meanwhile: bulk its share, interactive at least what waits there now.
+        # What the other line may take meanwhile: its share, but no more than what waits there now.
         others = (
             min(self._interactive.cost, ahead / self._bulk_per_interactive)
             if line is self._bulk

@@ -1,3 +1,3 @@
-"""The subcommands of `roiserve`, a file each. Words, tables and progress bars only: the rooms below do the work, and
-are imported when a command runs.
+"""The subcommands of `roiserve`, one file each. Messages, tables and progress bars only: the rooms below do the work,
+and are imported when a command runs.
 """

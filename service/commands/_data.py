@@ -1,4 +1,4 @@
-"""Options and words that the commands which read data sets share."""
+"""Options and messages shared by the commands that read data sets."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_with_words(
     drop_bad: bool,
     frame: Literal["auto", "upright", "stored"],
 ) -> CocoDataset:
-    """Read and check a data set; print on stderr how far that is, what there is, and what was repaired or left out."""
+    """Read and check a data set; print on stderr the progress, a summary, and what was repaired or left out."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Help in plain words: where typer would show a Python type (`<list[Path]>`, `<bool>`), what to write there."""
+"""Help in plain words: says what to write where typer would show a Python type (`<list[Path]>`, `<bool>`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORDS = {bool: "", Path: "PATH", int: "NUMBER", float: "NUMBER", str: "TEXT"}
 
 
 def plain(command: Command) -> Command:
-    """The same command, whose options without a metavar have one in plain words; a switch has none."""
+    """The same command; options without a metavar get one in plain words, switches an empty one."""
     hints = get_type_hints(command, include_extras=True)
     for hint in hints.values():
         if get_origin(hint) is Annotated:
@@ -22,13 +22,13 @@ def plain(command: Command) -> Command:
             for info in infos:
                 if isinstance(info, ParameterInfo) and info.metavar is None:
                     info.metavar = metavar(kind)
-    # Evaluated here once: from text, typer would make new options, without these words.
+    # Stored evaluated: from annotations as text, typer would make new options without these metavars.
     command.__annotations__ = hints
     return command
 
 
 def metavar(kind: Any) -> str:
-    """What the help shows in the place of a value of this type."""
+    """What the help shows in place of a value of this type."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(map(str, parts))

@@ -1,5 +1,5 @@
-"""What would keep the server from starting and can be found out in milliseconds: an address that it cannot listen on, a
-store without the models that it is to serve. Imports no torch, which takes seconds.
+"""Finds, within milliseconds, what would keep the server from starting: an address that it cannot listen on, or a store
+without the models that it is to serve. Does not import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _HOW_TO_FILL = (
 
 
 def check_address(host: str, port: int, *, flag: str = "--port") -> None:
-    """Listen for a moment.
+    """Check that the server can listen on an address, by doing so for a moment.
 
     Args:
-        flag: the one that chooses the port, for messages.
+        flag: the flag that chooses the port, for messages.
 
     Raises:
-        ServiceError: says in words why that is not possible and what to change.
+        ServiceError: it cannot; says why and what to change.
     """
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -52,11 +52,11 @@ def _why(error: OSError, host: str, port: int, flag: str) -> str:
 
 
 def check_models(settings: Settings) -> None:
-    """Look for the models that are to be served, by their folders alone.
+    """Check that the models to serve exist, by looking at their folders only.
 
     Raises:
         ModelStoreError: the store is missing or cannot be read.
-        ModelNotFoundError: there is none in it, or not those that the settings name.
+        ModelNotFoundError: the store is empty, or lacks a model that the settings name.
     """
     store = ModelStore(settings.model_store)
     stored = [store.find(reference) for reference in settings.models] or store.list()

@@ -1,5 +1,5 @@
-"""Uvicorn's HTTP/1.1 protocol with bounds. Uvicorn alone waits for ever for the head of a request, holds any amount of
-it, answers malformed requests in plain text, and waits for ever for a caller to read its answer. This file overrides
+"""Uvicorn's HTTP/1.1 protocol with bounds. Plain uvicorn waits forever for the head of a request, buffers any amount of
+it, answers malformed requests in plain text, and waits forever for a caller to read its answer. This file overrides
 private parts of uvicorn; `pyproject.toml` therefore bounds its version, and a test checks that the parts exist.
 """
 
@@ -32,44 +32,45 @@ from service.logs import request_id_context
 
 logger = logging.getLogger(__name__)
 
-# Request line and headers. With cookies and tokens, those of browsers, proxies and tools are a few kilobytes.
+# Request line and headers. Even with cookies and tokens, browsers, proxies and tools send a few kilobytes.
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEADERS = 200
 _HEAD_TIMEOUT_SECONDS = 10.0
-# What a chunked body may spend on sizes, extensions and trailers: this, and an eighth of the body itself.
+# What a chunked body may spend on sizes, extensions and trailers: this much plus an eighth of the body itself.
 _MAX_FRAMING_BYTES = 64 * 1024
 _BODY_BYTES_PER_FRAMING_BYTE = 8
-# How much of its answer a caller has to read in how long: far less than the slowest phone reads.
+# A caller must read at least so much of its answer in each period: far less than the slowest phone does.
 _READER_PERIOD_SECONDS = 30.0
 _LEAST_READ_BYTES = 64 * 1024
-# RFC 3986's host and port, without checking more than the characters.
+# RFC 3986's host and port; only the characters are checked.
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection.
 
-    * The head of a request is bounded in bytes and headers, and in time from when the connection is free for it.
-    * What is malformed is answered with a problem document, after the answers to the requests before it.
+    * The head of a request is bounded in bytes, in headers, and in time since the connection became free for it.
+    * A malformed request is answered with a problem document, after the answers to the requests before it.
     * `Upgrade` is ignored, as RFC 9110 allows: the request is served as HTTP/1.1.
-    * Connections leave some descriptors free; one too many is refused.
+    * Connections leave some descriptors free; excess connections are refused.
     * A caller that stops reading its answer is disconnected.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
-    # Between two requests, or within a head: whether it has begun, and its bytes in whole reads.
+    # Whether the connection is between two requests or within a head; whether the head has begun; the bytes of reads
+    # that held nothing but a part of it; and the number of complete heads.
     _awaits_head = True
     _head_has_begun = False
     _head_bytes = 0
     _heads = 0
-    # Of the request that is being read.
+    # Counts for the request that is being read.
     _parsed_bytes = 0
     _body_bytes = 0
     _framing_bytes = 0
-    # The head of a request for another protocol, without that request.
+    # The head of a request that asked for an upgrade, without its `Upgrade` header.
     _plain_head = b""
-    # Why parsing was stopped, and what is still to be said of it when the connection is free.
+    # Why parsing was stopped, and the error to answer once the connection is free.
     _reason: ServiceError | None = None
     _refusal: ServiceError | None = None
 
@@ -83,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse the received bytes."""
         self._unset_keepalive_if_required()
         if self._refusal is not None or self.transport.is_closing():
             return
@@ -91,7 +92,7 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser would drop the body. It gets the head again, without `Upgrade`, and then what followed it.
+            # The parser would drop the body. Feed a new one the head without `Upgrade`, then the rest of the data.
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             self.data_received(self._plain_head + data[upgrade.args[0] :])
@@ -99,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(self._reason or MalformedRequestError(f"expected a request in HTTP/1.1: {error}"))
             return
-        # A whole request that comes in one read has a body, which is no part of a head.
+        # Not if a whole request came in this read: its body is not part of a head.
         if self._awaits_head and awaited_head and heads == self._heads:
             self._count_held_head(len(data))
         elif not self._awaits_head and not awaited_head:
@@ -114,12 +115,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parsed_bytes = self._body_bytes = self._framing_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """A part of the target."""
+        """A part of the request target has been parsed."""
         self._count_parsed(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, or a trailer of a chunked body, which is ignored."""
+        """A header has been parsed, or a trailer of a chunked body, which is ignored."""
         self._count_parsed(len(name) + len(": \r\n") + len(value))
         if not self._head_has_begun:
             return
@@ -153,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._awaits_head = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The caller is gone."""
+        """The connection is closed."""
         self._stop_awaiting_head()
         self._stop_awaiting_reader()
         super().connection_lost(exc)
@@ -164,13 +165,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_reader()
 
     def resume_writing(self) -> None:
-        """It has read nearly everything."""
+        """The caller has read nearly everything."""
         super().resume_writing()
         if not self.transport.is_closing():
             self._stop_awaiting_reader()
 
     def on_response_complete(self) -> None:
-        """An answer was written; the next request's turn."""
+        """An answer has been written; the next request gets its turn."""
         super().on_response_complete()
         self._await_reader_of_the_rest()
         if self._is_busy or self.transport.is_closing():
@@ -181,7 +182,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def timeout_keep_alive_handler(self) -> None:
-        """No further request came."""
+        """No further request came in time."""
         super().timeout_keep_alive_handler()
         self._await_reader_of_the_rest()
 
@@ -192,8 +193,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _is_busy(self) -> bool:
-        """Whether a request is being answered, or waits for that."""
-        cycle: RequestResponseCycle | None = self.cycle  # which uvicorn calls always there, from the first request on
+        """Whether a request is being answered, or waits to be."""
+        cycle: RequestResponseCycle | None = self.cycle  # annotated as never None, but is before any request
         return cycle is not None and not cycle.response_complete
 
     def _check_headers(self) -> None:
@@ -221,7 +222,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stop(_head_too_large())
 
     def _count_held_head(self, size: int) -> None:
-        """The parser tells of a header when it is complete, and holds what came of it until then."""
+        """Bound the head by received bytes too: the parser buffers a header and reports it only when it is complete."""
         self._head_bytes += size
         if self._head_bytes > _MAX_HEAD_BYTES:
             self._refuse(_head_too_large())
@@ -237,7 +238,7 @@ class BoundedProtocol(HttpToolsProtocol):
             )
 
     def _stop(self, reason: ServiceError) -> NoReturn:
-        """Stop the parser, from one of its callbacks: it tells an error, but not ours."""
+        """Stop the parser from one of its callbacks. It then raises an error of its own, so ours is kept here."""
         self._reason = reason
         raise reason
 
@@ -247,7 +248,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal = error
         cycle = self.cycle
         if self._is_busy and cycle.more_body and not self._head_has_begun:
-            # Its body is malformed. If it waits for its turn, its answer does, too.
+            # The current request's body is malformed. If the request waits for its turn, so does this answer.
             place = next((index for index, (waiting, _) in enumerate(self.pipeline) if waiting is cycle), None)
             if place is not None:
                 self.pipeline[place] = (cycle, self._last_response(error))  # type: ignore[assignment]  # an ASGI app
@@ -273,7 +274,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_reader_of_the_rest()
 
     def _last_response(self, error: ServiceError) -> Response:
-        """The answer after which the connection is closed; also logged, as the app never sees such a request."""
+        """The answer after which the connection is closed. Logs it, too, since the app never sees such a request."""
         request_id = uuid.uuid4().hex
         token = request_id_context.set(request_id)
         response = problem_response(error)
@@ -302,7 +303,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _await_reader_of_the_rest(self) -> None:
-        """A connection that we closed stays until the caller has read the rest of the answer."""
+        """After we closed the connection, watch that the caller reads the rest of the answer."""
         if self.transport.is_closing() and self.transport.get_write_buffer_size() > 0:
             self._await_reader()
 
@@ -312,10 +313,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._reader_timer = self.loop.call_later(_READER_PERIOD_SECONDS, self._look_at_reader, size)
 
     def _look_at_reader(self, size_before: int) -> None:
-        """Nothing was written since, so what is missing from the buffer has been read."""
+        """Close the connection if the caller reads too slowly. Nothing was written meanwhile, so whatever left the
+        buffer has been read.
+        """
         self._reader_timer = None
         if size_before - self.transport.get_write_buffer_size() < _LEAST_READ_BYTES:
-            # With a reset; otherwise the system would go on holding the answer.
+            # With a reset; otherwise the kernel would keep the rest of the answer in memory.
             connection = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()

@@ -1,4 +1,4 @@
-"""A server that stops in good order: it finishes the requests that it accepted and exits with 0. Knows uvicorn and
+"""A server that shuts down gracefully: it finishes the requests that it accepted and exits with 0. Knows uvicorn and
 signals, nothing of what the app does.
 """
 
@@ -25,10 +25,10 @@ from service.errors import ServiceError
 
 logger = logging.getLogger(__name__)
 
-# Longer than the usual 60 seconds of proxies: they, not we, should close an idle connection, for if we do it may be
-# while a request is on its way.
+# Longer than the usual 60 seconds of proxies: they should close idle connections, not we, since a request may be on its
+# way when we do.
 _KEEP_ALIVE_SECONDS = 75
-# What requests that were given up may take to say so.
+# How long requests that were given up may take to answer that.
 _GRACE_SECONDS = 5
 
 
@@ -45,13 +45,13 @@ def serve_app(app: FastAPI) -> int:
     status = 0 if state.lifecycle.failure is None else 1
     logger.info("stopped", extra={"fields": {"status": status}})
     if state.lifecycle.gave_up:
-        # Python would wait for the thread that is still at the work which was given up.
+        # Otherwise Python would wait for a thread that is still doing the work that was given up.
         os._exit(status)
     return status
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn is to serve our app."""
+    """Uvicorn's configuration for our app."""
     state: ApiState = app.state.api
     return uvicorn.Config(
         app,
@@ -70,8 +70,9 @@ def server_config(app: FastAPI) -> uvicorn.Config:
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that leaves in good order: at the first signal not ready, then no new connections, then an answer for
-    what was accepted; at the second signal at once, with status 1. It also leaves when the models cannot be loaded.
+    """A server that drains before it exits. At the first signal it reports not ready, then takes no new connections,
+    then answers what it has accepted; at the second signal it exits at once, with status 1. It also stops if the models
+    cannot be loaded.
     """
 
     def __init__(self, config: uvicorn.Config, state: ApiState) -> None:
@@ -85,7 +86,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals from before the models load. Uvicorn's own raises them again at the end: no exit with 0."""
+        """Handle signals, from before the models load. Uvicorn's own version reraises them at the end, so the exit
+        status would not be 0.
+        """
         handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         if self._keys.have_files:
             handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._reload_keys)
@@ -96,7 +99,7 @@ class DrainingServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to leave; leave at once if that has begun."""
+        """Begin to drain; if that has begun already, exit at once."""
         if self._told_at is not None:
             os._exit(1)
         self._told_at = time.monotonic()
@@ -109,7 +112,7 @@ class DrainingServer(uvicorn.Server):
         self._is_to_reload_keys = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to leave; asked ten times a second."""
+        """Whether to stop; uvicorn asks ten times a second."""
         if self._is_to_reload_keys:
             self._is_to_reload_keys = False
             self._keys.reload()
@@ -126,7 +129,7 @@ class DrainingServer(uvicorn.Server):
         return self._lifecycle.failure is not None or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; uvicorn ends the process if it cannot, with the bare exception: we say it in words."""
+        """Listen. If that fails, uvicorn logs the bare exception and ends the process; we log the reason in words."""
         uvicorn_logger = logging.getLogger("uvicorn.error")
         uvicorn_logger.addFilter(_is_no_os_error)
         try:
@@ -142,18 +145,18 @@ class DrainingServer(uvicorn.Server):
         self._lifecycle.url = self._url()
 
     def _url(self) -> str:
-        """Where a browser on this machine finds us, also if we listen on all of its addresses."""
+        """The URL for a browser on this machine, even if we listen on all of its addresses."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no new connections, wait for the requests under way, and give up those that take too long."""
+        """Take no new connections, wait for the requests under way, and cancel those that take too long."""
         timer = asyncio.get_running_loop().call_later(self._settings.drain_timeout_seconds, self._lifecycle.give_up)
         await super().shutdown(sockets)
         timer.cancel()
 
 
 def _is_no_os_error(record: logging.LogRecord) -> bool:
-    """Uvicorn logs the bare exception when it cannot listen; we say the same in words."""
+    """Filters out the bare exception that uvicorn logs when it cannot listen; we log the reason in words."""
     return not isinstance(record.msg, OSError)

@@ -1,11 +1,11 @@
 """Which job is to blame when a worker dies: a state machine over plain identifiers, without processes or an event loop.
 
-Workers report the start and the end of all work on a job before and after they do it. Jobs that were being worked on
-when their worker died are suspects. A suspect is retried alone, in a worker that does nothing else; one that is alone
+Workers report each piece of work on a job before they start it and after they end it. Jobs that were being worked on
+when their worker died are suspects. A suspect is retried alone, in a worker that does nothing else; a job that is alone
 for `MAX_DEATHS_ALONE` deaths is convicted. All other jobs are resent as if nothing had happened.
 
-A job whose caller has gone stays present in its worker until the work on it has ended: it may still be what the worker
-dies of, and until then no other job is alone there.
+A job whose caller has gone stays present in its worker until the work on it has ended: it may still kill the worker,
+and until then no other job is alone there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Verdict(Enum):
     """What happens to a job whose worker died."""
 
     RESEND = "resend"
-    """To any worker: nothing speaks against it."""
+    """To any worker: it is not a suspect."""
 
     ALONE = "alone"
     """To a worker that does nothing else: it is a suspect."""
@@ -36,7 +36,7 @@ class _Presence:
 
     Attributes:
         marks: how many threads of the worker are at work on it.
-        is_awaited: whether anybody still waits for its answer.
+        is_awaited: whether its caller still waits for the answer.
     """
 
     marks: int = 0
@@ -59,16 +59,16 @@ class Blame:
         """Treat a job as a suspect from now on.
 
         Args:
-            deaths_alone: at how many deaths it, or a copy of it, was alone.
+            deaths_alone: in how many deaths it, or a copy of it, was alone in the worker.
         """
         self._deaths_alone[job] = max(deaths_alone, self._deaths_alone.get(job, 0))
 
     def forget(self, job: int) -> None:
-        """Nothing more will happen to a job, or it has proved harmless."""
+        """A job is finished, or has proved harmless: drop its record."""
         self._deaths_alone.pop(job, None)
 
     def deaths_alone(self, job: int) -> int | None:
-        """At how many deaths a suspect was alone; None for a job that is no suspect."""
+        """In how many deaths a suspect was alone; None for a job that is not a suspect."""
         return self._deaths_alone.get(job)
 
     def sent(self, worker: Hashable, job: int) -> None:
@@ -78,17 +78,17 @@ class Blame:
     def marked(self, worker: Hashable, job: int) -> None:
         """A thread of the worker begins to work on a job."""
         jobs = self._present.setdefault(worker, {})
-        # A job that nobody awaits: the worker had begun before it learned that.
+        # If the job is new here, its caller has gone: the worker began before it learned that.
         jobs.setdefault(job, _Presence(is_awaited=False)).marks += 1
 
     def unmarked(self, worker: Hashable, job: int) -> None:
-        """The thread has ended its work."""
+        """A thread of the worker has ended its work on a job."""
         if (presence := self._present.get(worker, {}).get(job)) is not None:
             presence.marks -= 1
             self._clear(worker, job)
 
     def left(self, worker: Hashable, job: int) -> None:
-        """A job was answered by its worker, or nobody waits for the answer any more."""
+        """A job was answered by its worker, or its caller has stopped waiting."""
         if (presence := self._present.get(worker, {}).get(job)) is not None:
             presence.is_awaited = False
             self._clear(worker, job)
@@ -97,11 +97,11 @@ class Blame:
         """A worker has died.
 
         Args:
-            of_a_job: False if the cause is known to be no job.
+            of_a_job: False if it is known that no job caused the death.
 
         Returns:
-            For each job that was present, in the order in which they were sent, what is to happen to it, if anybody
-            still waits for it.
+            For each job that was present, in the order in which they were sent, what happens to it if its caller still
+            waits.
         """
         present = self._present.pop(worker, {})
         is_alone = len(present) == 1
@@ -117,11 +117,11 @@ class Blame:
         return verdicts
 
     def awaited(self, worker: Hashable) -> Sequence[int]:
-        """The jobs of a worker for which somebody waits, in the order in which they were sent."""
+        """The jobs of a worker whose callers still wait, in the order in which they were sent."""
         return [job for job, presence in self._present.get(worker, {}).items() if presence.is_awaited]
 
     def at_risk(self, worker: Hashable) -> Sequence[int]:
-        """The jobs that a worker is working on: the suspects, if it died now."""
+        """The jobs that a worker is working on: these would be the suspects if it died now."""
         return [job for job, presence in self._present.get(worker, {}).items() if presence.marks > 0]
 
     def is_present(self, worker: Hashable, job: int) -> bool:
@@ -133,7 +133,7 @@ class Blame:
         return not self._present.get(worker)
 
     def tries_suspect(self, worker: Hashable) -> bool:
-        """Whether a worker has a suspect, beside which it must get no other job."""
+        """Whether a worker has a suspect; it must then get no other job."""
         return not self._deaths_alone.keys().isdisjoint(self._present.get(worker, {}))
 
     def _clear(self, worker: Hashable, job: int) -> None:

@@ -40,7 +40,7 @@ _READ_BYTES = 1024 * 1024
 
 
 def pack(header: Header, body: bytes = b"") -> list[bytes]:
-    """A frame, in two pieces, so that the body need not be copied."""
+    """A frame in two pieces, so that the body is not copied."""
     text = orjson.dumps(header)
     return [_LENGTHS.pack(len(text), len(body)) + text, body]
 
@@ -52,7 +52,7 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[Header, bytes]]:
-        """The frames that are complete with these bytes."""
+        """The frames that these bytes complete."""
         self._buffer += data
         while len(self._buffer) >= _LENGTHS.size:
             header_length, body_length = _LENGTHS.unpack_from(self._buffer)
@@ -90,7 +90,7 @@ class BlockingChannel:
 
 
 def options_from(fields: Header) -> DetectOptions:
-    """Options as they came out of a header."""
+    """Options from their form in a header."""
     label_ids, proposals = fields["label_ids"], fields["proposals"]
     return DetectOptions(
         **fields
@@ -102,12 +102,12 @@ def options_from(fields: Header) -> DetectOptions:
 
 
 def options_to(options: DetectOptions) -> Header:
-    """Options as they go into a header."""
+    """Options in the form they have in a header."""
     return asdict(options) | {"label_ids": None if options.label_ids is None else sorted(options.label_ids)}
 
 
 def source_to(source: Source) -> tuple[Header, bytes]:
-    """An image as it goes into a frame: what the header says of it, and the body."""
+    """An image in the form it has in a frame: its fields in the header, and the body."""
     match source:
         case Encoded():
             return {"intensity": source.intensity}, source.data
@@ -118,29 +118,29 @@ def source_to(source: Source) -> tuple[Header, bytes]:
 
 
 def source_from(fields: Header, body: bytes) -> Source:
-    """An image as it came out of a frame."""
+    """An image from its form in a frame."""
     if "shape" not in fields:
         return Encoded(body, fields["intensity"])
     return Pixels(np.frombuffer(body, np.uint8).reshape(fields["shape"]))
 
 
-# The forms by the names that they have in a header.
+# The answer forms, by their names in a header.
 _FORMS: Mapping[str, type[Form]] = {"json": Json, "drawing": Drawing, "tensors": Tensors}
 
 
 def form_to(form: Form) -> Header:
-    """A form of answers as it goes into a header."""
+    """An answer form as it is written in a header."""
     [name] = (name for name, kind in _FORMS.items() if isinstance(form, kind))
     return {"name": name, **asdict(form)}
 
 
 def form_from(fields: Header) -> Form:
-    """A form of answers as it came out of a header."""
+    """An answer form from its fields in a header."""
     return _FORMS[fields["name"]](**{name: value for name, value in fields.items() if name != "name"})
 
 
 def model_info_from(fields: Header) -> ModelInfo:
-    """A model as it came out of a header; `asdict` puts it in."""
+    """A model from its fields in a header; `asdict` writes them."""
     verification = fields["verification"]
     return ModelInfo(
         **fields
@@ -158,14 +158,14 @@ def _verification_from(fields: Header) -> Verification:
 
 
 class WorkerTracebackError(Exception):
-    """Where in the worker an error came from: the cause of the error that was raised again here."""
+    """The traceback of an error in the worker: the `__cause__` of the same error raised in this process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def error_to(error: Exception) -> Header:
-    """An error as it goes into a header; one that is not ours as an error of the service."""
+    """An error as it is written in a header; any that is not a `ServiceError` becomes an internal one."""
     is_ours = isinstance(error, ServiceError)
     return {
         "code": error.code if isinstance(error, ServiceError) else ServiceError.code,
@@ -176,7 +176,7 @@ def error_to(error: Exception) -> Header:
 
 
 def error_from(header: Header) -> ServiceError:
-    """The same error again: the same class, message and attributes."""
+    """The error that a header describes, with the same class, message and attributes."""
     kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError))
     kind = next((kind for kind in kinds if kind.code == header["code"]), ServiceError)
     error = kind(header["message"], **header["fields"])

@@ -1,5 +1,5 @@
-"""`Detector`: whatever runs models, behind one interface. `Admission`: the bound on its work. A job too many is refused
-before anything is done, and the outcome of each is counted.
+"""`Detector`: whatever runs models, behind one interface. `Admission`: the bound on its work, which refuses excess jobs
+before any work is done and counts the outcome of every job.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from service.settings import Settings
 from service.structures import Answer, Job, ModelInfo
 
 if TYPE_CHECKING:
-    # It brings the decoders and encoders along, which the process that serves HTTP does not need.
+    # Importing it loads the decoders and encoders, which the process that serves HTTP does not need.
     from service.pipeline import Predictor
 
-# Loads the models that the settings name, one after the other. A worker process gets it pickled.
+# Loads the models that the settings name, one after the other. It is pickled for worker processes.
 PredictorFactory = Callable[[Settings], "Iterator[Predictor]"]
 
 
@@ -36,7 +36,7 @@ class Detector(Protocol):
         """Load the models and warm them up; call once.
 
         Returns:
-            What can be asked from now on.
+            The models that are served from now on.
 
         Raises:
             ServiceError: a model cannot be loaded.
@@ -46,7 +46,7 @@ class Detector(Protocol):
         """End all work. May be called before or during `start`."""
 
     async def run(self, job: Job) -> Answer:
-        """Do a job. Cancelling it drops what was not begun.
+        """Do a job. Cancelling it drops the work that has not begun.
 
         Raises:
             ServiceError: see `Pipeline.run`.
@@ -56,21 +56,21 @@ class Detector(Protocol):
         """Load a further model of the store, by name or name@version, and warm it up.
 
         Raises:
-            ServiceError: it cannot be loaded, and was not.
+            ServiceError: it cannot be loaded; nothing has changed.
         """
 
     async def unload(self, model_key: str) -> None:
-        """Forget a model for which no job is under way."""
+        """Unload a model; it must have no jobs under way."""
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
-        """Of each image that waits for a device on behalf of one model, its pixels, resized and padded."""
+        """The resized and padded pixels of each image that waits for a device, for one model."""
 
     def memory(self) -> Mapping[tuple[str, str], float]:
         """Bytes by device and kind."""
 
     @property
     def capacity(self) -> int:
-        """Jobs of each priority that may be under way: those that wait for a device, and a batch on each."""
+        """Jobs of each priority that may be under way: those that wait for a device, and one batch on each device."""
 
     @property
     def is_alive(self) -> bool:
@@ -82,8 +82,8 @@ class Detector(Protocol):
 
 
 class Admission:
-    """The way to a detector. Jobs of each priority have places of their own, so that neither shuts the other out. What
-    could not be done before its deadline gets no place: it is better off asking elsewhere, or later.
+    """Admits jobs to a detector. Each priority has its own places, so that neither shuts the other out. A job that
+    could not be done before its deadline is refused: its caller had better ask elsewhere, or later.
     """
 
     def __init__(self, detector: Detector, *, metrics: Metrics) -> None:
@@ -95,7 +95,7 @@ class Admission:
         """Do a job, as `Detector.run` does.
 
         Raises:
-            OverloadedError: too much is under way.
+            OverloadedError: too many jobs are under way.
         """
         with self._outcome_counted(job), self._place_taken(job):
             return await self._detector.run(job)
@@ -131,10 +131,10 @@ class Admission:
         try:
             yield
         except DeadlineExceededError:
-            work = 0  # the time was spent, and for nothing
+            work = 0  # the time was spent in vain
             raise
         except (ServiceError, asyncio.CancelledError):
-            work = None  # how long it took to refuse it, or to convict it, is no measure of the device
+            work = None  # how long it took to refuse or convict it says nothing about the device's speed
             raise
         finally:
             backlog.remove(cost, work=work)

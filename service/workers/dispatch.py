@@ -1,5 +1,5 @@
-"""`Dispatcher`: holds every job until it is answered, sends it to a worker, and sends it again when that worker dies of
-something else. Who is to blame for a death is decided in `blame.py`, who gets what in `routing.py`.
+"""`Dispatcher`: holds every job until it is answered, sends it to a worker, and resends it if that worker dies, unless
+the job is to blame. `blame.py` decides which job is to blame for a death, `routing.py` which worker gets which job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.workers.handle import WorkerHandle
 from service.workers.routing import Router
 from service.workers.suspects import REMEMBERED_SECONDS, KnownSuspects
 
-# A log line names no more requests than that.
+# Limit for the requests named in one log line.
 _MOST_NAMED_REQUESTS = 20
 
 Outcome = Answer | ServiceError
@@ -37,8 +37,8 @@ class Ticket:
     """A job that is not answered yet.
 
     Attributes:
-        worker: where it is; None while it waits for one.
-        padded_pixels: while it waits for the device.
+        worker: the worker that has it; None while it waits for one.
+        padded_pixels: resized and padded pixels of its image; None until it waits for the device.
         is_resent: whether a worker died with it.
     """
 
@@ -62,7 +62,7 @@ class Ticket:
 
     @property
     def cost(self) -> int:
-        """In pixels, if need be a guess."""
+        """In pixels; a guess until the padded size is known."""
         return self.padded_pixels or self.job.likely_pixels
 
     def answer(self, outcome: Outcome) -> None:
@@ -75,7 +75,7 @@ class Dispatcher:
     """See the module.
 
     Args:
-        ready_workers: those that take jobs now.
+        ready_workers: returns the workers that take jobs now.
         max_jobs: most jobs of each priority in one worker.
     """
 
@@ -86,16 +86,16 @@ class Dispatcher:
         self._router: Router[WorkerHandle, Ticket] = Router(self._blame, max_jobs=max_jobs)
         self._known = KnownSuspects()
         self._tickets: dict[int, Ticket] = {}
-        # Nobody waits for them any more, but their workers are still at work on them.
+        # Their callers have stopped waiting, but their workers are still working on them.
         self._abandoned: dict[int, Ticket] = {}
 
     async def run(self, job: Job) -> Answer:
-        """Have a job done by a worker, or by several if they die meanwhile.
+        """Have a worker do a job, or several in turn if they die.
 
         Raises:
-            PoisonousImageError: it was convicted, now or earlier.
+            PoisonousImageError: the job was convicted, now or earlier.
             DeadlineExceededError: no worker answered in time.
-            ServiceError: what a worker answered.
+            ServiceError: the error that a worker answered.
         """
         deaths_alone = self._known.deaths_alone(job)
         if deaths_alone is not None and deaths_alone >= MAX_DEATHS_ALONE:
@@ -121,7 +121,7 @@ class Dispatcher:
         return answer
 
     def dispatch(self) -> None:
-        """Send what can be sent; called whenever that may have changed."""
+        """Send the jobs that can be sent; call it whenever that may have changed."""
         for worker, ticket in self._router.assign(self._ready_workers(), self._load_of):
             ticket.worker = worker
             job = ticket.job
@@ -162,7 +162,7 @@ class Dispatcher:
         """A worker has died: send its jobs to others, the suspects one at a time.
 
         Args:
-            of_a_job: False if the cause is known to be no job.
+            of_a_job: False if it is known that no job caused the death.
         """
         verdicts = self._blame.died(worker, of_a_job=of_a_job)
         for job_id, verdict in reversed(list(verdicts.items())):
@@ -187,7 +187,7 @@ class Dispatcher:
             ticket.answer(error)
 
     def is_at_risk(self, worker: WorkerHandle) -> bool:
-        """Whether a job would be suspected if a worker died now."""
+        """Whether any job would be suspected if a worker died now."""
         return bool(self._blame.at_risk(worker))
 
     def tries_suspect(self, worker: WorkerHandle) -> bool:
@@ -195,12 +195,12 @@ class Dispatcher:
         return self._blame.tries_suspect(worker)
 
     def requests_at_risk(self, worker: WorkerHandle) -> Sequence[str]:
-        """The ids of the requests that a worker is working on, also if their callers have gone; not too many."""
+        """Ids of the requests that a worker is working on, even if their callers have gone; at most 20."""
         at_risk = [self._tickets.get(job) or self._abandoned.get(job) for job in self._blame.at_risk(worker)]
         return [ticket.request_id or "unnamed" for ticket in at_risk if ticket is not None][:_MOST_NAMED_REQUESTS]
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
-        """Of each image that waits for a device on behalf of one model, its pixels, resized and padded."""
+        """The resized and padded pixels of each image that waits for a device, for one model."""
         return [
             one.padded_pixels
             for one in self._tickets.values()
@@ -216,7 +216,7 @@ class Dispatcher:
         elif change < 0:
             self._blame.unmarked(worker, job_id)
             if not self._blame.is_present(worker, job_id):
-                # It did come to an end, though nobody waited for that.
+                # The work ended without killing the worker, although its caller had gone.
                 if (ticket := self._abandoned.pop(job_id, None)) is not None:
                     self._known.forget(ticket.job)
                     self._blame.forget(job_id)
@@ -232,20 +232,20 @@ class Dispatcher:
             outcome = error_from(header["error"])
         self._leave_worker(ticket)
         if isinstance(outcome, OverloadedError) and ticket.is_resent:
-            # It was accepted once: it waits for its turn, which comes when the worker has done something else.
+            # It was accepted once, so it is not refused now: it waits until the worker has finished something else.
             self._router.retry(ticket)
             if self._blame.awaited(worker):
                 return
         else:
             if isinstance(outcome, Answer | InvalidRequestError | InferenceError):
-                # Its worker has survived it.
+                # Its worker survived it.
                 self._known.forget(ticket.job)
                 self._blame.forget(ticket.id)
             ticket.answer(outcome)
         self.dispatch()
 
     def _close(self, ticket: Ticket) -> None:
-        """A job is answered, or nobody waits for it any more."""
+        """A job is answered, or its caller has stopped waiting."""
         del self._tickets[ticket.id]
         self._router.withdraw(ticket)
         self._remember(ticket)
@@ -264,12 +264,12 @@ class Dispatcher:
             self._abandoned[ticket.id] = ticket
 
     def _remember(self, ticket: Ticket) -> None:
-        """Keep the record of a suspect beyond its request."""
+        """Keep a suspect's record after its request has ended."""
         if (deaths_alone := self._blame.deaths_alone(ticket.id)) is not None:
             self._known.remember(ticket.job, deaths_alone)
 
     def _share_records(self) -> None:
-        """What is known of a suspect goes for its copies that wait, too."""
+        """Apply what is known of a suspect to its waiting copies, too."""
         for ticket in list(self._router):
             deaths_alone = self._known.deaths_alone(ticket.job)
             if deaths_alone is None or deaths_alone == self._blame.deaths_alone(ticket.id):

@@ -1,4 +1,4 @@
-"""One worker process as its supervisor sees it: start it, talk to it, notice its end. Runs on the event loop; knows
+"""One worker process, seen from its supervisor: start it, talk to it, notice its end. Runs on the event loop; knows
 frames and processes, nothing of jobs.
 """
 
@@ -34,11 +34,11 @@ class WorkerHandle(asyncio.Protocol):
         receive: takes every frame but the replies to `ask`.
 
     Attributes:
-        models: what it has loaded, by key; empty while it is not ready.
-        memory: bytes by device and kind, when it was last asked.
+        models: what it has loaded, by key; empty until it is ready.
+        memory: bytes by device and kind, as of the last ping.
         is_ready: whether it takes jobs.
-        has_been_of_use: whether it has answered a job, or been well for a while.
-        was_killed_for: why its supervisor ended it, in a word.
+        has_been_of_use: whether it has answered a job, or run well for a while.
+        was_killed_for: why its supervisor killed it, in a word.
         got_ready: set when it becomes ready.
         ended: set when the process has ended or is about to.
     """
@@ -60,13 +60,13 @@ class WorkerHandle(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     async def start(self, settings: Settings, factory: PredictorFactory) -> None:
-        """Start the process; `got_ready` follows, or `ended`."""
+        """Start the process; afterwards either `got_ready` or `ended` is set."""
         ours, theirs = socket.socketpair()
         process = multiprocessing.get_context("forkserver").Process(
             target=_run_worker, args=(theirs, settings, factory), daemon=True
         )
         self._process = process
-        # In a thread, since it waits until the fork server has imported the modules that it preloads.
+        # In a thread, since starting it blocks until the fork server has imported its preloaded modules.
         self._starting = asyncio.ensure_future(asyncio.to_thread(_start_with_signals_blocked, process))
         try:
             await asyncio.shield(self._starting)
@@ -82,20 +82,20 @@ class WorkerHandle(asyncio.Protocol):
 
     @property
     def pending_commands(self) -> int:
-        """How many calls of `ask` wait for their reply."""
+        """How many calls of `ask` are waiting for a reply."""
         return len(self._questions)
 
     @property
     def pid(self) -> int | None:
-        """The number of the process; None before it is started."""
+        """The process id; None before it is started."""
         return None if self._process is None else self._process.pid
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is a stream's
-        """As asyncio calls it."""
+        """Called by asyncio."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio calls it."""
+        """Called by asyncio."""
         for header, body in self._reader.feed(data):
             if header["kind"] not in _REPLIES:
                 self._receive(self, header, body)
@@ -105,7 +105,7 @@ class WorkerHandle(asyncio.Protocol):
                 question.set_result(header)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """As asyncio calls it: the process has ended, or is about to."""
+        """Called by asyncio: the process has ended, or is about to."""
         self.is_ready = False
         self.ended.set()
         for question in self._questions.values():
@@ -121,7 +121,7 @@ class WorkerHandle(asyncio.Protocol):
         """Send a command and await the reply.
 
         Raises:
-            ServiceError: the worker refused it, or ended.
+            ServiceError: the worker refused the command, or ended.
         """
         if self.ended.is_set():
             raise NotReadyError("the worker stopped meanwhile; try again")
@@ -142,12 +142,12 @@ class WorkerHandle(asyncio.Protocol):
             return
         self.was_killed_for = reason
         if self._process is not None and self._process.pid is not None:
-            # By its number: `Process.kill` does nothing once the fork server is gone.
+            # By its pid: `Process.kill` does nothing once the fork server is gone.
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
 
     async def finish(self) -> int | None:
-        """Wait for the end of the process, and kill it if that takes too long.
+        """Wait for the process to end, and kill it if that takes too long.
 
         Returns:
             Its exit status, negative for a signal; None if it was never started.
@@ -162,7 +162,7 @@ class WorkerHandle(asyncio.Protocol):
 
 
 def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
-    # Imported in the worker only: it brings torch along, which the process that serves HTTP does not need.
+    # Imported in the worker only: it imports torch, which the process that serves HTTP does not need.
     from service.workers.process import run_worker
 
     run_worker(end, settings, factory)
@@ -172,7 +172,7 @@ def _start_with_signals_blocked(process: BaseProcess) -> None:
     """Start a worker, and the fork server before the first one, with SIGINT and SIGTERM blocked. Terminals and service
     managers signal the whole process group, but only the process that serves HTTP knows how to drain.
     """
-    # The fork server would start it otherwise, in this thread, and unblock the signals as it does.
+    # Otherwise starting the fork server would start the resource tracker, in this thread, which unblocks the signals.
     resource_tracker.ensure_running()
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)

@@ -1,5 +1,5 @@
-"""`LocalDetector`: batcher, threads and models, all in this process. A worker process runs one; so does the process
-that serves HTTP if the settings say so, and `roiserve detect`.
+"""`LocalDetector`: batcher, threads and models, all in this process, whether that is a worker, the process that serves
+HTTP, or a command.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LocalDetector:
 
     Args:
         factory: loads the models.
-        observe: takes times and sizes.
+        observe: records times and sizes.
     """
 
     def __init__(self, settings: Settings, factory: PredictorFactory, observe: Observe) -> None:
@@ -51,7 +51,7 @@ class LocalDetector:
             self._run_batch,
             max_batch_size=settings.max_batch_size,
             max_batch_cost=settings.max_batch_pixels,
-            max_queue_size=self.capacity,  # who was admitted has a place
+            max_queue_size=self.capacity,  # every admitted job has a place
             max_queue_cost=settings.max_queue_pixels,
             max_batch_wait_seconds=settings.max_batch_wait_ms / 1000,
             release_memory=release_memory,
@@ -69,17 +69,17 @@ class LocalDetector:
         )
 
     async def start(self) -> Sequence[ModelInfo]:
-        """Load and warm up one model after the other. One that does not warm up is left out, unless the settings name
-        it or no other does.
+        """Load and warm up one model after the other. If the settings name no models, one that does not warm up is left
+        out, as long as another one does.
 
         Raises:
-            ServiceError: see there, and those of the factory.
+            ServiceError: a model that the settings name does not warm up, or no model does; or the factory raised it.
         """
         await self._batcher.start()
         await asyncio.to_thread(masks.warm_up)
         broken: ServiceError | None = None
         predictors = self._factory(self._settings)
-        # No name is left to a model that does not warm up, so that its memory can be given back.
+        # Keep no reference to a model that does not warm up, so that its memory can be released.
         while loaded := await asyncio.to_thread(lambda: list(itertools.islice(predictors, 1))):
             problem = await self._add(loaded.pop())
             if problem is not None and self._settings.models:
@@ -90,7 +90,7 @@ class LocalDetector:
         return [predictor.info for predictor in self._predictors.values()]
 
     async def stop(self) -> None:
-        """Whatever the device is still at, nobody wants it."""
+        """Stop at once; the results of work still on the device are dropped."""
         try:
             await self._batcher.stop(drain_timeout_seconds=0)
         finally:
@@ -107,10 +107,10 @@ class LocalDetector:
         """Load a further model beside those that serve, and warm it up between their batches.
 
         Raises:
-            ServiceError: it cannot be loaded, or does not warm up; nothing of it is left in memory.
+            ServiceError: it cannot be loaded, or does not warm up; it leaves nothing in memory.
         """
         if self._factory is stored_predictors:
-            # What is loaded already must not be built a second time, only to find that out.
+            # Find out first whether it is loaded already, rather than build it a second time.
             reference = await asyncio.to_thread(stored_key, self._settings, reference)
         if reference in self._predictors:
             return self._predictors[reference].info
@@ -124,9 +124,9 @@ class LocalDetector:
         return self._predictors[key].info
 
     async def unload(self, model_key: str) -> None:
-        """Forget a model and give back its memory."""
+        """Unload a model and release its memory."""
         device = device_named(self._predictors[model_key].info.device)
-        # Nobody may hold the model while its memory is given back, a method of its own neither.
+        # No reference to the model may exist while its memory is released, not even a running method's `self`.
         del self._predictors[model_key]
         await asyncio.to_thread(device.release_memory)
 
@@ -139,10 +139,10 @@ class LocalDetector:
         return {(label, kind): size for label in self._labels() for kind, size in device_named(label).memory().items()}
 
     def probe(self) -> None:
-        """Let every device do a little. Takes as long as it takes.
+        """Run a tiny operation on every device. Has no timeout.
 
         Raises:
-            RuntimeError: one cannot, or its thread has ended.
+            RuntimeError: a device fails it, or the device thread has ended.
         """
         if self._batcher.has_failed:
             raise RuntimeError(_NO_THREAD)
@@ -151,19 +151,19 @@ class LocalDetector:
 
     @property
     def busy_seconds(self) -> float:
-        """For how long the oldest batch, decoding or encoding that runs has been running; 0 if none does."""
+        """How long the oldest running batch, decoding or encoding has been running; 0 if none runs."""
         began = [one for one in (self._busy_since, self._decoders.busy_since, self._encoders.busy_since) if one]
         return time.monotonic() - min(began) if began else 0.0
 
     @property
     def breakdown(self) -> str | None:
-        """Why nothing will be answered in this process any more."""
+        """Why this process will answer nothing any more; None if it still can."""
         return self._device_failure or (_NO_THREAD if self._batcher.has_failed else None)
 
     @property
     def failure(self) -> str | None:
-        """A breakdown, or a thread that has been at one thing for longer than a worker might be, who would be replaced
-        for it.
+        """A breakdown, or a thread that has been busy with one thing for longer than is allowed to a worker, which
+        would be replaced for it.
         """
         limit = self._settings.probe_timeout_seconds
         if self.breakdown is None and self.busy_seconds > limit:
@@ -176,14 +176,14 @@ class LocalDetector:
         return self.failure is None
 
     async def _add(self, predictor: Predictor) -> ServiceError | None:
-        """Warm up a model and let it serve; else say why it does not, and give back its memory."""
+        """Warm up a model and let it serve; if that fails, release its memory and return why."""
         key, device = predictor.info.key, device_named(predictor.info.device)
         problem: ServiceError | None = None
         try:
             await self.pipeline.run_on_device_thread(predictor.warm_up)
         except Exception as error:
             if isinstance(error, ServiceError) and not isinstance(error, InferenceError):
-                problem = error.with_traceback(None)  # which holds whatever raised it
+                problem = error.with_traceback(None)  # its frames would keep the model alive
                 problem.__cause__ = problem.__context__ = None
             else:
                 logger.info("a model cannot be warmed up", extra={"fields": {"model": key}}, exc_info=error)
@@ -198,12 +198,12 @@ class LocalDetector:
         return problem
 
     def _run_batch(self, batch: Sequence[Work | ThreadTask]) -> Sequence[Prediction | None]:
-        if isinstance(batch[0], Work):  # a warm-up may take its time
+        if isinstance(batch[0], Work):  # a warm-up may take any time
             self._busy_since = time.monotonic()
         try:
             return run_batch(batch, observe=self._observe)
         except OutOfMemoryError:
-            raise  # a device that is full is not a dead one, though it may refuse the probe too
+            raise  # a full device is not dead, though it may fail the probe too
         except Exception:
             self._check_devices()
             raise
@@ -211,12 +211,12 @@ class LocalDetector:
             self._busy_since = None
 
     def _check_devices(self) -> None:
-        """After some CUDA errors nothing works any more in this process."""
+        """Notice when the device is lost: after some CUDA errors nothing works any more in this process."""
         try:
             self.probe()
         except RuntimeError as error:
             self._device_failure = f"the device does not answer any more: {error}"
 
     def _labels(self) -> set[str]:
-        # A list first, at one stroke: models come and go on the event loop, and this runs on other threads too.
+        # Copy to a list first, which is atomic: the event loop adds and removes models, and other threads run this too.
         return {predictor.info.device for predictor in list(self._predictors.values())}

@@ -1,5 +1,5 @@
-"""`WorkerPool`: runs models in worker processes, one a device. It puts together the supervisors of the devices, the
-dispatcher of the jobs and the set of models, and knows how many devices there are.
+"""`WorkerPool`: runs models in worker processes, normally one per device. It combines the supervisors of the devices,
+the dispatcher of the jobs and the set of models, and knows how many devices there are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.workers.supervision import DeviceSupervisor
 
 logger = logging.getLogger(__name__)
 
-# Of a refusal; it goes into answers.
+# Most characters of a worker's refusal that go into answers and log lines.
 _MAX_DETAIL = 500
 
 
@@ -35,13 +35,13 @@ class WorkerPool:
 
     Args:
         factory: loads the models, in each worker.
-        preload: modules that the fork server imports, so that no worker has to.
+        preload: modules that the fork server imports, so that the workers need not.
     """
 
     def __init__(
         self, settings: Settings, factory: PredictorFactory, metrics: Metrics, *, preload: Sequence[str]
     ) -> None:
-        # Workers need no keys.
+        # Workers do not need the API keys.
         self._settings = settings.model_copy(update={"api_keys": (), "admin_keys": ()})
         self._factory = factory
         self._metrics = metrics
@@ -54,8 +54,8 @@ class WorkerPool:
         self._started: asyncio.Future[Sequence[ModelInfo]] | None = None
 
     async def start(self) -> Sequence[ModelInfo]:
-        """Start the workers; the first says how many devices there are. Returns when one is ready and each of the
-        others is, too, or has failed once: those are tried again meanwhile.
+        """Start the workers; the first reports how many devices there are. Returns when at least one is ready and every
+        other one either is, too, or has failed once. Those that failed are retried in the background.
 
         Raises:
             ServiceError: all devices are down.
@@ -70,14 +70,14 @@ class WorkerPool:
             raise
 
     async def stop(self) -> None:
-        """End the workers, whatever they are at."""
+        """End the workers, whatever they are doing."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._dispatcher.fail_all(NotReadyError("the service stopped before this request was done"))
 
     async def run(self, job: Job) -> Answer:
-        """Have a job done by a worker, or by several if they die meanwhile."""
+        """Have a worker do a job, or several in turn if they die."""
         if (unavailable := self._unavailable()) is not None:
             raise unavailable
         return await self._dispatcher.run(job)
@@ -95,7 +95,7 @@ class WorkerPool:
         return self._dispatcher.waiting_pixels(model_key)
 
     def memory(self) -> Mapping[tuple[str, str], float]:
-        """Bytes by device and kind, of all workers together; a few seconds old."""
+        """Bytes by device and kind, of all workers together; may be a few seconds old."""
         sizes: Counter[tuple[str, str]] = Counter()
         for worker in self._workers():
             for labels, size in worker.memory.items():
@@ -105,7 +105,7 @@ class WorkerPool:
 
     @property
     def capacity(self) -> int:
-        """Jobs that may be under way, in all workers together."""
+        """Jobs of each priority that may be under way, in all workers together."""
         return self._max_jobs * max(1, sum(not device.is_down for device in self._devices))
 
     @property
@@ -115,7 +115,7 @@ class WorkerPool:
 
     @property
     def failure(self) -> str | None:
-        """Why no worker is to be expected soon; None while one is ready or starting."""
+        """Why no worker is expected to be ready soon; None while one is ready or starting."""
         if not self._devices or not all(device.is_down for device in self._devices):
             return None
         refusal = next((device.refusal for device in self._devices if device.refusal is not None), None)
@@ -125,7 +125,7 @@ class WorkerPool:
 
     @property
     def pids(self) -> Sequence[int]:
-        """Of the workers that run."""
+        """Process ids of the running workers."""
         return [worker.pid for worker in self._workers() if worker.pid is not None]
 
     @property
@@ -139,7 +139,7 @@ class WorkerPool:
         return [worker for worker in self._workers() if worker.is_ready]
 
     def _unavailable(self) -> NotReadyError | None:
-        """What callers are told while all devices are down."""
+        """The error for callers while all devices are down; None while any is up."""
         if (failure := self.failure) is None:
             return None
         seconds = min(device.next_start_at for device in self._devices) - time.monotonic()
@@ -179,7 +179,7 @@ class WorkerPool:
             self._dispatcher.receive(worker, header, body)
 
     def _add_other_devices(self, gpus: int) -> None:
-        """The first worker has said how many GPUs it sees; one that the settings name is for all workers."""
+        """The first worker has reported how many GPUs it sees. If the settings name one, all workers share it."""
         if len(self._devices) > 1:
             return
         is_shared = ":" in self._settings.device or gpus == 0

@@ -1,10 +1,10 @@
 """The worker process: a `LocalDetector` at the end of a socket. It ends when the socket is closed, so that no worker
-outlives the process that it works for.
+outlives the process that started it.
 
-It sends `hello` at once, and `ready` or `failed` when its models are loaded. Then it sends an `answer` or an `error`
-for each `job`; a `mark` whenever a thread begins or ends work on a job, and `queued` when the job waits for the device;
-a `pong` for each `ping`; and `loaded`, `unloaded` or `refused` for each `load` and `unload`. Observations for the
-metrics travel with answers and pongs.
+It sends `hello` once it has counted the GPUs, then `ready` when its models are loaded or `failed` if they cannot be.
+Then it sends an `answer` or an `error` for each `job`; a `mark` whenever a thread begins or ends work on a job, and
+`queued` when the job waits for the device; a `pong` for each `ping`; and `loaded`, `unloaded` or `refused` for each
+`load` and `unload`. Observations for the metrics travel with answers and pongs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
-    """Serve the other end of the socket until it closes."""
+    """Serve the process at the other end of the socket until that end closes."""
     configure_logging(log_format=settings.log_format, log_level=settings.log_level)
     # Workers start no processes, but numba creates a multiprocessing lock on import. With `fork` that lock is unnamed,
     # so the resource tracker has no leak to warn about at exit.
@@ -54,7 +54,7 @@ class _MarkedProgress(Progress):
     def enter(self, stage: str) -> None:
         super().enter(stage)
         if stage == "encode":
-            # Told at once, so that waiting for an encoder does not pass for inference.
+            # Report it at once, so that waiting for an encoder does not count as inference.
             self._mark("encode", 0)
 
     def _mark(self, stage: str | None, change: int) -> None:
@@ -80,13 +80,13 @@ class _Worker:
         self._memory: list[list[object]] = []
 
     async def serve(self) -> None:
-        """Load the models, then do what the other process asks."""
+        """Load the models, then serve the other process; never returns."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
         gpus = 0 if self._settings.device == "cpu" else await asyncio.to_thread(count_gpus)
         self._channel.send({"kind": "hello", "gpus": gpus})
         if gpus > 0 and self._settings.device in ("auto", "cuda"):
-            # Named as the others are, so that all workers on one GPU report the same label.
+            # Named like the other workers' devices, so that all workers on one GPU report the same label.
             self._settings = self._settings.model_copy(update={"device": "cuda:0"})
         self._detector = LocalDetector(self._settings, self._factory, self._observe)
         try:
@@ -106,7 +106,7 @@ class _Worker:
         except OSError:
             pass  # reset rather than closed: the other process was killed
         finally:
-            # At once, whatever the other threads are doing: nobody waits for it any more.
+            # Exit at once, whatever the other threads are doing: nothing waits for their results any more.
             os._exit(0)
 
     def _obey(self, header: Header, body: bytes) -> None:
@@ -139,7 +139,7 @@ class _Worker:
         except Exception as error:
             if self._detector.breakdown is not None:
                 logger.error("worker gives up", extra={"fields": {"reason": self._detector.breakdown}})
-                os._exit(1)  # another one may do better with this job
+                os._exit(1)  # another worker may succeed with this job
             self._reply("error", {"kind": "error", "id": header["id"], "error": error_to(error)})
         else:
             self._answer(header["id"], answer, progress)
@@ -168,14 +168,14 @@ class _Worker:
         self._reply("refused", reply | {"id": header["id"]})
 
     def _reply(self, kind_of_error: str, header: Header, body: bytes = b"") -> None:
-        """Send a reply. If no frame can hold it, send an error instead, since somebody waits."""
+        """Send a reply. If no frame can hold it, send an error instead, since a caller is waiting."""
         try:
             self._channel.send(header, body)
         except (TypeError, struct.error) as error:
             self._channel.send({"kind": kind_of_error, "id": header["id"], "error": error_to(error)})
 
     async def _ping(self, header: Header) -> Header:
-        """Reply at once: a device that hangs shows in `busy_seconds`, silence means that the process does."""
+        """Reply at once: `busy_seconds` shows a hanging device, whereas silence means that the process hangs."""
         if self._probing is None:
             self._probing = asyncio.create_task(self._probe())
             self._probed_at = time.monotonic()

@@ -1,5 +1,5 @@
-"""Which worker gets which job: suspects one at a time to workers with nothing else to do, all others to the worker with
-the fewest pixels to process. Decides only; knows neither processes nor an event loop.
+"""Decides which worker gets which job: suspects go one at a time to workers with nothing else to do, all other jobs to
+the worker with the fewest pixels to process. Knows neither processes nor an event loop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from service.workers.blame import Blame
 
 
 class Routed(Protocol):
-    """A job, as far as its route depends on it."""
+    """What routing needs to know of a job."""
 
     @property
     def id(self) -> int:
@@ -28,11 +28,11 @@ class Routed(Protocol):
 
     @property
     def cost(self) -> int:
-        """In pixels, if need be a guess."""
+        """In pixels; may be a guess."""
 
 
 class Able(Protocol):
-    """A worker that takes jobs, as far as routes depend on it."""
+    """What routing needs to know of a worker that takes jobs."""
 
     @property
     def models(self) -> Container[str]:
@@ -47,7 +47,7 @@ W = TypeVar("W", bound=Able)
 
 
 class Router(Generic[W, J]):
-    """The jobs that wait for a worker, and the choice of it.
+    """Holds the jobs that wait for a worker, and chooses their workers.
 
     Args:
         max_jobs: most jobs of each priority in one worker.
@@ -58,7 +58,7 @@ class Router(Generic[W, J]):
         self._max_jobs = max_jobs
         self._pending: deque[J] = deque()
         self._suspects: deque[J] = deque()
-        # Gets no new jobs, so that it comes to have nothing to do but a suspect.
+        # This worker gets no new jobs, so that it becomes vacant for a suspect.
         self._emptied: W | None = None
 
     def __iter__(self) -> Iterator[J]:
@@ -66,19 +66,19 @@ class Router(Generic[W, J]):
         yield from self._suspects
 
     def add(self, job: J) -> None:
-        """A new job, behind all others."""
+        """Add a new job, behind all others."""
         line = self._pending if self._blame.deaths_alone(job.id) is None else self._suspects
         line.append(job)
 
     def retry(self, job: J) -> None:
-        """A job that comes back from a worker, in front of new ones."""
+        """Put back a job that comes back from a worker, in front of new ones."""
         deaths_alone = self._blame.deaths_alone(job.id)
         if deaths_alone is None:
             self._pending.appendleft(job)
         elif deaths_alone == 0:
             self._suspects.appendleft(job)
         else:
-            self._suspects.append(job)  # the other suspects first: its death may have been an accident
+            self._suspects.append(job)  # behind the other suspects: it has already had a try alone
 
     def withdraw(self, job: J) -> None:
         """Forget a job, if it waits."""
@@ -87,14 +87,14 @@ class Router(Generic[W, J]):
                 line.remove(job)
 
     def assign(self, workers: Sequence[W], load: Callable[[W], Sequence[J]]) -> Sequence[tuple[W, J]]:
-        """Give workers what can be given to them.
+        """Assign waiting jobs to workers, as far as possible.
 
         Args:
             workers: those that take jobs.
-            load: the jobs that a worker has, without those that nobody waits for.
+            load: returns the jobs that a worker has, without those whose callers have gone.
 
         Returns:
-            What is to be sent where, in order.
+            Which worker to send which job, in order.
         """
         loads = {worker: list(load(worker)) for worker in workers}
         return [*self._assign_suspects(loads), *self._assign_others(loads)]

@@ -1,5 +1,5 @@
-"""`ServedModels`: the one set of models that all workers have. Whenever it changes, or a worker becomes ready, each
-worker gets what it lacks and loses what is not served any more; one that cannot is replaced.
+"""`ServedModels`: the one set of models that all workers have. Whenever it changes, or a worker becomes ready, workers
+load the models they lack and unload those that are no longer served; a worker that fails to do so is replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ServedModels:
     """See the module.
 
     Args:
-        ready_workers: those that take jobs now.
+        ready_workers: returns the workers that take jobs now.
         on_change: called when a worker has one more model.
 
     Attributes:
@@ -35,7 +35,7 @@ class ServedModels:
         self._changing = asyncio.Lock()
 
     async def load(self, reference: str) -> ModelInfo:
-        """Load a further model, in one worker first, then in the others; if one cannot, in none.
+        """Load a further model in one worker first, then in the others; if any of them fails, it is served by none.
 
         Raises:
             ServiceError: it cannot be loaded, or no worker is alive.
@@ -57,13 +57,13 @@ class ServedModels:
             return info
 
     async def unload(self, model_key: str) -> None:
-        """Forget a model, in all workers."""
+        """Unload a model in all workers."""
         async with self._changing:
             self.infos.pop(model_key, None)
             await self._level_all()
 
     async def level(self, worker: WorkerHandle) -> None:
-        """Give a worker that has become ready the models that are served by now."""
+        """Bring a worker that has become ready up to the models that are served by now."""
         async with self._changing:
             await self._level(worker)
 
@@ -72,7 +72,7 @@ class ServedModels:
             async with asyncio.timeout(START_SECONDS):
                 reply = await worker.ask({"kind": "load", "model": reference})
         except TimeoutError:
-            # It would go on for ever, and keep what it has loaded so far.
+            # Otherwise it might go on forever, and keep what it has loaded so far.
             worker.kill("start_failed")
             raise NotReadyError(f"the model {reference} was not loaded within {START_SECONDS:g} s") from None
         info = model_info_from(reply["model"])

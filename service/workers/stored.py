@@ -1,4 +1,4 @@
-"""The predictors of the models that the settings name, from the model store."""
+"""Loads the models that the settings name from the model store, as predictors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRELOAD = ("service.workers.process", "service.inference.loading")
-"""Modules that bring along what takes seconds to import."""
+"""Modules whose imports take seconds."""
 
 
 def stored_key(settings: Settings, reference: str) -> str:
-    """The key of the model in the store that a reference, name or name@version, means.
+    """The key of the stored model that a reference (name or name@version) refers to.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError: there is no such model.
     """
     from service.model_store.store import ModelStore
 
@@ -32,26 +32,27 @@ def stored_key(settings: Settings, reference: str) -> str:
 
 
 def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterator[Predictor]:
-    """The models that the settings name, each loaded when it is asked for.
+    """The models that the settings name, each loaded when the iterator reaches it.
 
-    If they name none, the newest of each name that is not broken.
+    If the settings name none: of each name, the newest version that is not broken.
 
     Args:
-        settings: which, and how.
+        settings: which models to load, and how.
         searching: see `load_predictor`.
 
     Raises:
-        ModelNotFoundError: one that the settings name, or the default model, is not there; before any is loaded.
-        ServiceError: one that the settings name cannot be loaded, or none can.
+        ModelNotFoundError: a model that the settings name, or the default model, does not exist; raised before any is
+            loaded.
+        ServiceError: a model that the settings name cannot be loaded, or no model can.
     """
-    # Imported here: the process that serves HTTP knows this function by name only, and probes want an answer meanwhile.
+    # Imported here: the process that serves HTTP only passes this function on, and must answer probes meanwhile.
     from service.inference.loading import load_predictor
     from service.model_store.store import ModelStore
 
     _share_cores(settings)
     store = ModelStore(settings.model_store)
     known = store.list()
-    # For each model that is to be served, the versions that may be it, best first. One named twice is loaded once.
+    # For each model to serve, the candidate versions, best first. A model that is named twice is loaded once.
     if settings.models:
         choices = {stored.key: [stored] for stored in map(store.find, settings.models)}
     else:
@@ -76,7 +77,7 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
     for choice in choices.values():
         for stored in choice:
             try:
-                # Given away without a name here: whoever gets it may want to forget it, and have its memory back.
+                # No local variable for it: the consumer may drop the model and want its memory released.
                 yield load(stored)
             except ServiceError as error:
                 if settings.models:

@@ -1,5 +1,5 @@
-"""`DeviceSupervisor`: keeps one worker running on one device, by way of as many processes as it takes. It starts them,
-asks each every second how it is, ends one that hangs, and tries again for as long as the server lives.
+"""`DeviceSupervisor`: keeps one worker running on one device, replacing its process as often as necessary. It starts
+the process, pings it every second, kills it if it hangs, and retries for as long as the server lives.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from service.workers.handle import WorkerHandle
 
 logger = logging.getLogger(__name__)
 
-# After so many starts in a row that failed, the device counts as down until one succeeds.
+# After so many failed starts in a row, the device counts as down until one succeeds.
 MAX_FAILED_STARTS = 5
 _FIRST_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 30.0
-# A worker that has been ready for so long and is well, or has answered a job, did not fail to start.
+# A worker that has run well for so long after it was ready, or has answered a job, does not count as a failed start.
 _TRIAL_SECONDS = 10.0
 _PING_SECONDS = 1.0
-# A process that is alive answers pings at once, whatever its device and its other threads are at.
+# A process that is alive answers pings at once, whatever its device and its other threads are doing.
 _MAX_SILENT_SECONDS = 15.0
-# What a model may take to load, be compiled and warm up, all of them together.
+# How long all models together may take to load, compile and warm up.
 START_SECONDS = 900.0
 
 
@@ -35,16 +35,16 @@ class DeviceSupervisor:
     """See the module.
 
     Args:
-        device: as the setting of this name.
+        device: like the setting of this name.
         start: starts the process of a worker on a device.
-        receive: takes what a worker says on its own account.
+        receive: takes the frames that a worker sends unasked.
         on_change: called when a worker has ended, or cannot load its models.
-        probe_timeout_seconds: for how long a worker may make no progress.
+        probe_timeout_seconds: how long a worker may make no progress.
 
     Attributes:
-        worker: the present one; None between two.
+        worker: the current one; None between two.
         failed_starts: how many starts in a row have failed.
-        refusal: why the last worker that could not load its models could not.
+        refusal: why the last worker that could not load its models failed to.
         next_start_at: when the next worker is started, in seconds of `time.monotonic`.
     """
 
@@ -78,7 +78,7 @@ class DeviceSupervisor:
 
     @property
     def is_down(self) -> bool:
-        """Whether nothing is to be expected of the device soon."""
+        """Whether the device is not expected to work soon."""
         return self.failed_starts >= MAX_FAILED_STARTS and not self.is_ready
 
     async def run(self) -> None:
@@ -97,8 +97,8 @@ class DeviceSupervisor:
             self._on_change()
 
     def refuse(self, error: ServiceError, *, is_first_start: bool) -> None:
-        """The worker says that it cannot load its models: end it. At the first start another try soon would do no
-        better, so the device is down; later, the store may be about to change.
+        """End the worker, since it reports that it cannot load its models. At the first start a quick retry would fail
+        the same way, so the device counts as down; later, the store may be about to change.
         """
         self.refusal = error
         if is_first_start:
@@ -111,7 +111,7 @@ class DeviceSupervisor:
         """Start a worker and supervise it to its end.
 
         Returns:
-            Whether it was of use, or may have died of a job: its start did not fail.
+            False if this counts as a failed start: the worker was of no use, and no job may have killed it.
         """
         handle = self.worker = WorkerHandle(self._receive)
         watching: asyncio.Task[None] | None = None
@@ -128,7 +128,7 @@ class DeviceSupervisor:
             if watching is not None:
                 watching.cancel()
             self.worker = None
-            # One that was ended for the models it has did not die of what it did.
+            # A worker that was killed because of its models was not killed by a job.
             of_a_job = handle.was_killed_for != "start_failed" and self._dispatcher.is_at_risk(handle)
             requests = self._dispatcher.requests_at_risk(handle)
             self._dispatcher.recover(handle, of_a_job=of_a_job)
@@ -143,7 +143,7 @@ class DeviceSupervisor:
         return handle.has_been_of_use or of_a_job
 
     async def _watch(self, handle: WorkerHandle) -> None:
-        """Ask a worker now and then how it is, and end it if it does not answer or makes no progress."""
+        """Ping a worker regularly, and kill it if it does not answer or makes no progress."""
         try:
             async with asyncio.timeout(START_SECONDS):
                 await handle.got_ready.wait()
@@ -169,16 +169,16 @@ class DeviceSupervisor:
         return min(_PING_SECONDS, self._limit_seconds / 4)
 
     async def _ping(self, handle: WorkerHandle) -> Header | None:
-        """Ask a worker how it is; None if it does not answer in time.
+        """Ping a worker; None if it does not answer in time.
 
-        Time is counted in short waits: if this process itself stands still for a while, that is no silence of a worker.
+        Time is counted in short waits, so that a pause of this process itself is not taken for silence of the worker.
         """
         asking = asyncio.create_task(handle.ask({"kind": "ping"}))
         silent_seconds = 0.0
         try:
             while not (await asyncio.wait([asking], timeout=self._ping_seconds))[0]:
                 silent_seconds += self._ping_seconds
-                # What loads a model may hold the interpreter's lock for longer.
+                # Loading a model may hold the GIL for longer.
                 limit = _MAX_SILENT_SECONDS if handle.pending_commands == 1 else self._limit_seconds
                 if silent_seconds >= min(limit, self._limit_seconds):
                     return None
@@ -187,12 +187,12 @@ class DeviceSupervisor:
             asking.cancel()
 
     def _complaint(self, handle: WorkerHandle, pong: Header) -> str | None:
-        """Take note of what a worker says of itself; why it has to be ended, if it has."""
+        """Record what a pong reports; returns why the worker must be killed, or None."""
         handle.memory = {(device, kind): size for device, kind, size in pong["memory"]}
         for name, labels, value in pong["observations"]:
             self._metrics.observe(name, labels, value)
         if pong["failure"] is not None:
             return str(pong["failure"])
-        # A suspect has the worker to itself, and others wait for that.
+        # A suspect occupies a whole worker, and other jobs wait for it.
         limit = self._limit_seconds / (2 if self._dispatcher.tries_suspect(handle) else 1)
         return f"no progress for more than {limit:g} s" if pong["busy_seconds"] > limit else None

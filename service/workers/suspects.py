@@ -1,5 +1,5 @@
-"""What is remembered of images after their requests have ended: at how many deaths of workers each was alone. Callers
-retry what failed; without a memory each retry of an image that kills or hangs workers would cost several more of them.
+"""Remembers suspects after their requests have ended: in how many worker deaths each was alone. Callers retry what
+failed, and without this memory each retry of an image that kills or hangs workers would cost several more of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ REMEMBERED_SECONDS = 3600.0
 
 
 class KnownSuspects:
-    """The record of each suspect: the same bytes, model, options and form of answer.
+    """The records of suspects. Jobs with the same image bytes, model, options and answer form share a record.
 
     Args:
-        max_size: most records; the oldest goes first.
+        max_size: most records; the oldest is dropped first.
         seconds: after which a record is forgotten.
         clock: monotonic, in seconds.
     """
@@ -38,15 +38,15 @@ class KnownSuspects:
         self._lengths: Counter[int] = Counter()
 
     def deaths_alone(self, job: Job) -> int | None:
-        """At how many deaths a suspect was alone; None for a job that is no suspect."""
+        """In how many deaths a suspect was alone; None for a job that is not a suspect."""
         self._expire()
         if self._lengths[_length(job)] == 0:
-            return None  # as nearly always, so that no digest is computed
+            return None  # nearly always, and without computing a digest
         record = self._records.get(_key(job))
         return None if record is None else record[1]
 
     def remember(self, job: Job, deaths_alone: int) -> None:
-        """Keep the record of a suspect; it is never lowered."""
+        """Keep the record of a suspect; its count is never lowered."""
         deaths_alone = max(deaths_alone, self.deaths_alone(job) or 0)
         key = _key(job)
         self._remove(key)
@@ -56,7 +56,7 @@ class KnownSuspects:
             self._remove(next(iter(self._records)))
 
     def forget(self, job: Job) -> None:
-        """It has proved harmless."""
+        """Drop the record of a job that has proved harmless."""
         if self._lengths[_length(job)] > 0:
             self._remove(_key(job))
 

@@ -1,5 +1,5 @@
-"""`WatchedThreads`: an executor that knows how long each of its threads has been busy. Another thread stands in for one
-whose call nobody waits for any more.
+"""`WatchedThreads`: an executor that knows how long each of its threads has been busy. When a running call is
+cancelled, a spare thread takes the place of the one that is stuck in it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class WatchedThreads(Executor):
     """See the module.
 
     Args:
-        count: calls that run at a time, those that nobody waits for any more left out. Of these as many may run beside
-            them, so that a few calls that never end do not keep all others from running.
+        count: calls that run at a time, not counting those that were cancelled while running. As many of the latter may
+            run beside them, so that a few calls that never end do not block all others.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -35,12 +35,12 @@ class WatchedThreads(Executor):
 
     @property
     def busy_since(self) -> float | None:
-        """When the running call that is oldest began, or last rested, in seconds of `time.monotonic`."""
+        """When the oldest running call began, or last stopped resting, in seconds of `time.monotonic`."""
         return min(list(self._began.values()), default=None)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Entered in one of the threads, for as long as it waits for something: that is no sign of a hang."""
+        """Enter in one of the threads while it only waits for something, so that it is not taken for a hang."""
         thread = threading.get_ident()
         self._began.pop(thread)
         try:
@@ -49,7 +49,7 @@ class WatchedThreads(Executor):
             self._began[thread] = time.monotonic()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
-        """As in the base class. To cancel a call that runs does not end it, but lets the next one begin."""
+        """As in the base class. Cancelling a running call does not end it, but lets the next one begin."""
         call = _Call(partial(function, *args, **options), self._release)
         with self._lock:
             if self._is_over:
@@ -59,7 +59,7 @@ class WatchedThreads(Executor):
         return call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As in the base class, but that calls which have not begun are cancelled in any case."""
+        """As in the base class, except that calls that have not begun are always cancelled."""
         with self._lock:
             self._is_over = True
         for call in self._waiting:
@@ -88,7 +88,7 @@ class WatchedThreads(Executor):
         self._release(call)
 
     def _release(self, call: _Call[Any]) -> None:
-        """Give the place of a call to the next one: it has ended, or nobody waits for it any more."""
+        """Give the place of a call to the next one: it has ended, or was cancelled while running."""
         with self._lock:
             if call.holds_place:
                 call.holds_place = False
@@ -97,7 +97,7 @@ class WatchedThreads(Executor):
 
 
 class _Call(Future[T]):
-    """One call and what comes of it."""
+    """One call and its result."""
 
     def __init__(self, function: Callable[[], T], release: Callable[[_Call[T]], None]) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ class _Call(Future[T]):
         self._release = release
 
     def cancel(self) -> bool:
-        """As in the base class, but for a call that runs: see `WatchedThreads.submit`."""
+        """As in the base class, except for a running call: see `WatchedThreads.submit`."""
         if super().cancel():
             return True
         self._release(self)
         return False
 
     def cancel_with(self, run: Future[None]) -> None:
-        """The executor was shut down before the call began."""
+        """Cancel this call if the executor was shut down before it began."""
         if run.cancelled():
             self.cancel()
