@@ -57,8 +57,7 @@ class Summary:
         requests: how many were answered or abandoned.
         outcomes: how many by outcome, see `Sample`.
         throughput_per_second: successful answers (200) per second.
-        error_rate: share of requests with another outcome,
-        0 to 1.
+        error_rate: share of requests with another outcome, 0 to 1.
         latency_ms: of the successful answers, from their intended starts, by the names of `PERCENTILES`; empty if none.
         lateness_ms: the 99th percentile of how late requests were sent; if far from 0, the client was the bottleneck.
     """

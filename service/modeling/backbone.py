@@ -47,8 +47,7 @@ class Backbone(NamedTuple):
         pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
         strides: stride of each map that the RPN sees, finest first.
         out_channels: of every map.
-        res5: the trunk's last stage, if it is the box head: (K, out_channels, S, S) -> (K,
-        2 * out_channels, S', S')
+        res5: the trunk's last stage, if it is the box head: (K, out_channels, S, S) -> (K, 2 * out_channels, S', S')
             with S' = S / 2 rounded up.
     """
 
