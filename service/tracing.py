@@ -1,8 +1,8 @@
-"""Traces. Every request belongs to one, named by the caller's W3C `traceparent`; the log and the exemplars of the
-metrics carry its id. With the extra `otel` and an endpoint, spans of each request and of each batch go to a collector.
+"""Tracing. Every request belongs to a trace, identified by the caller's W3C `traceparent`; the log and the metrics'
+exemplars carry its id. With the extra `otel` and an endpoint, spans of each request and each batch go to a collector.
 
-A request's spans are made when it ends, from the times that it recorded anyway in whatever process it was: tracing
-costs the device nothing, and nothing at all while it is off.
+A request's spans are created when it ends, from times that every process records anyway: tracing costs the device
+nothing, and costs nothing at all while it is off.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Link, Span, SpanContext
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-# In the order in which a request meets them; what lies between them is the time of messages.
+# In the order in which a request passes through them; the gaps between them are message passing.
 STAGES = ("body", "decode", "queue", "inference", "encode", "respond")
-# Batches of which not all requests were answered yet; one whose caller went away is never complete.
+# Batches with unanswered requests. A batch is never completed if one of its callers went away.
 _MAX_OPEN_BATCHES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TraceParent:
-    """What a caller said of its trace, as https://www.w3.org/TR/trace-context/ writes it.
+    """The caller's trace, as defined by https://www.w3.org/TR/trace-context/.
 
     Attributes:
         trace_id: 32 hexadecimal digits.
@@ -43,7 +43,7 @@ class TraceParent:
 
     @classmethod
     def parse(cls, header: str | None) -> TraceParent | None:
-        """The header `traceparent`; None if there is none or it is not valid, as the standard asks."""
+        """Parse the header `traceparent`; None if it is missing or invalid, as the standard requires."""
         match = _TRACEPARENT.fullmatch((header or "").strip())
         if match is None or header is None or header.startswith("ff") or (header.startswith("00") and match[4]):
             return None
@@ -54,13 +54,13 @@ class TraceParent:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a request, for its span.
+    """The outcome of a request, for its span.
 
     Attributes:
         route: the pattern of the route.
         status: of the answer.
-        notes: what the log line says besides, such as the model and the code of an error.
-        batch_id: which batch the image was in; None if it was in none, or one of several images.
+        notes: the other fields of the log line, such as the model and the error code.
+        batch_id: the batch that the image was in; None if there was no batch, or the request had several images.
     """
 
     method: str
@@ -82,7 +82,7 @@ class _OpenBatch:
 
 
 class Tracer:
-    """Sends spans to a collector over OTLP/HTTP, in the background and in batches of its own.
+    """Sends spans to a collector over OTLP/HTTP, in the background and in its own batches.
 
     Args:
         endpoint: the collector's, such as http://collector:4318/v1/traces.
@@ -93,7 +93,7 @@ class Tracer:
     """
 
     def __init__(self, endpoint: str, *, version: str) -> None:
-        # Imported here: an extra, and slow to import for those who do not trace.
+        # Imported here: an optional extra, and slow to import.
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -112,7 +112,7 @@ class Tracer:
         self._batches: OrderedDict[str, _OpenBatch] = OrderedDict()
 
     def begin(self, parent: TraceParent | None) -> Span:
-        """The span of a request that comes now, in the caller's trace or in one of its own."""
+        """Start the span of a new request, in the caller's trace or in a new one."""
         from opentelemetry.trace import SpanKind
 
         return self._tracer.start_span("request", context=_context(parent), kind=SpanKind.SERVER)
@@ -139,14 +139,14 @@ class Tracer:
         span.end(now_ns)
 
     def stop(self) -> None:
-        """Send what waits, for at most five seconds."""
+        """Send the remaining spans, for at most five seconds."""
         for batch_id in list(self._batches):
             self._end_batch(batch_id)
         self._provider.force_flush(5000)
         self._provider.shutdown()
 
     def _add_to_batch(self, outcome: Outcome, begin_ns: int, end_ns: int, request: SpanContext) -> None:
-        """A batch is in no request's trace; links say which requests it had."""
+        """Link a request to its batch's span. A batch belongs to no request's trace; its links name its requests."""
         from opentelemetry.trace import Link
 
         assert outcome.batch_id is not None
@@ -190,7 +190,7 @@ def _context(parent: TraceParent | None) -> Any:
 
 
 def _attributes(outcome: Outcome) -> dict[str, str | int | float | bool]:
-    """Stable HTTP attributes of OpenTelemetry's conventions, and ours."""
+    """OpenTelemetry's stable HTTP attributes, and our own."""
     attributes: dict[str, str | int | float | bool] = {
         "http.request.method": outcome.method,
         "http.route": outcome.route,

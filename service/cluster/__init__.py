@@ -1,3 +1,3 @@
 """RoIServe over many machines, on Ray Serve: HTTP ingress replicas, each with the whole API, in front of detector
-replicas that the cluster places, scales and replaces. Needs the extra `ray`.
+replicas, which the cluster places, scales and replaces. Needs the extra `ray`.
 """

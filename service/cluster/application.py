@@ -1,5 +1,5 @@
 """The Ray Serve application: `serve run service.cluster.application:build model_store=/models max_replicas=8`. Every
-argument that is not of `ClusterArguments` is a setting of the service, by its name.
+argument that is not a field of `ClusterArguments` is a setting of the service.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DETECTOR = "detector"
 
 
 class ClusterArguments(BaseModel):
-    """How the service is spread; what each part does stands in `Settings`."""
+    """How the service is distributed; `Settings` configures each part."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -41,7 +41,7 @@ class ClusterArguments(BaseModel):
 
     @property
     def settings(self) -> Settings:
-        """Those of the service."""
+        """The settings of the service."""
         return Settings(**(self.model_extra or {}))
 
 
@@ -51,25 +51,25 @@ def build(arguments: dict[str, Any]) -> Any:
 
 
 def build_application(arguments: ClusterArguments, *, factory: PredictorFactory | None = None) -> Any:
-    """As `build`.
+    """Like `build`.
 
     Args:
-        factory: loads the models in each worker process; None for those of the store.
+        factory: loads the models in each worker process; None for the models in the store.
     """
     settings = arguments.settings
     drain_seconds = settings.drain_timeout_seconds + settings.drain_delay_seconds
-    # Ray's default of 5 would never fill a batch. The ingress refuses before a replica has more than this.
+    # Ray's default of 5 would never fill a batch. The ingress rejects requests before a replica has more than this.
     capacity = settings.max_queue_size + settings.max_batch_size
     detectors = serve.deployment(
         name=_DETECTOR,
-        max_ongoing_requests=2 * capacity,  # as many of either priority
+        max_ongoing_requests=2 * capacity,  # this many for each priority
         max_queued_requests=arguments.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=arguments.min_replicas,
             max_replicas=max(arguments.min_replicas, arguments.max_replicas),
-            # What waits now counts, not what waited half a minute ago; the policy itself is slow to scale down.
+            # Only current load counts, not that of half a minute ago; the policy itself delays scaling down.
             metrics_interval_s=1,
             look_back_period_s=3,
             upscale_delay_s=0,
@@ -96,7 +96,7 @@ def build_application(arguments: ClusterArguments, *, factory: PredictorFactory 
 
 
 class _Ingress:
-    """The HTTP replica: the app, made on the replica, since its locks and tasks cannot travel."""
+    """The HTTP replica: the app, created on the replica because its locks and tasks cannot be serialized."""
 
     def __init__(self, detectors: DeploymentHandle[Any], settings: Settings) -> None:
         self._detectors = detectors

@@ -23,13 +23,13 @@ from service.workers.channel import error_from
 
 logger = logging.getLogger(__name__)
 
-# A replica that dies takes its jobs with it. They are sent again, more and more slowly, since it takes the cluster a
-# moment to notice: at most so often, in 13 seconds or until the deadline.
+# The jobs of a replica that dies are lost. They are sent again with exponential backoff, since the cluster needs a
+# moment to notice: at most this many attempts, within 13 seconds or until the deadline.
 _MAX_ATTEMPTS = 9
 _FIRST_PAUSE_SECONDS = 0.05
 _STATUS_SECONDS = 2.0
 _REASON_LENGTH = 300
-# What a replica said of itself counts for so long.
+# How long a replica's reported state stays valid.
 _STATE_SECONDS = 15.0
 
 
@@ -37,9 +37,9 @@ class ClusterDetector:
     """See the module.
 
     Args:
-        handle: of the deployment of `DetectorReplica`.
+        handle: to the deployment of `DetectorReplica`.
         deployment: its name in this application.
-        metrics: take what the replicas observed.
+        metrics: receives the replicas' observations.
     """
 
     def __init__(self, handle: DeploymentHandle[Any], deployment: str, metrics: Metrics) -> None:
@@ -60,15 +60,15 @@ class ClusterDetector:
         return state.models
 
     async def stop(self) -> None:
-        """Let go; the replicas are the cluster's."""
+        """Stop watching. The replicas keep running: they belong to the cluster."""
         if self._watching is not None:
             self._watching.cancel()
 
     async def run(self, job: Job) -> Answer:
-        """Do a job on some replica; on another one, if that dies. Detection changes nothing, so it may be done twice.
+        """Run a job on some replica, or on another one if that dies. Detection is idempotent, so it may run twice.
 
         Raises:
-            ServiceError: what the replica raised, OverloadedError if all are busy, NotReadyError if none is left.
+            ServiceError: the replica's own error, OverloadedError if all are busy, NotReadyError if none is left.
         """
         for attempt in range(_MAX_ATTEMPTS):
             response = self._handle.run.remote(Request.of(job, request_id_context.get() or "-"))
@@ -95,7 +95,7 @@ class ClusterDetector:
         raise NotReadyError("the cluster has no replica for this image")
 
     async def load(self, reference: str) -> ModelInfo:
-        """Refused: a handle reaches one replica, not all of them."""
+        """Not supported: a handle reaches one replica, not all of them."""
         raise InvalidRequestError("the models of a cluster are changed by deploying its application again")
 
     async def unload(self, model_key: str) -> None:
@@ -103,11 +103,11 @@ class ClusterDetector:
         raise InvalidRequestError("the models of a cluster are changed by deploying its application again")
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
-        """As the replicas said with their last answers."""
+        """As reported with the replicas' last replies."""
         return [pixels for state in self._recent() for pixels in state.waiting_pixels.get(model_key, ())]
 
     def memory(self) -> Mapping[tuple[str, str], float]:
-        """Of all replicas together, as they said with their last answers."""
+        """Total over all replicas, as reported with their last replies."""
         sizes: Counter[tuple[str, str]] = Counter()
         for state in self._recent():
             sizes.update(state.memory)
@@ -115,7 +115,7 @@ class ClusterDetector:
 
     @property
     def capacity(self) -> int:
-        """Jobs of each priority that may be under way, in all replicas together."""
+        """Jobs of each priority that may be in flight, in all replicas together."""
         return self._capacity_each * max(1, self._running)
 
     @property
@@ -125,7 +125,7 @@ class ClusterDetector:
 
     @property
     def failure(self) -> str | None:
-        """None: the cluster goes on trying."""
+        """Always None: the cluster keeps trying."""
         return None
 
     def _settle(self, job: Job, reply: Reply) -> Answer:
@@ -148,14 +148,14 @@ class ClusterDetector:
         return [state for _, state in self._states.values()]
 
     async def _watch(self) -> None:
-        """Count the replicas that run, as long as the app does."""
+        """Keep counting the running replicas for as long as the app runs."""
         application = serve.get_replica_context().app_name
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             try:
                 status = await asyncio.to_thread(serve.status)
                 replicas = status.applications[application].deployments[self._deployment].replica_states
-            except Exception as error:  # the controller may be restarting; what was known stays
+            except Exception as error:  # the controller may be restarting; keep the last known state
                 fields = {"reason": repr(error)[:_REASON_LENGTH]}
                 logger.warning("the cluster does not say how it does", extra={"fields": fields})
             else:

@@ -1,5 +1,5 @@
-"""What ingress and detector replicas say to each other. Ray serializes both ends of our own program, so these are plain
-data classes; `time.monotonic` differs between machines, so deadlines travel as the seconds that remain.
+"""Messages between ingress and detector replicas. Both ends run this program and Ray serializes for them, so these are
+plain data classes. `time.monotonic` differs between machines, so deadlines are sent as remaining seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Observation = tuple[Observed, Sequence[str], float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """A detector replica at one moment.
+    """A snapshot of a detector replica.
 
     Attributes:
         replica: its id in the cluster.
-        capacity: jobs of each priority that it takes at a time.
-        models: what it serves.
-        waiting_pixels: of each image that waits for its devices, the pixels, resized and padded, by model.
+        capacity: jobs of each priority that it accepts at a time.
+        models: the models it serves.
+        waiting_pixels: by model, the resized and padded pixels of each image that waits for its devices.
         memory: bytes by device and kind.
     """
 
@@ -39,9 +39,9 @@ class Request:
     """A job on its way to a replica.
 
     Attributes:
-        job: with a deadline that means nothing there.
+        job: its deadline is meaningless on the other machine.
         request_id: for the replica's log.
-        seconds_left: until the caller no longer waits.
+        seconds_left: until the caller stops waiting.
     """
 
     job: Job
@@ -50,23 +50,23 @@ class Request:
 
     @classmethod
     def of(cls, job: Job, request_id: str) -> Request:
-        """Pack a job now."""
+        """Pack a job for sending now."""
         return cls(job, request_id, job.deadline - time.monotonic())
 
     def unpacked(self) -> Job:
-        """The job on this machine's clock, with times that begin now."""
+        """The job on this machine's clock, with times starting now."""
         deadline = time.monotonic() + self.seconds_left
         return replace(self.job, deadline=deadline, progress=Progress("received"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reply:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        outcome: the answer, or an error as `workers.channel.error_to` writes it.
+        outcome: the answer, or an error serialized by `workers.channel.error_to`.
         stage_seconds: of the job, by stage.
-        observations: for the metrics, of this and of other jobs.
+        observations: for the metrics, from this and other jobs.
         state: of the replica.
     """
 

@@ -1,5 +1,5 @@
-"""A detector replica: our worker pool in an actor of the cluster. The pool deals with a picture that kills a worker
-process, so the cluster sees a replica fail only when its machine does.
+"""A detector replica: our worker pool in a Ray actor. The pool itself handles pictures that kill a worker process, so
+the cluster sees a replica fail only if its machine does.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class DetectorReplica:
-    """See the module. Constructed in the actor; ready when its models are.
+    """See the module. Constructed in the actor; ready once its models are loaded.
 
     Args:
-        settings: `device`, `models` and all else that concerns running models; the cluster, not `workers`, scales out,
-            but one replica may still hold several devices.
-        factory: loads the models in each worker process; None for those of the store.
+        settings: `device`, `models` and everything else about running models. The cluster scales out, not `workers`,
+            but one replica may still use several devices.
+        factory: loads the models in each worker process; None for the models in the store.
     """
 
     async def __init__(self, settings: Settings, factory: PredictorFactory | None = None) -> None:  # type: ignore[misc]  # Ray awaits it
@@ -43,7 +43,7 @@ class DetectorReplica:
         self._models: Sequence[ModelInfo] = await self._pool.start()
 
     async def run(self, request: Request) -> Reply:
-        """Do a job. Errors of ours come back as a reply, so that an exception always means that the replica is gone."""
+        """Run a job. A ServiceError is returned as a reply, so an exception always means that the replica is gone."""
         request_id_context.set(request.request_id)
         job = request.unpacked()
         try:
@@ -53,16 +53,16 @@ class DetectorReplica:
         return Reply(outcome, job.progress.stage_seconds, self._metrics.take(), self._state())
 
     async def state(self) -> State:
-        """What it is and how it does now."""
+        """Its identity and current state."""
         return self._state()
 
     async def check_health(self) -> None:
-        """Asked by the cluster, which replaces a replica that raises."""
+        """Ray's health check: the cluster replaces a replica that raises."""
         if self._pool.failure is not None:
             raise NotReadyError(self._pool.failure)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaler goes by, see `scaling.py`."""
+        """Input for the autoscaler, see `scaling.py`."""
         waiting = sum(sum(self._pool.waiting_pixels(info.key)) for info in self._models)
         return {"queue_pixels": float(waiting)}
 
@@ -71,7 +71,7 @@ class DetectorReplica:
         await self._pool.stop()
 
     async def __del__(self) -> None:
-        """Awaited by the cluster when the replica has drained."""
+        """Awaited by the cluster once the replica has drained."""
         await self.stop()
 
     def _state(self) -> State:
@@ -80,7 +80,7 @@ class DetectorReplica:
 
 
 class _Relay(Metrics):
-    """Keeps observations for the ingress, whose /metrics has them."""
+    """Collects observations for the ingress, which exposes them at /metrics."""
 
     def __init__(self) -> None:
         super().__init__(CollectorRegistry())
@@ -90,5 +90,5 @@ class _Relay(Metrics):
         self._observations.append((name, tuple(labels), value))
 
     def take(self) -> Sequence[Observation]:
-        """What was observed since the last time."""
+        """The observations since the last call."""
         return [self._observations.popleft() for _ in range(len(self._observations))]

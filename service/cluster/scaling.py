@@ -1,5 +1,5 @@
-"""How many replicas the cluster should run: enough that none has more pixels waiting than callers care to wait for.
-Pixels, not requests, because a picture of 12 megapixels is not one of 0.3.
+"""How many replicas the cluster should run: enough that no replica's queue grows too long. The queue is measured in
+pixels, not requests, because a picture of 12 megapixels costs far more than one of 0.3.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class QueuedPixels:
-    """A policy for Ray Serve's autoscaler: at once up, by and by down.
+    """A policy for Ray Serve's autoscaler: scales up immediately, and down gradually.
 
     Args:
         target_pixels: pixels, resized and padded, that may wait at each replica.
-        downscale_delay_seconds: how long replicas must have been superfluous before half of those are taken away.
+        downscale_delay_seconds: how long replicas must have been superfluous before half of them are removed.
     """
 
     def __init__(self, target_pixels: float, downscale_delay_seconds: float) -> None:
@@ -21,7 +21,7 @@ class QueuedPixels:
         self._downscale_delay_seconds = downscale_delay_seconds
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """The number of replicas, within the deployment's bounds, and what to remember until the next call.
+        """The number of replicas, within the deployment's bounds, and the state to keep until the next call.
 
         Args:
             context: Ray's `AutoscalingContext`.
@@ -40,17 +40,17 @@ class QueuedPixels:
     def wanted(
         self, *, waiting: float, ongoing: float, replicas: int, now: float, idle_since: float | None
     ) -> tuple[int, float | None]:
-        """The rule itself.
+        """The scaling rule.
 
         Args:
-            waiting: pixels that wait at all replicas together.
-            ongoing: requests under way.
-            replicas: how many there are to be now.
+            waiting: pixels waiting at all replicas together.
+            ongoing: requests in flight.
+            replicas: the current target number.
             now: seconds.
-            idle_since: when a replica was first superfluous, without a pause since; None if none is.
+            idle_since: since when there has been a superfluous replica without interruption; None if there is none.
 
         Returns:
-            How many there should be, and `idle_since` for the next time.
+            The new target number, and `idle_since` for the next call.
         """
         if waiting > self._target_pixels * replicas:
             return math.ceil(waiting / self._target_pixels), None

@@ -1,5 +1,5 @@
-"""What a device can do and how it is used: the CPU in `cpu.py`, CUDA in `cuda.py`, each a `Device`. Another kind of
-device is another file here and a line in `choosing.py`.
+"""What a device can do and how it is used: the CPU in `cpu.py`, CUDA in `cuda.py`, each a `Device`. A new kind of
+device takes one more file here and a line in `choosing.py`.
 """
 
 from service.devices.choosing import choose_device, count_gpus, device_named, device_of

@@ -1,4 +1,4 @@
-"""Which device a setting, a label or a tensor means."""
+"""Find the `Device` for a setting, a label or a torch device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def choose_device(setting: str) -> Device:
-    """The device that a setting means.
+    """The device for a setting.
 
     Args:
         setting: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda`, `cuda:1`, ….
 
     Raises:
-        ServiceError: it is not there.
+        ServiceError: this machine has no such device.
     """
     if setting == "cpu":
         return device_named("cpu")
@@ -38,21 +38,21 @@ def choose_device(setting: str) -> Device:
 
 
 def device_of(where: torch.device) -> Device:
-    """The device that PyTorch means. One without an index is the first of its kind."""
+    """The device for a torch device. Without an index it is the first of its kind."""
     return device_named("cpu" if where.type == "cpu" else f"{where.type}:{where.index or 0}")
 
 
 @cache
 def device_named(label: str) -> Device:
-    """The device of a label.
+    """The device with this label.
 
     Raises:
-        ServiceError: none of a kind that models run on.
+        ServiceError: models cannot run on this kind of device.
     """
     if label == "cpu":
         return CpuDevice(label)
     if label.startswith("cuda"):
-        # Imported here: it brings torch along.
+        # Imported here: it imports torch.
         from service.devices.cuda import CudaDevice
 
         return CudaDevice(label if ":" in label else f"{label}:0")
@@ -60,7 +60,7 @@ def device_named(label: str) -> Device:
 
 
 def count_gpus() -> int:
-    """The GPUs that PyTorch sees."""
+    """The number of GPUs that PyTorch sees."""
     import torch
 
     return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""The CPU as a `Device`. Loads no torch by itself."""
+"""The CPU as a `Device`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CpuDevice(Device):
 
     runs_ahead = False
     fastest_engine = "openvino"
-    half_precision = "float32"  # Few processors multiply in half precision; on others it is far slower.
+    half_precision = "float32"  # Few processors multiply in half precision; on the others it is far slower.
     precisions = ("float32", "bfloat16", "float16")
     out_of_memory_words = (
         "DefaultCPUAllocator: can't allocate memory",
@@ -46,7 +46,7 @@ class CpuDevice(Device):
         return HostClock()
 
     def probe(self) -> None:
-        """See `Device`: whoever can ask runs on it."""
+        """See `Device`: always succeeds, since this code runs on the CPU."""
 
     def memory(self) -> Mapping[str, float]:
         """See `Device`."""

@@ -1,4 +1,4 @@
-"""A GPU as a `Device`, by CUDA."""
+"""A CUDA GPU as a `Device`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CudaDevice(Device):
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUBLAS_STATUS_NOT_INITIALIZED",  # cuBLAS allocates its workspace when it is first used
         "CUDNN_STATUS_ALLOC_FAILED",
-        "DefaultCPUAllocator: can't allocate memory",  # pinned memory and answers are the host's
+        "DefaultCPUAllocator: can't allocate memory",  # pinned memory and results are in host memory
         "bad_alloc",
     )
 
@@ -37,8 +37,8 @@ class CudaDevice(Device):
     def use(self, precision: str = "float32") -> Iterator[None]:
         """See `Device`. Triton launches on the thread's current device, whatever its arguments lie on.
 
-        PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa for 23, unless it is told not to. What
-        it is told holds for the whole process, so it is told again for each batch.
+        PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa instead of 23, unless told not to. That
+        flag is global to the process, so it is set for each batch.
         """
         allowed = cudnn.allow_tf32, cuda.matmul.allow_tf32
         try:
@@ -49,16 +49,16 @@ class CudaDevice(Device):
             cudnn.allow_tf32, cuda.matmul.allow_tf32 = allowed
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """See `Device`: from pinned memory, which the GPU reads by itself."""
+        """See `Device`: copies from pinned memory, which the GPU reads without the CPU."""
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
     @cached_property
     def kernels(self) -> Kernels | None:
-        """See `Device`: Triton's, if it can compile one here and launch it, for which it needs a C compiler."""
+        """See `Device`: Triton's, if it can compile and launch one here (it needs a C compiler)."""
         try:
             with self.use():
                 _launch_probe(self.torch_device)
-        except Exception as error:  # Many kinds, by what is missing.
+        except Exception as error:  # The type depends on what is missing.
             fields = {"device": self.label, "reason": first_line(error)}
             logger.warning("Triton does not work: PyTorch's kernels, which are slower", extra={"fields": fields})
             return None
@@ -82,7 +82,7 @@ class CudaDevice(Device):
         }
 
     def release_memory(self) -> None:
-        """See `Device`; what PyTorch's allocator keeps for later goes back to the GPU too."""
+        """See `Device`; also returns the memory that PyTorch's allocator caches."""
         super().release_memory()
         if torch.cuda.is_initialized():
             with self.use():
@@ -90,10 +90,10 @@ class CudaDevice(Device):
 
 
 def _launch_probe(device: torch.device) -> None:
-    """Compile a kernel, launch it, and look at what it did.
+    """Compile a kernel, launch it, and check its result.
 
     Raises:
-        Exception: of whatever is missing.
+        Exception: of many types, depending on what is missing.
     """
     # Imported here: Triton comes with PyTorch for CUDA on Linux only.
     from service.devices import _triton_probe
@@ -105,7 +105,7 @@ def _launch_probe(device: torch.device) -> None:
 
 
 class _EventClock:
-    """Takes the GPU's own time between the first and the last piece of work of a stage, and waits for nothing."""
+    """Measures GPU time from the start to the end of each stage, without synchronizing."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -120,7 +120,7 @@ class _EventClock:
         self._spans.append((name, began, ended))
 
     def seconds(self) -> Mapping[str, float]:
-        """See `Clock`. The copy of the results to the host came behind all events, so they are over."""
+        """See `Clock`. The results were copied to the host after all events, so the events are complete."""
         sums: dict[str, float] = {}
         for name, began, ended in self._spans:
             sums[name] = sums.get(name, 0.0) + began.elapsed_time(ended) / 1000

@@ -1,5 +1,5 @@
-"""`Device`: what the other rooms may ask of a device, with what holds for most of them. Importing this loads no torch,
-which a process without a network does not need.
+"""`Device`: the interface of all devices, with defaults that suit most. Importing it does not import torch, which a
+process without a network does not need.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Clock(Protocol):
     """Measures the stages of one batch."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Measure what is done within; a stage that comes twice counts both times."""
+        """Measure the code in this context. The times of a repeated stage are added up."""
 
     def seconds(self) -> Mapping[str, float]:
-        """The time of each stage. To be asked once the batch's results are on the host."""
+        """The time of each stage. Read it once the batch's results are on the host."""
 
 
 class Device(ABC):
@@ -36,9 +36,9 @@ class Device(ABC):
 
     Attributes:
         label: what PyTorch calls it: `cpu`, `cuda:1`.
-        runs_ahead: whether the host only launches work on it, so that reading a number back waits for all that was
-            launched before.
-        fastest_engine: what `auto` stands for.
+        runs_ahead: whether work is launched asynchronously, so that reading a value back waits for everything launched
+            before.
+        fastest_engine: the engine that `auto` stands for.
         half_precision: the number format that `auto` stands for with an engine other than `eager`.
         precisions: the formats that a network can run in here.
     """
@@ -47,7 +47,7 @@ class Device(ABC):
     fastest_engine: ClassVar[str]
     half_precision: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
-    # What a RuntimeError that is a lack of memory says. PyTorch has a class of its own only for its CUDA allocator.
+    # Phrases that identify a RuntimeError as out of memory. PyTorch has a dedicated class only for its CUDA allocator.
     out_of_memory_words: ClassVar[tuple[str, ...]]
 
     def __init__(self, label: str) -> None:
@@ -62,16 +62,16 @@ class Device(ABC):
 
     @abstractmethod
     def use(self, precision: str = "float32") -> AbstractContextManager[None]:
-        """Make it this thread's current device, with arithmetic as the precision has it, until the context ends."""
+        """Make it this thread's current device, with arithmetic in this precision, until the context ends."""
 
     @abstractmethod
     def upload(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor of the host to the device, without waiting for the work that it has."""
+        """Copy a tensor from the host to the device, without waiting for work already queued there."""
 
     @property
     @abstractmethod
     def kernels(self) -> Kernels | None:
-        """Which of our own kernels run on it; None if PyTorch's must do."""
+        """Which of our own kernels run on it; None if only PyTorch's do."""
 
     @abstractmethod
     def clock(self) -> Clock:
@@ -79,19 +79,19 @@ class Device(ABC):
 
     @abstractmethod
     def probe(self) -> None:
-        """Let the device do a little, and wait for it.
+        """Run a tiny piece of work on the device and wait for it.
 
         Raises:
-            RuntimeError: it cannot.
+            RuntimeError: the device failed.
         """
 
     @abstractmethod
     def memory(self) -> Mapping[str, float]:
-        """Bytes by kind: of a GPU `allocated`, `reserved` and `total`, of the CPU what this process has `resident`."""
+        """Bytes by kind: `allocated`, `reserved` and `total` of a GPU; the process's `resident` memory on the CPU."""
 
     def release_memory(self) -> None:
-        """Free what nobody uses any more."""
-        gc.collect()  # Cycles of objects may hold tensors.
+        """Free memory that is no longer used."""
+        gc.collect()  # Reference cycles may hold tensors.
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether work on the device failed because there was not enough memory."""
@@ -103,7 +103,7 @@ class Device(ABC):
 
     @cached_property
     def compiler_problem(self) -> str | None:
-        """Why `torch.compile` cannot compile for the device, in one line; None if it can. Found out by compiling a sum:
+        """Why `torch.compile` cannot compile for the device, in one line; None if it can. It tries to compile a sum:
         Triton, a C compiler, its headers or a folder to write to may be missing.
         """
         import torch
@@ -111,13 +111,13 @@ class Device(ABC):
         try:
             with self.use():
                 torch.compile(torch.add)(torch.zeros(2, device=self.torch_device), 1)
-        except Exception as error:  # Many kinds, by what is missing.
+        except Exception as error:  # The type depends on what is missing.
             return first_line(error)
         return None
 
 
 class HostClock:
-    """Takes the time of the host, which does the work itself."""
+    """Measures host time, for devices on which the host does the work."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}

@@ -1,5 +1,5 @@
-"""Bytes to upright RGB pixels (`decode.py`), and pixels to a picture with the detections drawn (`overlay.py`).
-Knows file formats and their attacks; knows no HTTP, models or queues.
+"""Decode bytes to upright RGB pixels (`decode.py`), and draw detections on a picture (`overlay.py`). Knows file formats
+and their attacks; knows no HTTP, models or queues.
 
 decode.py       the whole path: sniff, read the container, check the limits, decode, convert, turn upright
 formats.py      which formats we read, and which one these bytes are

@@ -1,7 +1,7 @@
-"""Bytes of an image file to upright RGB pixels: the whole path. Holds no state.
+"""Decode an image file to upright RGB pixels: the whole path. Stateless.
 
-Images come from strangers: limits are checked on the header before anything is decoded, and whatever a decoder raises
-becomes one of three errors that blame this image alone; except a lack of memory, which is ours.
+Images are untrusted: limits are checked on the header before anything is decoded, and whatever a decoder raises becomes
+one of three errors about this image. The exception is running out of memory, which is the server's problem.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "BMP": BmpImageFile,
     "TIFF": TiffImageFile,
 }
-# What these kinds of JPEG mean in RGB leaves no choice. Ink (CMYK) and whatever is rarer is Pillow's.
+# These kinds of JPEG have only one possible meaning in RGB. CMYK and anything rarer is left to Pillow.
 _PLAIN_COLOURS = ("YCbCr", "Gray", "RGB")
-# What has more pixels times scans goes to Pillow at once, so that it is not decoded twice if it is out of order.
+# Images with more pixels times scans go straight to Pillow, so that they are not decoded twice if they are malformed.
 _MAX_TRIED_PIXELS = 200_000_000
 # By EXIF orientation: swap rows and columns, then mirror (OpenCV's flip code: 0 upside down, 1 left to right, -1 both).
 _UPRIGHT = {
@@ -65,12 +65,13 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """What is refused from the header alone.
+    """Limits that are checked on the header alone.
 
     Attributes:
         max_image_pixels: width times height.
         max_side_pixels: the longer side.
-        max_aspect_ratio: the longer side by the shorter; beyond it a resized picture would be less than a pixel wide.
+        max_aspect_ratio: the longer side divided by the shorter; beyond it a resized picture would be less than a pixel
+            wide.
     """
 
     max_image_pixels: int
@@ -78,11 +79,11 @@ class ImageLimits:
     max_aspect_ratio: float = 200.0
 
     def check(self, image_size: tuple[int, int]) -> None:
-        """Refuse an image of this (height, width).
+        """Check an image of this (height, width).
 
         Raises:
             InvalidImageError: it has no pixels.
-            TooLargeError: it is over one of the limits.
+            TooLargeError: it exceeds one of the limits.
         """
         height, width = image_size
         if height <= 0 or width <= 0:
@@ -106,21 +107,23 @@ def decode_image(
 ) -> Image:
     """Decode the first picture of an image file and turn it upright.
 
-    Transparent pixels are laid over white, 16-bit grey is scaled to 8 bits, colour profiles are ignored.
+    Transparent pixels are composited over white, 16-bit grey is scaled to 8 bits, and colour profiles are ignored.
 
     Args:
         data: a whole JPEG, PNG, WebP, GIF, BMP or TIFF file.
-        limits: what to refuse before decoding.
+        limits: checked before decoding.
         intensity: see `Encoded`.
-        before_decoding: called with the number of pixels when the header is known to be good. May wait, and may raise.
-        should_stop: asked between pieces of the work, each well below a second: whether nobody waits any more.
+        before_decoding: called with the number of pixels once the header has passed the checks. May block, and may
+            raise.
+        should_stop: called between steps of the work, each well below a second; returns whether the caller has given
+            up.
 
     Raises:
         UnsupportedImageError: not one of these formats, or a rare kind of one.
-        TooLargeError: over one of the limits.
+        TooLargeError: exceeds one of the limits.
         InvalidImageError: no bytes, or bytes that do not decode.
         OutOfMemoryError: there is no memory for the pixels.
-        CancelledRequestError: `should_stop` said yes.
+        CancelledRequestError: `should_stop` returned True.
     """
     image_format = sniff_format(data)
     with _as_invalid_image(image_format):
@@ -134,7 +137,7 @@ def decode_image(
 
 
 class _Watch:
-    """Called between pieces of the work; raises when nobody waits for it any more."""
+    """Called between steps of the work; raises if the caller has given up."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         self._should_stop = should_stop
@@ -145,7 +148,7 @@ class _Watch:
 
 
 class _WatchedFile(io.BytesIO):
-    """A file in memory. Pillow feeds most decoders 64 KiB at a time, and before each the watch is called."""
+    """A file in memory. Pillow feeds most decoders 64 KiB at a time; the watch is called before each read."""
 
     def __init__(self, data: bytes, watch: _Watch) -> None:
         super().__init__(data)
@@ -160,8 +163,9 @@ def _decode(container: Container, image_format: ImageFormat, intensity: Intensit
     watch()
     height, width = container.image_size
     if image_format == "JPEG" and container.num_passes * height * width <= _MAX_TRIED_PIXELS:
-        # It takes a half to a third of Pillow's time for the same pixels, but would accept less: it calls anything out
-        # of order an error, which Pillow does only where pixels are missing. So what it refuses, Pillow judges.
+        # simplejpeg takes a half to a third of Pillow's time for the same pixels, but it is stricter: any irregularity
+        # is an error, whereas Pillow fails only if pixels are missing. So Pillow gets the files that simplejpeg
+        # rejects.
         with suppress(ValueError):
             return _decode_plain_jpeg(container)
         watch()
@@ -169,10 +173,10 @@ def _decode(container: Container, image_format: ImageFormat, intensity: Intensit
 
 
 def _decode_plain_jpeg(container: Container) -> UInt8Array:
-    """Decode with libjpeg-turbo and without a copy.
+    """Decode with libjpeg-turbo, without a copy.
 
     Raises:
-        ValueError: a kind that has no plain colours, or data that are not in order.
+        ValueError: not one of the plain colour spaces, or malformed data.
     """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(container.pixel_data)
     if (height, width) != container.image_size or colours not in _PLAIN_COLOURS:
@@ -184,7 +188,7 @@ def _decode_plain_jpeg(container: Container) -> UInt8Array:
 def _decode_with_pillow(
     container: Container, image_format: ImageFormat, intensity: Intensity, watch: _Watch
 ) -> UInt8Array:
-    # Always from memory: from a real file Pillow believes a chunk's length and allocates it. And not through
+    # Always from memory: with a real file Pillow trusts a chunk's length and allocates it. And not through
     # `PIL.Image.open`, which tries formats in turn and warns about sizes that our limits allow.
     with complaints_counted() as complaints:
         picture = _DECODERS[image_format](_WatchedFile(container.pixel_data, watch))
@@ -206,16 +210,18 @@ def _turned_upright(pixels: UInt8Array, orientation: int) -> UInt8Array:
 
 @contextmanager
 def _as_invalid_image(image_format: ImageFormat) -> Iterator[None]:
-    """Broken files make decoders raise nearly anything: OSError, SyntaxError, IndexError, OverflowError, ..."""
+    """Translate errors: broken files make decoders raise nearly anything (OSError, SyntaxError, IndexError,
+    OverflowError, …).
+    """
     try:
         yield
     except (InvalidRequestError, CancelledRequestError):
         raise
     except MemoryError as error:
-        # What the header asks for is within the limits, so the memory is short, not the file at fault.
+        # The size in the header is within the limits, so the machine is short of memory; the file is not at fault.
         raise OutOfMemoryError("not enough memory to decode the image") from error
     except Exception as error:
-        # Decoders speak of streams, tiles and buffers, which means nothing to whoever sent the file.
+        # Decoders talk about streams, tiles and buffers, which means nothing to the client.
         ends_early = isinstance(error, struct.error | IndexError) or "truncated" in str(error).lower()
         problem = "are truncated" if ends_early else "are damaged, or of a kind that we do not read"
         raise InvalidImageError(f"the {image_format} data {problem}") from error

@@ -1,6 +1,4 @@
-"""Which formats we read, and which of them these bytes are, told by their first bytes. What a client calls its file or
-puts into `Content-Type` plays no part.
-"""
+"""The formats we read, recognised by their first bytes. The client's file name and `Content-Type` are ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _READABLE = "we read JPEG, PNG, WebP, GIF, BMP and TIFF"
 
 
 def sniff_format(data: bytes) -> ImageFormat:
-    """Tell the format from the first bytes.
+    """Recognise the format by the first bytes.
 
     Raises:
         InvalidImageError: there are no bytes.
@@ -42,7 +40,7 @@ def sniff_format(data: bytes) -> ImageFormat:
 
 
 def _describe(data: bytes) -> str:
-    """What people send by mistake most often."""
+    """Describe the files that are most often sent by mistake."""
     if data[4:8] == b"ftyp":
         return "the bytes look like HEIC, AVIF or a video"
     if data.startswith(b"%PDF"):

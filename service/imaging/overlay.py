@@ -1,7 +1,7 @@
-"""Draw what was found on the picture: masks, boxes, captions. Knows pixels and detections; knows no models.
+"""Draw detections on the picture: masks, boxes, captions. Knows pixels and detections; knows no models.
 
-Work and memory go with the boxes of the objects, not with the picture; and however many large masks there are, a
-bounded number of pixels is painted.
+Time and memory depend on the objects' boxes, not on the picture, and the number of painted pixels is bounded, however
+many large masks there are.
 
 Shapes: D detections of one image, M x M the mask head's output size, H x W the image. Boxes are (x1, y1, x2, y2).
 """
@@ -29,9 +29,9 @@ _MASK_OPACITY = 0.4
 _OUTLINE_OPACITY = 0.9
 _SHADOW_OPACITY = 0.4
 _SHADOW = (np.arange(256) * (1 - _SHADOW_OPACITY)).astype(np.uint8)
-# Of the boxes of all masks together. Better scores come first; what is left has an outline of its box instead.
+# For the boxes of all masks together. Better scores come first; for the rest only the box is drawn.
 MAX_MASK_PIXELS = 150_000_000
-# Above this share of the picture, captions would hide more than they tell.
+# Above this share of the picture, captions would hide too much.
 _MAX_CAPTION_SHARE = 0.2
 # Longer names would be wider than most pictures.
 _MAX_NAME_LENGTH = 40
@@ -57,7 +57,7 @@ _PALETTE: tuple[Colour, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class _Caption:
-    """A text and the room that it takes, in pixels."""
+    """A text and its size in pixels."""
 
     text: str
     width: int
@@ -74,21 +74,21 @@ def draw_detections(
 ) -> UInt8Array:
     """Draw masks, boxes and captions (label and score) over a copy of the picture.
 
-    Each label has its own colour, the same in every picture. Where a model with masks has only one label, each object
-    has its own, so that touching ones can be told apart. Better scores lie on top. No caption covers another one: those
-    of the best objects are written, as far as there is room.
+    Each label has its own colour, the same in every picture. If a model with masks has only one label, each object has
+    its own colour, so that touching objects can be told apart. Better scores are drawn on top. Captions never overlap:
+    the best objects' captions are written first, as long as there is room.
 
     Args:
         labels: class names; `labels[i]` has the id i + 1.
-        parts: what to draw. None draws everything, except in a crowd, where captions would hide the picture: there are
-            none, and no boxes either if there are masks.
-        should_stop: asked before each object.
+        parts: what to draw. None draws everything, except in a crowd, where captions would hide the picture: then there
+            are no captions, and no boxes either if there are masks.
+        should_stop: called before each object.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        CancelledRequestError: `should_stop` said yes.
+        CancelledRequestError: `should_stop` returned True.
     """
     canvas = image.pixels.copy()
     font_size = max(11, round(min(image.size) / 36))
@@ -129,7 +129,7 @@ def _texts(detections: Detections, labels: Sequence[str], parts: Collection[Draw
 
 
 def _number_of_masks(boxes: Sequence[Rectangle]) -> int:
-    """How many masks are drawn, best first: at least one."""
+    """How many masks to draw, best first: at least one."""
     areas = np.array([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes], np.int64)
     return max(1, int(np.searchsorted(np.cumsum(areas), MAX_MASK_PIXELS, side="right")))
 
@@ -143,7 +143,7 @@ def encode_picture(pixels: UInt8Array, format: Literal["png", "jpeg"]) -> bytes:
 
 
 def colour_of(index: int) -> Colour:
-    """One of 15 RGB colours that differ well and show on dark and on bright pictures; then they begin again."""
+    """One of 15 distinct RGB colours that stand out on dark and bright pictures; they repeat after that."""
     return _PALETTE[index % len(_PALETTE)]
 
 
@@ -161,7 +161,7 @@ def _draw_mask(canvas: UInt8Array, box: Rectangle, mask: Float32Array, colour: C
     """Tint the object and draw its outline, within its box."""
     x1, y1, x2, y2 = box
     inside = np.greater_equal(cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR), 0.5).view(np.uint8)
-    # The box's edge is an outline too, where the object reaches it.
+    # Where the object touches the box's edge, the edge is an outline too.
     square = np.ones((2 * line_width + 1, 2 * line_width + 1), np.uint8)
     core = cv2.erode(inside, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     outline = cv2.subtract(inside, core)
@@ -171,13 +171,13 @@ def _draw_mask(canvas: UInt8Array, box: Rectangle, mask: Float32Array, colour: C
 
 
 def _blend_table(colour: Colour, opacity: float) -> UInt8Array:
-    """(1, 256, 3): what each level of each channel becomes under a colour."""
+    """(1, 256, 3) lookup table: each level of each channel, blended with a colour."""
     levels = np.arange(256)[:, None] * (1 - opacity) + np.array(colour) * opacity
     return np.rint(levels)[None].astype(np.uint8)
 
 
 def _draw_box(canvas: UInt8Array, box: Rectangle, colour: Colour, line_width: int) -> None:
-    """Draw a line along the inner edge of the box, and a shadow inside it, so that it shows on any background."""
+    """Draw a line along the inner edge of the box, with a shadow inside it, so that it is visible on any background."""
     x1, y1, x2, y2 = box
     region = canvas[y1:y2, x1:x2]
     if min(region.shape[:2]) > 2 * line_width:
@@ -209,7 +209,7 @@ def _draw_captions(
     colours: Sequence[Colour],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """Write each caption on its colour, above its box or where else there is room; best first, none over another."""
+    """Write each caption on its colour, above its box or wherever there is room; best first, without overlaps."""
     taken = np.empty((len(boxes), 4), np.int64)
     num_taken = 0
     for box, caption, colour in zip(boxes, captions, colours, strict=True):
@@ -236,7 +236,7 @@ def _write_caption(
 
 
 def _places(box: Rectangle, caption: _Caption, image_size: tuple[int, ...]) -> list[Rectangle]:
-    """Where a caption may stand: above the box, in its top, below it; moved sideways into the picture."""
+    """Places for a caption: above the box, inside its top, or below it; moved sideways to fit the picture."""
     x1, y1, _, y2 = box
     height, width = image_size
     left = max(0, min(x1, width - caption.width))

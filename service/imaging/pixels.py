@@ -1,8 +1,8 @@
-"""Any of Pillow's modes to 8-bit RGB, so that what the model sees is what a viewer shows.
+"""Convert any of Pillow's modes to 8-bit RGB, so that the model sees what a viewer shows.
 
-Pillow's own `convert("RGB")` is right for most modes. Not for these: 16-bit grey (it clips at 255, so pictures turn
-white), 32-bit grey (clipped as well), and transparency (it shows the colours that lie hidden under transparent pixels).
-Colour profiles are ignored, as torchvision and OpenCV do. A picture with alpha 255 throughout keeps its exact values.
+Pillow's own `convert("RGB")` is right for most modes, but not for 16-bit grey (it clips at 255, so pictures turn
+white), 32-bit grey (clipped as well), and transparency (it reveals the colours hidden under transparent pixels). Colour
+profiles are ignored, as in torchvision and OpenCV. A picture with alpha 255 throughout keeps its exact values.
 
 Shapes: H x W the image.
 """
@@ -19,7 +19,7 @@ from service.structures import Intensity, UInt8Array
 
 # A band of this size takes some tens of megabytes to convert, whatever its mode.
 _BAND_PIXELS = 1 << 22
-# 32-bit grey: what is black and what is white the picture itself must say.
+# 32-bit grey: the picture itself determines black and white.
 _WITHOUT_RANGE = ("I", "F")
 _SIXTEEN_BITS = "I;16"  # and its byte orders
 _BACKGROUND = (255, 255, 255)  # what a browser shows through a transparent picture
@@ -28,17 +28,17 @@ _BACKGROUND = (255, 255, 255)  # what a browser shows through a transparent pict
 def rgb_pixels(
     picture: PIL.Image.Image, *, intensity: Intensity = "full", before_band: Callable[[], None] = lambda: None
 ) -> UInt8Array:
-    """Convert a loaded picture of any mode to pixels, in bands, so that no second copy of the whole is made.
+    """Convert a loaded picture of any mode to pixels, in bands, so that the whole is not copied twice.
 
     Args:
-        intensity: what is white in 16-bit grey: the full range's end, or the picture's own largest value.
+        intensity: which value is white in 16-bit grey: the end of the full range, or the picture's own maximum.
         before_band: called before each band of up to 4 megapixels; may raise.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: a mode that has no conversion to RGB.
+        ValueError: the mode has no conversion to RGB.
     """
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     bands = list(_bands(picture))
@@ -68,13 +68,15 @@ def _to_rgb(picture: PIL.Image.Image, value_range: tuple[float, float] | None) -
 
 
 def _from_16_bits(grey: NDArray[np.uint16]) -> UInt8Array:
-    """Scale 0...65535 to 0...255, to the nearest. The full range, so equal values look equal in every picture."""
+    """Scale 0...65535 to 0...255, rounded to nearest. Always the full range, so that equal values look equal in every
+    picture.
+    """
     nearest = (grey.astype(np.uint32) * 255 + 32767) // 65535
     return nearest.astype(np.uint8)
 
 
 def _value_range(picture: PIL.Image.Image, bands: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """The smallest and the largest finite value; infinite, the wrong way round, if there is none."""
+    """The smallest and the largest finite value; (inf, -inf) if there is none."""
     low, high = np.inf, -np.inf
     for top, bottom in bands:
         values = np.asarray(picture.crop((0, top, picture.width, bottom))).astype(np.float32)
@@ -87,7 +89,7 @@ def _value_range(picture: PIL.Image.Image, bands: Sequence[tuple[int, int]]) -> 
 def _stretched(
     grey: NDArray[np.uint16] | NDArray[np.int32] | NDArray[np.float32], low: float, high: float
 ) -> UInt8Array:
-    """Scale `low` to 0 and `high` to 255: 32-bit grey has no nominal range. Values that are not finite become 0."""
+    """Scale `low` to 0 and `high` to 255: 32-bit grey has no nominal range. Non-finite values become 0."""
     values = grey.astype(np.float32)
     if high <= low:
         return np.zeros(values.shape, np.uint8)

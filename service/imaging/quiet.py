@@ -1,5 +1,5 @@
-"""Keep decoders from writing to standard error: libtiff prints a line for every row that it finds damaged, and Pillow
-warns through Python. Both would break JSON logs, and let a caller fill a disk. Lines are counted instead.
+"""Keep decoders from writing to standard error: libtiff prints a line for every damaged row, and Pillow issues Python
+warnings. Both would break JSON logs and let a client fill the disk. The lines are counted instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import PIL
 
 _HANDLERS = ("TIFFSetErrorHandler", "TIFFSetWarningHandler")
-# libtiff gives module, format and a va_list; the arguments stay untouched.
+# libtiff passes module, format and a va_list; the arguments are not touched.
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -36,7 +36,7 @@ _thread = _Thread()
 
 @contextmanager
 def complaints_counted() -> Iterator[Complaints]:
-    """Count what libtiff has to say while this thread decodes. From the first call on it prints nothing, for good."""
+    """Count libtiff's messages while this thread decodes. The first call silences libtiff permanently."""
     silence_decoders()
     _thread.complaints = complaints = Complaints()
     try:
@@ -47,12 +47,12 @@ def complaints_counted() -> Iterator[Complaints]:
 
 @functools.cache
 def silence_decoders() -> bool:
-    """Take the place of libtiff's printing in this process, once, and ignore Pillow's warnings.
+    """Replace libtiff's message handlers in this process, once, and ignore Pillow's warnings.
 
     Returns:
-        Whether the libtiff that Pillow uses was found; it may be linked into Pillow without a name.
+        Whether the libtiff that Pillow uses was found; it may be linked statically into Pillow.
     """
-    # Ignored warnings leave no entry in the registries of modules, which would grow with every new text.
+    # Ignored warnings leave no entry in the modules' registries, which would grow with every new text.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     found = False
     for path in _libtiff_paths():
@@ -67,7 +67,7 @@ def silence_decoders() -> bool:
 
 
 def _libtiff_paths() -> list[Path]:
-    """Wheels bring their own copy beside the package; otherwise it is the system's."""
+    """Wheels ship their own copy beside the package; otherwise it is the system's."""
     package = Path(PIL.__file__).parent
     bundled = [*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")]
     return bundled or [Path("libtiff.so.6"), Path("libtiff.so.5"), Path("libtiff.dylib")]
@@ -78,5 +78,5 @@ def _count(module: int, text: int, arguments: int) -> None:
         _thread.complaints.count += 1
 
 
-# libtiff keeps the address only.
+# libtiff keeps only the address, so this reference keeps the callback alive.
 _COUNTER = _Handler(_count)

@@ -1,5 +1,5 @@
-"""A network in half precision: its weights are cast once, its parts take and give what lies between them, and a number
-that does not fit the format is noticed. Boxes are decoded in float32 as ever.
+"""A network in half precision: its weights are cast once, its parts exchange half-precision tensors, and values that
+overflow the format are detected. Boxes are still decoded in float32.
 
 Shapes: see `service/modeling/parts.py`.
 """
@@ -25,7 +25,7 @@ class PrecisionError(ModelStoreError):
 
 
 class HalfNetwork:
-    """Casts a network's weights in place. Its `parts` are put behind `wrapped`, whichever engine runs them.
+    """Casts a network's weights in place. `wrapped` adapts its `parts`, whichever engine runs them.
 
     Args:
         model: in evaluation mode, folded.
@@ -40,7 +40,7 @@ class HalfNetwork:
         self._dtype = DTYPES[precision]
         self._checks: list[Tensor] = []
         self._twin: GeneralizedRCNN | None = None
-        # Not the transform, which scales pixels in float32.
+        # Not the transform: it scales pixels in float32.
         for module in (model.backbone, model.rpn, model.roi_heads):
             _cast(module, self._dtype)
         too_large = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
@@ -48,7 +48,7 @@ class HalfNetwork:
             raise PrecisionError(f"the weights of {too_large[0]} do not fit {precision}")
 
     def wrapped(self, parts: Parts) -> Parts:
-        """These parts with inputs cast to half precision, and outputs that are checked on the device."""
+        """The parts, with inputs cast to half precision and outputs checked for infinities and NaN on the device."""
         mask_head = parts.mask_head
 
         def run_trunk(batch: Tensor) -> TrunkOutput:
@@ -78,16 +78,16 @@ class HalfNetwork:
         )
 
     def take_check(self) -> Tensor:
-        """() float32 on the device: 1 if all outputs since the last call were finite, else 0. Waits for nothing.
+        """() float32 on the device: 1 if all outputs since the last call were finite, else 0. Does not synchronize.
 
-        A number that overflows on the way becomes infinite or NaN, and so does what is computed of it: the next layers'
-        sums, and in the end an output.
+        A value that overflows inside the network becomes infinite or NaN, and this propagates through the following
+        layers to an output.
         """
         checks, self._checks = self._checks, []
         return torch.stack(checks).all().float()
 
     def in_float32(self) -> GeneralizedRCNN:
-        """The same network in float32, with the weights as they were rounded; made when it is first asked for, kept."""
+        """The same network in float32, with the rounded weights. Created on first use and kept."""
         if self._twin is None:
             parts, self._model.parts = self._model.parts, None
             try:
@@ -101,7 +101,7 @@ class HalfNetwork:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights. Norms that no convolution took up keep theirs: variances need float32's range."""
+    """Cast the weights. Norms that were not folded into a convolution stay in float32: variances need its range."""
     for child in module.modules():
         if isinstance(child, _BatchNorm):
             continue

@@ -43,14 +43,15 @@ def load_predictor(
         device: see `choose_device`.
         precision: `float32`; `tf32`, `float16` or `bfloat16` for convolutions and matrix products; see
             `choose_precision` for `auto`.
-        engine: `eager`, `compiled` or `openvino`; `auto` for the fastest that there is.
-        cache_dir: where an engine keeps what it compiled, for the next start; the user's cache folder if None.
-        searching: whether a network that is given its proposals by the caller finds them itself where it gets none.
+        engine: `eager`, `compiled` or `openvino`; `auto` for the fastest available.
+        cache_dir: where an engine caches compiled code for the next start; the user's cache folder if None.
+        searching: whether a network that normally takes its proposals from the caller finds them itself when it gets
+            none.
 
     Raises:
-        ModelStoreError: the folder, its configuration or its weights are not as they must be, or there is not enough
-            memory for the network, or it computes infinities or NaN.
-        ServiceError: the device or the engine is not there.
+        ModelStoreError: the folder, its configuration or its weights are invalid, there is not enough memory for the
+            network, or it computes infinities or NaN.
+        ServiceError: the device or the engine is not available.
     """
     target = choose_device(device)
     order = _Order(
@@ -61,7 +62,7 @@ def load_predictor(
         cache_dir=cache_dir,
         searching=searching,
     )
-    # Nothing is left to take the place of an engine or a precision that was asked for by name.
+    # There is no fallback for an engine or a precision that was requested by name.
     plan_b = None
     if engine == "auto":
         plan_b = replace(order, engine="eager", precision="float32" if precision == "auto" else order.precision)
@@ -79,7 +80,7 @@ def load_predictor(
     except ServiceError:
         raise
     except Exception as error:
-        # Whatever one model does, it is that model's: the message is for whoever asked for it, the rest for the log.
+        # Any failure here concerns this model only: the caller gets the message, the log gets the rest.
         logger.info("a model cannot be loaded", extra={"fields": {"model": stored.key}}, exc_info=error)
         if target.is_out_of_memory(error):
             raise ModelStoreError(f"{stored.key}: not enough memory for its network") from error
@@ -88,7 +89,7 @@ def load_predictor(
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What to load, and how. `precision` is none that is still to be chosen."""
+    """What to load, and how. `precision` is never `auto`."""
 
     stored: StoredModel
     device: Device
@@ -103,11 +104,11 @@ class _Order:
 
 
 def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
-    """Build, load, and put the engine in place.
+    """Build the network, load the weights, and install the engine.
 
     Args:
         order: what is wanted.
-        plan_b: what to load instead if this turns out to compute something else than it should; None if nothing.
+        plan_b: what to load instead if this network fails its verification; None if that is an error.
     """
     config, device, precision = order.config, order.device, order.precision
     if precision not in device.precisions:
@@ -147,7 +148,8 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
 def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     """The network with its weights, on its device."""
     stored, config, source = order.stored, order.config, str(order.stored.path)
-    # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
+    # First on the meta device, which uses no memory: mismatched weights are rejected before a possibly huge network is
+    # allocated.
     with torch.device("meta"):
         check_fits(build_model(config), check_safetensors(stored.weights_path), source=source)
     model = build_model(config)
@@ -162,7 +164,7 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
 def describe(
     config: ModelConfig, *, name: str, version: int, precision: str, device: str, engine: str = "eager"
 ) -> ModelInfo:
-    """What callers may know of a network of this configuration."""
+    """The public description of a network with this configuration."""
     return ModelInfo(
         name=name,
         version=version,
@@ -182,8 +184,8 @@ def describe(
 
 
 def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
-    """The RoI operators that may take the place of the configured one in both branches: those that give a patch of the
-    same size, with the configured number of points.
+    """The RoI operators that can replace the configured one in both branches: those that return a patch of the same
+    size with the configured number of sampling points.
     """
     patch_ops: tuple[str, ...] = get_args(PatchOp)
     if config.roi.op not in patch_ops:
@@ -193,11 +195,11 @@ def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
 
 
 def choose_precision(precision: str, *, engine: str, device: Device) -> str:
-    """What `auto` means: the device's half precision if it multiplies faster in it; float32 by `eager`.
+    """Resolve `auto`: the device's half precision if that is faster; always float32 with `eager`.
 
     Args:
-        precision: as a setting has it.
-        engine: as a setting has it.
+        precision: as configured.
+        engine: as configured.
         device: where the network is.
     """
     if precision != "auto":

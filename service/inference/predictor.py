@@ -1,5 +1,5 @@
-"""`Predictor`: one network on one device, called with decoded images and answering in their own pixels. One call at a
-time. Knows nothing of HTTP, queues or files.
+"""`Predictor`: one network on one device. It takes decoded images and returns detections in their pixels. Not
+thread-safe: one call at a time. Knows nothing of HTTP, queues or files.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Predictor:
 
     Args:
         model: the network with its weights, on `device`.
-        info: what callers may know of it, with its default thresholds.
+        info: its public description, with the default thresholds.
         device: where the network is.
-        half: what cast the network to half precision; None if it is in float32.
-        reference: what its answers are held to as it warms up; None if nothing.
-        find_problem: called when it has warmed up: why its engine does not do what its name says; None if it does.
-        plan_b: loads what takes its place if it does not pass; None if that is an error.
+        half: casts the network to half precision; None if it is in float32.
+        reference: the network's outputs are compared with this during warm-up; None to skip that.
+        find_problem: called after warm-up; returns why the engine is not doing what its name says, or None if it is.
+        plan_b: loads the replacement if this predictor fails its checks; None if failing is an error.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Predictor:
         return self._model.transform.padded_size(image_size)
 
     def warm_up(self) -> None:
-        """Run pictures through every part, so that the first request does not pay for first-time work, and hold what
-        they give to the reference.
+        """Run pictures through every part, so that the first request does not pay for one-time work, and compare the
+        outputs with the reference.
 
-        The engine `compiled` compiles nothing after that: in a batch it could take minutes, and pass for a device that
-        hangs.
+        After this the engine `compiled` compiles nothing more: compiling during a batch could take minutes and look
+        like a hung device.
 
         Raises:
-            ModelStoreError: the network computes something else than it should, and nothing can take its place.
-            InferenceError: it fails.
+            ModelStoreError: the network fails its checks, and there is no replacement.
+            InferenceError: running the network failed.
         """
         try:
             self._run_warm_up_pictures()
@@ -96,17 +96,17 @@ class Predictor:
             self.info = replace(self.info, verification=verification)
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
-        """Detect objects in a batch of images, each by its own options.
+        """Detect objects in a batch of images, each with its own options.
 
         Args:
-            queries: at least one image, all with the same `roi_op`; for answers that do not depend on batch mates,
-                all of one `group_key`.
+            queries: at least one image, all with the same `roi_op`; results are independent of the rest of the batch
+                only if all share one `group_key`.
 
         Returns:
             One prediction for each query, in order.
 
         Raises:
-            InferenceError: the network failed; OutOfMemoryError if for lack of memory.
+            InferenceError: the network failed; OutOfMemoryError if it ran out of memory.
             ValueError: their `roi_op` differ.
         """
         images = [query.image for query in queries]
@@ -125,11 +125,11 @@ class Predictor:
             raise InferenceError(f"{self.info.key} failed on a batch of {len(images)} ({sizes}): {error}") from error
 
     def release_memory(self) -> None:
-        """Free what the device holds in reserve, after a lack of memory."""
+        """Free memory that the device holds in reserve; for use after running out of memory."""
         self._device.release_memory()
 
     def _run_warm_up_pictures(self) -> None:
-        # No square: code compiled for it would fit squares only.
+        # Not square: code compiled for a square image would fit only squares.
         picture = Image(fixed_pictures()[0])
         proposals = ((0.0, 0.0, 100.0, 100.0),) if self.info.needs_proposals else None
         query = Query(picture, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
@@ -139,7 +139,7 @@ class Predictor:
             self._may_compile = False
 
     def _verify(self) -> str | None:
-        """Hold the network to its reference; what is wrong if it does not pass."""
+        """Compare the network with its reference. Returns what is wrong, or None if it passes."""
         if self._reference is None:
             return None
         info = self.info
@@ -157,7 +157,7 @@ class Predictor:
         return f"engine {info.engine!r} in {info.precision} differs from eager in float32: {verification}"
 
     def _become(self, other: Predictor) -> None:
-        """Take over what another one has; this one's network is forgotten."""
+        """Take over another predictor's state; the current network is dropped."""
         vars(self).update(vars(other))
 
     def _predict(self, queries: Sequence[Query]) -> list[Prediction]:
@@ -200,7 +200,7 @@ class Predictor:
     def _proposals(self, options: DetectOptions) -> Tensor | None:
         if options.proposals is None:
             return None
-        # In float64, which holds every number of JSON, until they are clipped.
+        # In float64, which holds every JSON number, until they are clipped.
         return torch.tensor(options.proposals, dtype=torch.float64).reshape(-1, 4)
 
     def _compiling_nothing(self) -> AbstractContextManager[object]:
@@ -214,14 +214,14 @@ class Predictor:
 
 
 def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) -> tuple[list[Detections], bool]:
-    """All answers of a batch in one copy, for on CUDA each one waits for the device.
+    """Copy all results of a batch to the host at once: on CUDA every copy waits for the device.
 
     Args:
-        found: in each image.
-        is_finite: () float32, 0 if the network computed infinities or NaN, which comes along in the same copy.
+        found: the detections in each image.
+        is_finite: () float32, 0 if the network computed infinities or NaN; it travels in the same copy.
 
     Returns:
-        The answers, and whether there were any such numbers.
+        The detections, and whether the network computed infinities or NaN.
     """
     # float32 holds the labels exactly: there are far fewer than 2^24.
     columns = [

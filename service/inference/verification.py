@@ -1,10 +1,11 @@
-"""Whether a network computes what it should on this device, by this engine, in this precision: its answers for two
-fixed pictures are held to the plain network's, `eager` in float32 by PyTorch's own operators on the same device.
+"""Check that a network computes what it should on this device, with this engine and precision: its outputs for two
+fixed pictures are compared with those of the plain network, `eager` in float32 with PyTorch's own operators on the same
+device.
 
-Detections themselves are no measure: rounding decides which of two boxes that overlap is suppressed. So both are given
-the same anchors and proposals, and the scores, boxes and masks that they make of each are compared one by one.
+Final detections can't be compared, because rounding decides which of two overlapping boxes is suppressed. Instead both
+networks get the same anchors and proposals, and their scores, boxes and masks are compared one by one.
 
-Shapes: see `service/modeling/parts.py`; T anchors or boxes that are looked at in an image.
+Shapes: see `service/modeling/parts.py`; T anchors or boxes compared in an image.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from service.modeling.parts import Parts
 
 SIZE = (256, 352)
-"""(height, width) of the pictures, which the network gets as they are: a tenth of the pixels that it mostly gets."""
+"""(height, width) of the pictures, which are not resized: a tenth of the pixels of a usual input."""
 
 _PROPOSALS_PER_IMAGE = 100
 _MASKS_PER_IMAGE = 20
@@ -40,11 +41,11 @@ TOLERANCES = {
     "float16": {"boxes": 1.0, "scores": 0.03, "masks": 0.03},
     "bfloat16": {"boxes": 8.0, "scores": 0.2, "masks": 0.2},
 }
-"""Largest differences allowed: of boxes in pixels of the pictures, of the others as probabilities."""
+"""Largest differences allowed: boxes in pixels of the pictures, scores and masks as probabilities."""
 
 
 def fixed_pictures() -> Sequence[UInt8Array]:
-    """Two (H, W, 3) pictures, the same always: ramps of colour, discs and rectangles, and some noise."""
+    """Two (H, W, 3) pictures, always the same: colour gradients, discs and rectangles, and some noise."""
     height, width = SIZE
     ys, xs = np.mgrid[0:height, 0:width]
     pictures = []
@@ -64,13 +65,13 @@ def fixed_pictures() -> Sequence[UInt8Array]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Given:
-    """What both networks are asked about, in pixels of the pictures.
+    """The inputs that both networks are compared on, in pixels of the pictures.
 
     Attributes:
         anchors: (N, T) indices of anchors; None without an RPN.
-        proposals: (L, 4) of each image.
-        classes: (R,) the class whose box is looked at.
-        masks: boxes whose masks are looked at; None without masks.
+        proposals: (L, 4) for each image.
+        classes: (R,) the class whose box is compared.
+        masks: boxes whose masks are compared; None without masks.
     """
 
     anchors: Tensor | None
@@ -100,10 +101,10 @@ class _GivenMasks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Answers:
-    """Float32: probabilities, and boxes in pixels of the pictures; those of the anchors come first.
+    """Outputs in float32: probabilities, and boxes in pixels of the pictures; those of the anchors come first.
 
     Attributes:
-        is_finite: whether all outputs of the parts were, and the boxes.
+        is_finite: whether all outputs of the parts and all boxes are finite.
     """
 
     scores: Sequence[Tensor]
@@ -113,15 +114,15 @@ class _Answers:
 
 
 class Reference:
-    """The plain network's answers, from before an engine gets it.
+    """The plain network's outputs, computed before an engine replaces its parts.
 
     Args:
-        model: loaded, in evaluation mode, in float32, on its device, and no longer to be trained.
-        config: of the model.
+        model: loaded, in evaluation mode, in float32, on its device. It can no longer be trained afterwards.
+        config: the model's.
         device: where it is.
 
     Raises:
-        ModelStoreError: what it computes of ordinary pictures is not finite.
+        ModelStoreError: its outputs for ordinary pictures are not finite.
     """
 
     def __init__(self, model: GeneralizedRCNN, *, config: ModelConfig, device: Device) -> None:
@@ -140,7 +141,7 @@ class Reference:
         self._seconds = time.perf_counter() - started
 
     def hold(self, model: GeneralizedRCNN, *, engine: str, precision: str) -> Verification:
-        """Compare the network as it is run now, on both pictures together and on the first one alone.
+        """Compare the network as it runs now with the reference, on both pictures together and on the first one alone.
 
         Args:
             model: the same network, run by an engine.
@@ -170,7 +171,9 @@ class Reference:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, as `VerifiedValue` has it. The rows of fewer images are the first ones."""
+    """The largest difference, as in `VerifiedValue`. If `ours` covers fewer images, its rows match the first rows of
+    `theirs`.
+    """
     ours, theirs = ours.float(), theirs[: len(ours)].float()
     if not ours.isfinite().all():
         return NOT_FINITE
@@ -178,7 +181,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _choose(model: GeneralizedRCNN, batch: Tensor) -> _Given:
-    """The best anchors and proposals by the plain network, or a grid of boxes where it proposes none."""
+    """The plain network's best anchors and proposals, or a grid of boxes if it has no RPN."""
     parts = model.own_parts()
     sizes = [(batch.shape[-2], batch.shape[-1])] * len(batch)
     anchors = None
@@ -209,7 +212,7 @@ def _choose(model: GeneralizedRCNN, batch: Tensor) -> _Given:
 
 
 def _ask(model: GeneralizedRCNN, parts: Parts, batch: Tensor, given: _Given) -> _Answers:
-    """What a network makes of the given anchors, proposals and boxes."""
+    """A network's outputs for the given anchors, proposals and boxes."""
     height, width = batch.shape[-2], batch.shape[-1]
     sizes = [(height, width)] * len(batch)
     scores, boxes, masks = [], [], []
@@ -255,7 +258,7 @@ def _clipped(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _grid(batch: Tensor) -> Tensor:
-    """(8, 4) boxes of two sizes in the corners of a picture: few, for R-CNN runs its whole network on each."""
+    """(8, 4) boxes of two sizes in the corners of a picture. Few, because R-CNN runs its whole network on each."""
     height, width = batch.shape[-2], batch.shape[-1]
     boxes = [
         [x, y, x + side, y + side] for side in (48.0, 120.0) for y in (0.0, height - side) for x in (0.0, width - side)

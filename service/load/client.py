@@ -1,6 +1,5 @@
-"""A lean HTTP/1.1 client: whole requests out, whole answers in, over connections that are kept alive. A general client
-would take more of the processor than a fast server does. Knows no redirects, no compression and no proxies; never sends
-a request twice.
+"""A lean HTTP/1.1 client: whole requests out, whole answers in, over keep-alive connections. A general-purpose client
+would use more CPU than a fast server. No redirects, compression or proxies; a request is never sent twice.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class NoAnswerError(Exception):
     """A request got no answer.
 
     Attributes:
-        reason: `refused` (no connection), `closed` (the server hung up before the answer was whole), `timeout`, or
-            `garbled` (it was not HTTP).
+        reason: `refused` (no connection), `closed` (the server closed the connection before the answer was complete),
+            `timeout`, or `garbled` (the answer was not HTTP).
     """
 
     def __init__(self, reason: str) -> None:
@@ -33,7 +32,7 @@ class NoAnswerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer; the names of its headers are in lower case."""
+    """A whole answer; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -42,12 +41,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where requests go, taken apart once.
+    """A parsed server URL.
 
     Attributes:
         address: host and port to connect to.
-        host: as the Host header says it.
-        is_secure: whether TLS is spoken.
+        host: value of the Host header.
+        is_secure: whether to use TLS.
     """
 
     address: tuple[str, int]
@@ -80,7 +79,7 @@ class Target:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
     ) -> bytes:
-        """A whole request as it goes over the wire."""
+        """A whole request as sent over the wire."""
         target = f"{path}?{urlencode(query)}" if query else path
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.host}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
@@ -88,11 +87,12 @@ class Target:
 
 
 class Client:
-    """Sends requests to one server, each over a connection of its own while it is under way.
+    """Sends requests to one server. A connection carries one request at a time.
 
     Args:
         timeout_seconds: how long to wait for one answer, connecting included.
-        max_connections: how many may be open; further requests wait for one, and their clocks run.
+        max_connections: maximum number of open connections; further requests wait for one, and the waiting counts
+            towards their time.
     """
 
     def __init__(self, target: Target, *, timeout_seconds: float = 60.0, max_connections: int = 1024) -> None:
@@ -115,7 +115,7 @@ class Client:
         """Send a request and wait for its answer.
 
         Raises:
-            NoAnswerError: there was none.
+            NoAnswerError: there was no complete answer.
         """
         async with self._places:
             try:
@@ -128,7 +128,7 @@ class Client:
     async def _exchange(self, connection: _Connection, request: bytes) -> Reply:
         try:
             reply = await connection.exchange(request)
-        except BaseException:  # also when the caller gave up: a late answer would be taken for that of the next request
+        except BaseException:  # also when the caller gave up: a late answer would be taken for the next request's
             connection.close()
             raise
         if connection.is_usable:
@@ -153,7 +153,7 @@ class Client:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection with one request under way at most. The methods `on_…` are called by the parser."""
+    """One connection with at most one request in flight. The methods `on_…` are called by the parser."""
 
     def __init__(self) -> None:
         self.is_usable = False
@@ -180,7 +180,7 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:  # nothing was asked
+        if self._answer is None:  # no request is in flight
             self.close()
             return
         try:

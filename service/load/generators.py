@@ -1,8 +1,7 @@
-"""When requests are sent. A closed loop sends the next request when an answer has come, as patient callers do; an open
-loop sends at a rate of its own (Poisson arrivals), as the public does, however slow the answers are. Both measure from
-the intended start, so that a server that stalls is also charged with the requests that could not be sent meanwhile.
-
-Times are in seconds of the event loop's clock.
+"""When requests are sent. A closed loop sends the next request when an answer arrives, like patient callers; an open
+loop sends at a given rate (Poisson arrivals) however slow the answers are, like the public. Both measure from the
+intended start, so that a stalled server is also charged for requests that could not be sent meanwhile. Times are in
+seconds of the event loop's clock.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Send = Callable[[], Awaitable[int]]
 
 
 async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: float) -> None:
-    """Keep `concurrency` requests under way for `seconds`, then wait for the last answers."""
+    """Keep `concurrency` requests in flight for `seconds`, then wait for the last answers."""
     now = asyncio.get_running_loop().time
     begin = now()
 
@@ -33,11 +32,11 @@ async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: 
 
 
 async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, seed: int = 0) -> None:
-    """Send `rate` requests a second on average, independently of each other, then wait for the last answers.
+    """Send `rate` requests per second on average, independently of each other, then wait for the last answers.
 
     Args:
-        rate: requests a second.
-        seed: the same one gives the same times.
+        rate: requests per second.
+        seed: the same seed gives the same times.
     """
     now = asyncio.get_running_loop().time
     gaps = random.Random(seed)
@@ -52,7 +51,7 @@ async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, 
 
 
 async def send_one(send: Send, record: Record, *, begin: float, intended: float) -> None:
-    """Send the next request and record what came of it.
+    """Send the next request and record its outcome.
 
     Args:
         begin: when the load began.

@@ -1,7 +1,5 @@
-"""Where a server bends: the highest rate at which answers still come as fast as at rest, and the settings that follow
-from it. Knows figures only: its caller sends the load.
-
-Rates are in requests a second.
+"""Find the knee of a server's latency curve: the highest rate that it sustains without slowing down markedly, and the
+settings that follow from it. Works on figures only; the caller sends the load. Rates are in requests per second.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 
 from service.load.summary import Summary
 
-# Queueing makes the tail grow as 1 / (1 - load): three times what it is at rest is about two thirds of the way up.
+# Queueing makes the tail grow as 1 / (1 - load): three times the latency at rest means about two thirds of full load.
 BENT_LATENCY = 3.0
 BENT_ERROR_RATE = 0.01
 
@@ -20,22 +18,22 @@ _GROWTH = 1.4
 _REFINEMENTS = 2
 _MOST_STEPS = 40
 
-# More at once is not worth the wait when fewer bring this part of the best throughput.
+# A higher concurrency is not worth the wait if a lower one reaches this share of the best throughput.
 _WORTHWHILE = 0.95
-# How long a queue may make a caller wait unless it is given: so many times the p99 at rest.
+# Default for the longest wait in the queue, as a multiple of the p99 at rest.
 _WAIT = 10.0
 _TIMEOUT_RESERVE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Knee:
-    """Where a server bends.
+    """A server's knee.
 
     Attributes:
-        rate: the highest rate of answers among the loads that were sustained, 0.0 if none was. Not the intended rate:
-            arrivals are random, and a short load may have far fewer.
+        rate: the highest measured rate of answers among the sustained loads, 0.0 if none was sustained. Not the
+            intended rate: arrivals are random, and a short load may have far fewer.
         bent_at: the lowest intended rate that was not sustained; None if all were.
-        reason: what happened there, in words.
+        reason: what happened at that rate, in words.
     """
 
     rate: float
@@ -45,7 +43,7 @@ class Knee:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """Settings of the server that fit what was measured, by their names."""
+    """Server settings that fit the measurements, by name."""
 
     max_batch_size: int
     max_queue_size: int
@@ -53,11 +51,11 @@ class Suggestion:
 
 
 async def find_knee(measure: Callable[[float], Awaitable[Summary]], *, first_rate: float) -> Knee:
-    """Raise the rate until the server bends, then close in on the rate at which it does.
+    """Raise the rate until the server saturates, then narrow down the rate at which it does.
 
     Args:
-        measure: sends an open-loop load of a rate and returns its figures.
-        first_rate: one at which requests hardly meet; what it measures is what the others are compared with.
+        measure: sends an open-loop load at a rate and returns its figures.
+        first_rate: low enough that requests hardly overlap; the other rates are compared with it.
     """
     rest = await measure(first_rate)
     if reason := bend(rest, rest):
@@ -82,11 +80,11 @@ async def find_knee(measure: Callable[[float], Awaitable[Summary]], *, first_rat
 
 
 def bend(summary: Summary, rest: Summary) -> str | None:
-    """Why this is more than the server sustains, or None. A server that cannot keep up shows it in its p99, since its
-    answers come later and later as long as the load lasts.
+    """Why the server does not sustain this load, or None if it does. A server that cannot keep up shows it in its p99,
+    because its answers come later and later while the load lasts.
 
     Args:
-        rest: the figures at a rate at which requests hardly meet.
+        rest: the figures at a rate low enough that requests hardly overlap.
     """
     if not summary.latency_ms:
         return "no request was answered"
@@ -102,16 +100,16 @@ def bend(summary: Summary, rest: Summary) -> str | None:
 def suggest(closed: Mapping[int, Summary], knee: Knee, *, max_p99_ms: float | None = None) -> Suggestion:
     """Settings for the server.
 
-    * `max_batch_size`: the least number of callers at once that brings nearly the best throughput of all closed loops;
-      a larger batch makes each of its members wait for the others and brings nothing.
-    * `max_queue_size`: Little's law, rate x wait: so many that the last one admitted is still answered within
+    * `max_batch_size`: the lowest concurrency that reaches nearly the best throughput of all closed loops; larger
+      batches make requests wait for each other without any gain.
+    * `max_queue_size`: Little's law, rate x wait: the last request admitted is still answered within
       `max_p99_ms` (unset: ten times the p99 at rest).
-    * `request_timeout_ms`: twice what the last request admitted waits, in whole seconds.
+    * `request_timeout_ms`: twice the wait of the last request admitted, in whole seconds.
 
     Args:
         closed: the closed loops by concurrency; needs concurrency 1, with answers.
     """
-    # Only closed loops tell what a batch of some size brings; the open ones may count for the rate.
+    # Only closed loops show the benefit of a batch size; open loops may count for the rate.
     best_of_closed = max(summary.throughput_per_second for summary in closed.values())
     max_batch_size = min(n for n, one in closed.items() if one.throughput_per_second >= _WORTHWHILE * best_of_closed)
     best_rate = max(best_of_closed, knee.rate)

@@ -1,5 +1,5 @@
-"""What is sent: the pictures of a folder as they are on disk, in an order that a seed repeats. Decodes nothing, since
-whether the bytes are a picture is for the server to say.
+"""The pictures to send: files of a folder as they are on disk, in an order determined by a seed. Nothing is decoded:
+the server decides whether the bytes are a picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTENT_TYPES = {
     ".tiff": "image/tiff",
     ".webp": "image/webp",
 }
-"""What is taken from a folder, by its suffix in lower case, and what it is called over HTTP."""
+"""The file suffixes that are read, in lower case, and their HTTP content types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def read_pictures(folder: Path) -> list[Picture]:
     """All pictures below a folder, by name.
 
     Raises:
-        InvalidRequestError: there is no such folder, or there are none.
+        InvalidRequestError: there is no such folder, or it has no pictures.
     """
     if not folder.is_dir():
         raise InvalidRequestError(f"expected a folder of pictures, got {folder}")
@@ -53,7 +53,7 @@ def read_pictures(folder: Path) -> list[Picture]:
 
 
 def endless(items: Sequence[T], *, seed: int) -> Iterator[T]:
-    """All items in random order, then all of them in another one, for ever; a seed gives the same order each time."""
+    """All items in random order, then all in another random order, forever. The same seed gives the same order."""
     order = random.Random(seed)
     while True:
         yield from order.sample(items, len(items))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
-# What counts as an answer that was wanted.
+# The outcome that counts as a success.
 OK = "200"
 
 
@@ -20,8 +20,8 @@ class Sample:
 
     Attributes:
         intended_at: when it should have been sent.
-        sent_at: when it was, later where the client or its connections could not keep up.
-        finished_at: when its answer was complete, or was given up.
+        sent_at: when it was sent: later if the client or its connections could not keep up.
+        finished_at: when its answer was complete, or the client gave up.
         outcome: the status of the answer as text, or why there was none: `refused, closed, timeout, garbled`.
     """
 
@@ -32,16 +32,16 @@ class Sample:
 
     @property
     def latency_seconds(self) -> float:
-        """From the intended start: a caller whose request is sent late waits all the same."""
+        """Latency from the intended start: a caller also waits while the request has not been sent."""
         return self.finished_at - self.intended_at
 
 
 @dataclass(slots=True)
 class Record:
-    """What has happened so far; grows while the load runs, and stays if the load is interrupted.
+    """The results so far. Grows while the load runs, and is kept if the load is interrupted.
 
     Attributes:
-        in_flight: requests that were sent and not answered yet.
+        in_flight: requests sent but not answered yet.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -54,12 +54,12 @@ class Summary:
 
     Attributes:
         seconds: from the first intended start to the last answer.
-        requests: how many were answered or given up.
+        requests: how many were answered or abandoned.
         outcomes: how many by outcome, see `Sample`.
-        throughput_per_second: wanted answers (200) a second.
-        error_rate: part of the requests with another outcome, 0 to 1.
-        latency_ms: of the wanted answers, from their intended starts, by the names of `PERCENTILES`; empty if none.
-        lateness_ms: the 99th percentile of how late requests were sent; far from 0, the client was the bottleneck.
+        throughput_per_second: successful answers (200) per second.
+        error_rate: share of requests with another outcome, 0 to 1.
+        latency_ms: of the successful answers, from their intended starts, by the names of `PERCENTILES`; empty if none.
+        lateness_ms: the 99th percentile of how late requests were sent; if far from 0, the client was the bottleneck.
     """
 
     seconds: float
@@ -72,7 +72,7 @@ class Summary:
 
 
 def summarise(samples: Sequence[Sample], *, since: float = 0.0) -> Summary:
-    """The figures of all samples whose intended start is not before `since`."""
+    """The figures of all samples whose intended start is at or after `since`."""
     counted = [sample for sample in samples if sample.intended_at >= since]
     wanted = [sample for sample in counted if sample.outcome == OK]
     first = min((sample.intended_at for sample in counted), default=0.0)
@@ -91,6 +91,6 @@ def summarise(samples: Sequence[Sample], *, since: float = 0.0) -> Summary:
 
 
 def percentile(rising: Sequence[float], part: float) -> float:
-    """The smallest of some sorted numbers that at least this part of them (0 to 1) does not exceed."""
+    """The smallest of the sorted numbers such that at least this share (0 to 1) of them is no larger."""
     rank = -int(-part * len(rising) // 1)  # rounded up
     return rising[max(rank, 1) - 1]

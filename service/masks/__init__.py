@@ -1,4 +1,4 @@
-"""Small mask and box to RLE, polygons or PNG, without drawing the mask at the size of the image."""
+"""Encode a small mask and its box as RLE, polygons or PNG, without rendering the mask at image size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.masks.rle import encode_rle
 
 
 def warm_up() -> None:
-    """Compile every encoder's loops, or load them from numba's cache, before the first request waits for it."""
+    """Compile every encoder's loops, or load them from numba's cache, so that the first request need not wait."""
     masks, boxes = np.ones((1, 2, 2), np.float32), np.array([[0, 0, 2, 2]], np.float32)
     for encode in (encode_rle, encode_polygons, encode_crops):
         encode(masks, boxes, (2, 2))

@@ -1,6 +1,6 @@
-"""Small masks and their boxes to the runs of mask pixels in each image column. Called by the encoders beside it.
-The pixels are those of torchvision's `paste_masks_in_image(masks, boxes, image_size, padding=1) >= threshold`, but only
-columns that a box covers are visited, and in them only pixels near the mask's outline.
+"""Convert small masks and their boxes to runs of mask pixels in each image column. The pixels are those of
+torchvision's `paste_masks_in_image(masks, boxes, image_size, padding=1) >= threshold`, but only columns covered by a
+box are visited, and within them only pixels near the mask's outline.
 
 Shapes: D objects of one image, M x M the mask head's output size. A run is [start, end) in rows of one column.
 """
@@ -17,7 +17,7 @@ from service.structures import Float32Array, Int64Array
 
 Int32Array = NDArray[np.int32]
 
-# Far above the rounding of a weighted mean of two probabilities, far below what moves a pixel.
+# Far above the rounding error of a weighted mean of two probabilities, far below what changes a pixel.
 _ROUNDING = np.float32(1e-5)
 
 
@@ -28,8 +28,8 @@ class ColumnRuns:
     Attributes:
         image_size: (height, width).
         first_x: (D,) image column of each object's first column.
-        first_column: (D + 1,) object d has the columns `first_column[d]` to `first_column[d + 1]`.
-        first_y: (columns + 1,) column k has the bounds `ys[first_y[k]:first_y[k + 1]]`.
+        first_column: (D + 1,) object d owns columns `first_column[d]` to `first_column[d + 1]`.
+        first_y: (columns + 1,) column k owns the bounds `ys[first_y[k]:first_y[k + 1]]`.
         ys: start, end, start, end, … of the runs, rising within a column, in rows of the image.
     """
 
@@ -43,7 +43,7 @@ class ColumnRuns:
         return len(self.first_x)
 
     def of(self, index: int) -> tuple[Int64Array, Int32Array]:
-        """One object's part: where each of its columns begins in its bounds, and the bounds."""
+        """One object's share: where each of its columns begins in its bounds, and the bounds."""
         columns = self.first_y[self.first_column[index] : self.first_column[index + 1] + 1]
         return columns - columns[0], self.ys[columns[0] : columns[-1]]
 
@@ -57,17 +57,17 @@ def find_runs(
         masks: (D, M, M) float32 probabilities.
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width) of the image.
-        threshold: 0 to 1, not 0: pixels outside the box would count.
+        threshold: above 0, at most 1; at 0, pixels outside the box would count.
 
     Raises:
-        ValueError: shapes other than those, or a box that is not finite.
+        ValueError: other shapes, or a box that is not finite.
     """
     if masks.ndim != 3 or masks.shape[1] != masks.shape[2] or boxes.shape != (len(masks), 4):
         raise ValueError(f"expected masks (D, M, M) and boxes (D, 4), got {masks.shape} and {boxes.shape}")
     if not np.isfinite(boxes).all():
         raise ValueError("expected finite boxes")
     height, width = image_size
-    # [object, column, row]: the kernel mixes whole columns. One pixel of zeros around, as torchvision pads.
+    # [object, column, row]: the kernel interpolates whole columns. Padded with one pixel of zeros, like torchvision.
     padded = np.ascontiguousarray(np.pad(masks.transpose(0, 2, 1), ((0, 0), (1, 1), (1, 1))), np.float32)
     pasted = _expand_boxes(boxes.astype(np.float32), masks.shape[1])
     columns = np.clip(pasted[:, 2] + 1, 0, width) - np.clip(pasted[:, 0], 0, width)
@@ -77,7 +77,8 @@ def find_runs(
 
 
 def _expand_boxes(boxes: Float32Array, mask_size: int) -> Int64Array:
-    # torchvision's expand_boxes for the padded mask, and its truncation towards zero; last row and column included.
+    # torchvision's expand_boxes for the padded mask, and its truncation towards zero; the last row and column are
+    # inclusive.
     centers = (boxes[:, 2:] + boxes[:, :2]) * np.float32(0.5)
     halves = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.float32((mask_size + 2) / mask_size)
     return np.concatenate([centers - halves, centers + halves], axis=1).astype(np.int64)
@@ -116,9 +117,9 @@ def _find_runs(
 
 @compiled()
 def _source_cells(first: int, last: int, limit: int, size: int) -> tuple[Int64Array, Float32Array]:
-    """For the pixels of [first, last] inside [0, limit): the mask pixel before each, and the next one's weight.
+    """For the pixels of [first, last] inside [0, limit): the mask pixel before each, and the weight of the next one.
 
-    Bilinear interpolation with `align_corners=False`, rounding as torch does.
+    Bilinear interpolation with `align_corners=False`, rounded like torch.
     """
     begin = max(first, 0)
     length = max(min(last + 1, limit) - begin, 0)
@@ -144,7 +145,8 @@ def _append_runs(
 ) -> int:
     """Append one column's run bounds to `ys`; `values` are its probabilities at the mask's rows.
 
-    Between two mask rows the probability is a line, so where both ends are clearly on one side all pixels between are.
+    Between two mask rows the probability is linear, so if both ends are clearly on one side of the threshold, all
+    pixels between are too.
     """
     inside = False
     for row in range(len(values)):
@@ -177,5 +179,5 @@ def _mix(near: np.float32, far: np.float32, weight: np.float32) -> np.float32:
 
 @compiled()
 def _fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
-    """`a * b + c`, rounded once: so torch's compiler writes it, and on hard edges the last bit decides."""
+    """`a * b + c`, rounded once, as torch's compiler emits it: on hard edges the last bit decides."""
     return np.float32(np.float64(a) * np.float64(b) + np.float64(c))

@@ -1,8 +1,8 @@
-"""PNG files of binary pictures that are mostly empty, at a cost that follows the outline and not the area.
+"""PNG files of binary pictures that are mostly empty, at a cost proportional to the outline, not the area.
 
-PNG's filter "up" stores each row as its difference from the row above, so a mask is all zeros but for the few bytes in
-which its outline runs. This file writes the deflate stream of such rows directly: a run of zeros is a handful of
-symbols however long it is, and its share of the checksum is one multiplication. zlib would look at every byte.
+PNG's filter "up" stores each row as its difference from the row above, so a mask is all zeros except for the few bytes
+that its outline crosses. This module writes the deflate stream of such rows directly: a run of zeros takes a handful of
+symbols however long it is, and one multiplication for its share of the checksum. zlib would read every byte.
 
 Deflate is RFC 1951, zlib RFC 1950, PNG ISO/IEC 15948.
 """
@@ -24,26 +24,27 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ADLER_MODULUS = 65521
 _END_OF_BLOCK = 256
 _LONGEST_MATCH = 258
-# How many extra bits follow each length symbol (257 to 285), and the length that each begins at.
+# The number of extra bits after each length symbol (257 to 285), and the length at which each begins.
 _EXTRA_BITS = np.array([0] * 8 + [n for n in range(1, 6) for _ in range(4)] + [0])
 _FIRST_LENGTHS = np.array([*(3 + np.concatenate([[0], (1 << _EXTRA_BITS[:-2]).cumsum()])), _LONGEST_MATCH])
-# The order in which a block's header has the code lengths of its code lengths.
+# The order in which a block's header lists the code lengths of its code lengths.
 _HEADER_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
 
 
 def _code_lengths() -> list[int]:
-    """The bits of each literal and length symbol. One Huffman code serves all masks, so none has to be computed.
+    """The number of bits of each literal and length symbol. One fixed Huffman code serves all masks, so none has to be
+    computed.
 
-    A match of 258 zeros has one bit. A row takes a 2 (its filter), a 0 and the rest of its zeros as a match, and 255
-    and 1 where the outline crosses whole bytes. Literals in the middle, the least likely differences of packed pixels,
-    have the most bits. Long stretches of one number keep the header short.
+    A match of 258 zeros takes one bit. A row consists of a 2 (its filter), a 0 and the rest of its zeros as a match,
+    and 255 and 1 where the outline crosses whole bytes. Literals in the middle, the least likely differences of packed
+    pixels, take the most bits. Long stretches of equal lengths keep the header short.
     """
     literals = [3, 5, 4] + [11] * 97 + [12] * 58 + [11] * 97 + [4]
     return [*literals, 11, *([8] * 28), 1]
 
 
 def _canonical_codes(lengths: Sequence[int]) -> list[int]:
-    """Each symbol's code, its bits in the order in which deflate writes them: the first is the lowest."""
+    """Each symbol's code, with its bits in the order in which deflate writes them: the first is the lowest."""
     codes = [0] * len(lengths)
     code = bits = 0
     for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length > 0):
@@ -55,8 +56,10 @@ def _canonical_codes(lengths: Sequence[int]) -> list[int]:
 
 
 def _block_header(lengths: Sequence[int]) -> tuple[UInt8Array, int]:
-    """The header of deflate's one block with this code and a single distance, 1; its bytes and how many bits count."""
-    # A number and then repetitions of it, 3 to 6 at a time.
+    """The header of the only deflate block, with this code and a single distance, 1: its bytes, and the number of valid
+    bits.
+    """
+    # A length, then repetitions of it, 3 to 6 at a time.
     symbols: list[tuple[int, int, int]] = []  # symbol, extra value, extra bits
     for length, same in groupby([*lengths, 1]):
         count = len(list(same)) - 1
@@ -71,7 +74,7 @@ def _block_header(lengths: Sequence[int]) -> tuple[UInt8Array, int]:
         meta_lengths[symbol] = bits
     codes = _canonical_codes(meta_lengths)
     counted = max(i for i, symbol in enumerate(_HEADER_ORDER) if meta_lengths[symbol]) + 1
-    fields = [(1, 1), (2, 2), (len(lengths) - 257, 5), (0, 5), (counted - 4, 4)]  # last block; a code of its own
+    fields = [(1, 1), (2, 2), (len(lengths) - 257, 5), (0, 5), (counted - 4, 4)]  # last block; dynamic Huffman code
     fields += [(meta_lengths[symbol], 3) for symbol in _HEADER_ORDER[:counted]]
     for symbol, extra, extra_bits in symbols:
         fields += [(codes[symbol], meta_lengths[symbol]), (extra, extra_bits)]
@@ -85,17 +88,17 @@ def _block_header(lengths: Sequence[int]) -> tuple[UInt8Array, int]:
 _LENGTHS = np.array(_code_lengths())
 _CODES = np.array(_canonical_codes(_code_lengths()))
 _HEADER, _HEADER_BITS = _block_header(_code_lengths())
-# For every length of a match: its symbol.
+# The symbol of every match length.
 _LENGTH_SYMBOLS = 257 + np.searchsorted(_FIRST_LENGTHS, np.arange(_LONGEST_MATCH + 1), side="right") - 1
 
 
 def png_file(columns: Int64Array, ys: Int32Array, first_x: int, size: tuple[int, int], *, bits_per_pixel: int) -> bytes:
-    """A greyscale PNG in which a mask is white and all else black.
+    """A greyscale PNG in which the mask is white and everything else black.
 
     Args:
         columns: (C + 1,) where the bounds of each of the mask's columns begin in `ys`.
         ys: start, end, start, end, ... of the runs in rows of the picture, rising within a column.
-        first_x: the picture's column of the mask's first one.
+        first_x: the picture column of the mask's first column.
         size: (height, width) of the picture; the mask lies inside.
         bits_per_pixel: 1 or 8.
     """
@@ -107,7 +110,7 @@ def png_file(columns: Int64Array, ys: Int32Array, first_x: int, size: tuple[int,
 
 
 def smallest_file(size: tuple[int, int], *, bits_per_pixel: int) -> int:
-    """The bytes of `png_file`'s answer for an empty mask, to within a few: no mask's file is smaller."""
+    """The size in bytes of `png_file`'s result for an empty mask, to within a few bytes: no mask's file is smaller."""
     height, width = size
     matches = height * (1 + -(-width * bits_per_pixel // 8)) // _LONGEST_MATCH
     return 63 + (_HEADER_BITS + 2 * matches) // 8
@@ -128,11 +131,11 @@ def _deflate(
         top, bottom = min(top, ys[i]), max(bottom, ys[i + 1])
     top = min(top, bottom)
     first_event, event_bytes, event_values = _sort_by_row(columns, ys, first_x, top, bottom, bits_per_pixel)
-    # At most two symbols of up to 16 bits for each zero run besides its long matches, and one for each literal.
+    # At most two symbols of up to 16 bits for each run of zeros besides its long matches, and one for each literal.
     zero_runs = len(event_bytes) + (bottom - top) + 2
     out = np.zeros(64 + len(_HEADER) + height * (1 + row_bytes) // 1000 + 12 * zero_runs, np.uint8)
     out[: len(_HEADER)] = _HEADER
-    # The bits written, Adler-32's two sums, and the byte that the stream ends in so far.
+    # The number of bits written, Adler-32's two sums, and the last byte of the data so far.
     state = np.array([_HEADER_BITS, 1, 0, -1], np.int64)
     _append_zeros(out, state, top * (1 + row_bytes))
     for row in range(bottom - top):
@@ -141,7 +144,7 @@ def _deflate(
         i = first_event[row]
         while i < first_event[row + 1]:
             position, value = event_bytes[i], 0
-            # Several pixels of one byte, or an end and a start in one column that cancel out.
+            # Several pixels in one byte, or an end and a start in one column that cancel out.
             while i < first_event[row + 1] and event_bytes[i] == position:
                 value += event_values[i]
                 i += 1
@@ -150,7 +153,7 @@ def _deflate(
                 _append_literal(out, state, value % 256)
                 done = position + 1
         _append_zeros(out, state, row_bytes - done)
-    # Below the mask the rows are not filtered, so zeros mean black again.
+    # Rows below the mask are not filtered, so zeros mean black again.
     _append_zeros(out, state, (height - bottom) * (1 + row_bytes))
     _append_bits(out, state, _CODES[_END_OF_BLOCK], _LENGTHS[_END_OF_BLOCK])
     return out[: (state[0] + 7) // 8].copy(), (state[2] << 16) | state[1]
@@ -160,9 +163,9 @@ def _deflate(
 def _sort_by_row(
     columns: Int64Array, ys: Int32Array, first_x: int, top: int, bottom: int, bits_per_pixel: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """By how much which bytes differ from those above them, row by row from `top`, in each from left to right.
+    """Which bytes differ from the byte above, and by how much: row by row from `top`, left to right within a row.
 
-    Row r has the events `first_event[r]` to `first_event[r + 1]`. The ends at `bottom` have no row.
+    Row r has the events `first_event[r]` to `first_event[r + 1]`. Run ends at `bottom` belong to no row.
     """
     first_event = np.zeros(bottom - top + 1, np.int64)
     for y in ys:
@@ -186,12 +189,12 @@ def _sort_by_row(
 
 @compiled()
 def _append_zeros(out: UInt8Array, state: Int64Array, count: int) -> None:
-    """Append so many zero bytes."""
+    """Append `count` zero bytes."""
     if count > 0 and state[3] != 0:
         _append_literal(out, state, 0)
         count -= 1
     state[2] = (state[2] + count % _ADLER_MODULUS * state[1]) % _ADLER_MODULUS
-    # What is left after the longest matches is 0, or 3 at least, as the shortest match needs.
+    # The remainder after the longest matches is 0 or at least 3, the length of the shortest match.
     while count >= _LONGEST_MATCH + 3 or count == _LONGEST_MATCH:
         _append_match(out, state, _LONGEST_MATCH)
         count -= _LONGEST_MATCH
@@ -215,7 +218,7 @@ def _append_literal(out: UInt8Array, state: Int64Array, value: int) -> None:
 
 @compiled()
 def _append_match(out: UInt8Array, state: Int64Array, length: int) -> None:
-    """Repeat the last byte so many times, 3 to 258."""
+    """Repeat the last byte `length` times, 3 to 258."""
     symbol = _LENGTH_SYMBOLS[length]
     _append_bits(out, state, _CODES[symbol], _LENGTHS[symbol])
     # The extra bits, and one for the distance.

@@ -1,5 +1,5 @@
-"""Masks as PNG pictures in base64, for clients without COCO tools: of the whole image, or cut to the mask. The cost of
-either follows the mask's outline, not the picture's area.
+"""Masks as PNG pictures in base64, for clients without COCO tools: of the whole image, or cropped to the mask. The cost
+of both is proportional to the mask's outline, not the picture's area.
 
 Shapes: D objects of one image, M x M the mask head's output size.
 """
@@ -19,8 +19,8 @@ from service.structures import Float32Array
 class Crop(TypedDict):
     """A mask cut to the smallest rectangle that holds it; one black pixel at (0, 0) if it is empty.
 
-    `origin` is the (x, y) of the rectangle's first pixel in the image, `size` its (height, width), `png` in base64 an
-    8-bit picture of 0 and 255.
+    `origin` is the (x, y) of the rectangle's first pixel in the image, `size` its (height, width), and `png` an 8-bit
+    picture of 0 and 255 in base64.
     """
 
     origin: list[int]
@@ -34,7 +34,7 @@ def encode_png(
     """Draw each mask into a black picture of the image's size; arguments and errors as in `rle.encode_rle`.
 
     Returns:
-        For each object a 1-bit PNG in base64.
+        A 1-bit PNG in base64 for each object.
     """
     runs = find_runs(masks, boxes, image_size, threshold)
     pictures = []
@@ -45,14 +45,14 @@ def encode_png(
 
 
 def smallest_png(image_size: tuple[int, int]) -> int:
-    """Characters that `encode_png` gives for a mask of an image of this size, at the least."""
+    """The minimum number of characters that `encode_png` returns for a mask of an image of this size."""
     return smallest_file(image_size, bits_per_pixel=1) * 4 // 3
 
 
 def encode_crops(
     masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
 ) -> list[Crop]:
-    """Cut each mask out; arguments and errors as in `rle.encode_rle`."""
+    """Crop each mask; arguments and errors as in `rle.encode_rle`."""
     runs = find_runs(masks, boxes, image_size, threshold)
     return [_crop(runs, index) for index in range(len(runs))]
 

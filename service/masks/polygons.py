@@ -21,8 +21,8 @@ def encode_polygons(
 ) -> list[list[list[float]]]:
     """Outline the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
 
-    Parts that do not share a pixel edge are polygons of their own. A hole is joined to the outline around it by a
-    vertical cut of no width. Filling the polygons with `pycocotools` gives back the very pixels (IoU 1).
+    Parts that share no pixel edge become separate polygons. A hole is joined to the outline around it by a vertical cut
+    of zero width. Filling the polygons with `pycocotools` restores exactly the same pixels (IoU 1).
 
     Args:
         masks: (D, M, M) float32 probabilities, each spread over its box.
@@ -31,11 +31,11 @@ def encode_polygons(
         threshold: above 0, at most 1.
 
     Returns:
-        For each object its polygons, none if no pixel is left, each [x1, y1, x2, y2, …] of at least four corners,
+        Each object's polygons, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least four corners,
         clockwise, in whole pixels: pixel (row, column) covers [column, column + 1] x [row, row + 1].
 
     Raises:
-        ValueError: shapes other than those, or a box that is not finite.
+        ValueError: other shapes, or a box that is not finite.
     """
     runs = find_runs(masks, boxes, image_size, threshold)
     corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys)
@@ -48,7 +48,9 @@ def encode_polygons(
 def _trace_objects(
     first_x: Int64Array, first_column: Int64Array, first_y: Int64Array, ys: Int32Array
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The corners of all polygons in a row, where each polygon's end, and how many polygons each object has."""
+    """The corners of all polygons concatenated, where each polygon's corners end, and how many polygons each object
+    has.
+    """
     corners = np.empty(4 * len(ys), np.int64)
     ends = np.empty(len(ys) // 2, np.int64)
     parts = np.zeros(len(first_x), np.int64)
@@ -66,7 +68,7 @@ def _trace_objects(
             while not visited[node]:
                 visited[node] = True
                 neighbor, x = (left[node], xs[node]) if node & 1 else (right[node], xs[node] + 1)
-                if own[neighbor] != own[node]:  # Else the edge goes straight on.
+                if own[neighbor] != own[node]:  # Otherwise the edge continues straight.
                     corners[length], corners[length + 1] = first_x[d] + x, own[node]
                     corners[length + 2], corners[length + 3] = first_x[d] + x, own[neighbor]
                     length += 4
@@ -79,10 +81,10 @@ def _trace_objects(
 
 @compiled()
 def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Each node's column, and the nodes to which the outline leads from its left end and from its right end.
+    """Each node's column, and the nodes that the outline reaches from its left end and from its right end.
 
-    Where two columns meet, the bounds of both, sorted, pair up: between the first and the second the mask is on one
-    side of the line only, which is a vertical edge; between the second and the third it is on both sides or on none.
+    Where two columns meet, their sorted bounds pair up: between the first and the second the mask is on only one side
+    of the line, so there is a vertical edge; between the second and the third it is on both sides or on neither.
     """
     xs, left, right = np.empty(len(ys), np.int64), np.empty(len(ys), np.int64), np.empty(len(ys), np.int64)
     a = 0
@@ -91,7 +93,7 @@ def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, 
         after = columns[x + 1] if x + 1 < len(columns) else middle
         waiting = -1
         while a < middle or b < after:
-            # Of equals an end goes first, so that pixels that meet only at a corner are not joined.
+            # Among equal bounds an end comes first, so that pixels that touch only at a corner are not joined.
             if b == after or (a < middle and (ys[a] < ys[b] or (ys[a] == ys[b] and a & 1))):
                 node = a
                 a += 1
@@ -109,7 +111,7 @@ def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, 
 
 @compiled()
 def _open_holes(columns: Int64Array, xs: Int64Array, left: Int64Array, right: Int64Array) -> None:
-    """Join each hole's outline to the one around it, or to another hole's, by a cut along a line between columns."""
+    """Join each hole's outline to the surrounding one, or to another hole's, by a cut along a line between columns."""
     visited = np.zeros(len(xs), np.bool_)
     for first in range(len(xs)):
         if visited[first]:
@@ -118,7 +120,7 @@ def _open_holes(columns: Int64Array, xs: Int64Array, left: Int64Array, right: In
         while not visited[node]:
             visited[node] = True
             node = left[node] if node & 1 else right[node]
-        if first & 1:  # The topmost edge of its leftmost column has the mask above it: this outline is a hole's.
+        if first & 1:  # The mask is above the topmost edge of the leftmost column: this outline is a hole.
             above, middle = first - 1, columns[xs[first]]
             _connect(left[above], left[first], middle, left, right)
             _connect(above, first, middle, left, right)

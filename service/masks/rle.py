@@ -35,10 +35,10 @@ def encode_rle(
         threshold: above 0, at most 1.
 
     Returns:
-        For each object what `pycocotools.mask.encode` would give, with `counts` as text.
+        For each object the result of `pycocotools.mask.encode`, with `counts` as text.
 
     Raises:
-        ValueError: shapes other than those, or a box that is not finite.
+        ValueError: other shapes, or a box that is not finite.
     """
     runs = find_runs(masks, boxes, image_size, threshold)
     height, width = image_size
@@ -51,9 +51,9 @@ def encode_rle(
 def _compress(
     first_x: Int64Array, first_column: Int64Array, first_y: Int64Array, ys: Int32Array, height: int, width: int
 ) -> tuple[UInt8Array, Int64Array]:
-    """The characters of all objects in a row, and where each object's end."""
+    """The characters of all objects concatenated, and where each object's characters end."""
     counts = np.empty(len(ys) + 2, np.int64)
-    # Five bits a character, so seven hold any count of 32 bits with its sign.
+    # Five bits per character, so seven characters hold any signed 32-bit count.
     text = np.empty(7 * (len(ys) + 2 * len(first_x)), np.uint8)
     ends = np.empty(len(first_x), np.int64)
     length = 0
@@ -74,7 +74,7 @@ def _count_runs(columns: Int64Array, ys: Int32Array, first_x: int, height: int, 
         offset = (first_x + column) * height
         for i in range(columns[column], columns[column + 1], 2):
             start, end = offset + ys[i], offset + ys[i + 1]
-            if number > 0 and start == position:  # The run goes on from the foot of the last column.
+            if number > 0 and start == position:  # The run continues from the bottom of the previous column.
                 counts[number - 1] += end - start
             else:
                 counts[number] = start - position
@@ -89,7 +89,7 @@ def _count_runs(columns: Int64Array, ys: Int32Array, first_x: int, height: int, 
 
 @compiled()
 def _append_characters(counts: Int64Array, text: UInt8Array, length: int) -> int:
-    """COCO's `rleToString`: each count less the one two before, five bits a character, lowest first."""
+    """COCO's `rleToString`: each count minus the one two before it, five bits per character, lowest first."""
     for i in range(len(counts)):
         value = counts[i] - counts[i - 2] if i > 2 else counts[i]
         more = True

@@ -1,5 +1,5 @@
-"""Whether an imported network answers as its source does: the detections of one picture, from the source's own code,
-are matched with ours.
+"""Check that an imported network gives the same results as its source: match the source's own detections in one picture
+with ours.
 
 Shapes: E expected detections, D found ones.
 """
@@ -24,11 +24,13 @@ from service.modeling.roi_heads import Selection
 from service.structures import UInt8Array
 
 MIN_IOU = 0.9
-"""Of two boxes that are one detection: detectron2 and mmdetection resize pictures with other filters."""
+"""Minimum overlap for two boxes to count as the same detection: detectron2 and mmdetection resize pictures with other
+filters.
+"""
 MAX_SCORE_DIFFERENCE = 0.05
 MIN_SHARE = 0.95
-"""Of the detections on each side that must have one of the other."""
-# By the key of the boxes, whose code writes them; its labels begin with 1 for torchvision's, else with 0.
+"""The share of the detections on each side that must have a match on the other."""
+# By the key of the boxes: the key of the labels, and the number of the first label (1 for torchvision, else 0).
 _WRITERS = {"boxes": ("labels", 1), "pred_boxes": ("pred_classes", 0), "bboxes": ("labels", 0)}
 
 Array = NDArray[np.float64]
@@ -51,12 +53,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far two answers agree.
+    """How well two sets of detections agree.
 
     Attributes:
-        expected: detections of the source.
-        found: detections of ours.
-        matched: detections of one label whose boxes overlap by `MIN_IOU` or more and whose scores differ by
+        expected: number of detections of the source.
+        found: number of our detections.
+        matched: number of pairs with the same label whose boxes overlap by `MIN_IOU` or more and whose scores differ by
             `MAX_SCORE_DIFFERENCE` or less.
         lowest_iou: of the matched ones; 1 if there are none.
         largest_score_difference: of the matched ones; 0 if there are none.
@@ -70,20 +72,20 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the import answers alike; never where the source found nothing, which proves nothing."""
+        """Whether the imported network gives the same results. False if the source found nothing."""
         return self.expected > 0 and self.matched >= MIN_SHARE * max(self.expected, self.found)
 
 
 def read_answer(path: Path) -> Answer:
-    """Read what the source's own code has found.
+    """Read the detections found by the source's own code.
 
     Args:
-        path: JSON with `boxes`, `labels` and `scores` as torchvision gives them, with `boxes` and `classes` or
-            `pred_boxes` and `pred_classes` as detectron2 does, or with `bboxes`, `labels` and `scores` as mmdetection
-            does; labels count from 1 in the first form and from 0 in the others.
+        path: JSON with `boxes`, `labels` and `scores` like torchvision, with `boxes` and `classes` or `pred_boxes` and
+            `pred_classes` like detectron2, or with `bboxes`, `labels` and `scores` like mmdetection; labels count from
+            1 in the first form and from 0 in the others.
 
     Raises:
-        ModelStoreError: not readable, or of another form.
+        ModelStoreError: not readable, or in another format.
     """
     try:
         document = json.loads(read_text(path))
@@ -111,7 +113,7 @@ def _answer_of(document: Mapping[str, Any]) -> Answer:
 
 
 def answer_of(imported: ImportedModel, pixels: UInt8Array) -> Answer:
-    """What the imported network finds, run by PyTorch on the CPU, with its own thresholds.
+    """The imported network's detections, run by PyTorch on the CPU with its own thresholds.
 
     Args:
         pixels: (H, W, 3) RGB.
@@ -130,7 +132,7 @@ def answer_of(imported: ImportedModel, pixels: UInt8Array) -> Answer:
 
 
 def compare(expected: Answer, found: Answer) -> Comparison:
-    """Match each expected detection, the surest first, with the one of its label that overlaps most and is free."""
+    """Match each expected detection, best score first, with the unmatched detection of its label that overlaps most."""
     free = np.ones(len(found.boxes), bool)
     overlaps: list[float] = []
     differences: list[float] = []
@@ -162,7 +164,7 @@ def _iou(box: Array, boxes: Array) -> Array:
 
 
 def told(comparison: Comparison) -> Sequence[str]:
-    """The comparison in lines, with what to look at where it does not agree."""
+    """The comparison as lines of text, with hints if the two do not agree."""
     lines = [
         f"{comparison.matched} of {comparison.expected} expected detections found, {comparison.found} found in all; "
         f"lowest IoU of the matched {comparison.lowest_iou:.3f}, largest difference of scores "

@@ -1,5 +1,5 @@
-"""Reads the checkpoints that people have into one plain state dict: safetensors, whole or in shards, PyTorch's `.pth`
-and detectron2's `.pkl`, wrapped and prefixed as training scripts leave them. Runs no code from the file.
+"""Reads common checkpoints into one plain state dict: safetensors, whole or in shards, PyTorch's `.pth` and
+detectron2's `.pkl`, with the wrappers and prefixes that training scripts add. Runs no code from the file.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _WRAPPERS = (
     "detector",
     "module",
 )
-"""Keys that are preferred where several hold weights; those of any other name are found too."""
+"""Keys that are preferred if several hold weights; weights under other keys are found too."""
 _AVERAGED = re.compile(
     r"(?:^|[._-])(?:ema|averaged?|avg|swa|teacher|polyak|shadow)(?:$|[._-])|^module_ema|_ema$", re.IGNORECASE
 )
-# Names by which a detector is known, whatever stands before them: torchvision's and detectron2's, and mmdetection's.
+# Names that identify a detector, after any prefix: torchvision's and detectron2's, and mmdetection's.
 _DETECTOR = re.compile(
     r"(?:^|\.)((?:roi_heads\.box_predictor\.(?:\d+\.)?cls_score|(?:roi_head\.)?bbox_head\.(?:\d+\.)?fc_cls)\.(?:weight|bias))$"
 )
@@ -62,7 +62,7 @@ _ROOTS = frozenset(
         "data_preprocessor",
     }
 )
-"""First parts of the names of a detector's weights; what else lies beside them is not the detector's."""
+"""First parts of the names of a detector's weights. Other tensors beside them do not belong to the detector."""
 _LABEL_KEYS = ("classes", "class_names", "labels", "label_names", "names", "categories", "thing_classes", "id2label")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin|pth?)$")
 _KINDS = (
@@ -77,14 +77,14 @@ _SAMPLE_BYTES = 512
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """What a file holds.
+    """The contents of a checkpoint file.
 
     Attributes:
-        weights: by name, floating-point tensors as float32, on the CPU; prefixes taken off.
-        found_at: the keys and the prefix under which they were found, `""` where they lie openly.
-        left_out: names of tensors beside the detector's, which are not its own.
-        labels: class names that the file holds beside the weights, in every list that may be one.
-        config_text: the configuration as mmdetection writes it into its files; empty if there is none.
+        weights: by name, floating-point tensors as float32, on the CPU; prefixes removed.
+        found_at: the keys and the prefix under which they were found, `""` if at the top level.
+        left_out: names of tensors that do not belong to the detector.
+        labels: every list in the file, beside the weights, that may hold class names.
+        config_text: the configuration that mmdetection writes into its files; empty if there is none.
     """
 
     weights: dict[str, Tensor]
@@ -95,15 +95,15 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, averaged: bool = False) -> Checkpoint:
-    """Read the weights in a file, under whichever keys and behind whichever prefix they lie.
+    """Read the weights in a file, under any keys and any prefix.
 
     Args:
-        averaged: take the weights averaged over training, `model_ema` and its like. Those are also taken where there
-            are no others.
+        averaged: take the weights averaged over training, such as `model_ema`. These are also taken if there are no
+            others.
 
     Raises:
-        ModelStoreError: missing, empty, of no kind that we read, damaged, without weights, with those of several
-            detectors, or without the averaged weights that were asked for.
+        ModelStoreError: the file is missing, empty, of an unknown kind or damaged; or it has no weights, weights of
+            several detectors, or not the requested averaged weights.
     """
     content = _content_of(path)
     try:
@@ -113,7 +113,7 @@ def read_checkpoint(path: Path, *, averaged: bool = False) -> Checkpoint:
 
 
 def _content_of(path: Path) -> Any:
-    """What is in the file, tensors not yet made of it."""
+    """The contents of the file, before tensors are created."""
     with open_regular(path) as file:
         start = file.read(_SAMPLE_BYTES)
     if not start:
@@ -140,7 +140,7 @@ def _content_of(path: Path) -> Any:
 
 
 def _kind(path: Path, start: bytes) -> str:
-    """What a file is that is no checkpoint, in a few words."""
+    """What kind of file it is, if not a checkpoint, in a few words."""
     for magic, words in _KINDS:
         if start.lstrip().startswith(magic):
             return words
@@ -163,7 +163,7 @@ def _refuse_a_shard(path: Path) -> None:
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
-    """The weights of an index `{"weight_map": {name: file}}`, whose files lie beside it."""
+    """The weights of an index `{"weight_map": {name: file}}`, whose files are beside it."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -189,11 +189,11 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidate:
-    """Weights somewhere in a file.
+    """A set of weights somewhere in a file.
 
     Attributes:
         path: the keys that lead to the mapping.
-        prefix: what stands before the names, with a dot at the end, or nothing.
+        prefix: prefix of the names, with a dot at the end, or empty.
     """
 
     content: Mapping[Any, Any]
@@ -209,7 +209,7 @@ class _Candidate:
         return ".".join((*self.path, self.prefix)).strip(".")
 
     def rank(self) -> tuple[int, ...]:
-        """Which of several is taken: under well-known keys rather than others, further out rather than further in."""
+        """Sort key among several candidates: outer ones come before inner ones, well-known keys before others."""
         known = [_WRAPPERS.index(key) if key in _WRAPPERS else len(_WRAPPERS) for key in self.path]
         return (len(known), *known)
 
@@ -239,7 +239,7 @@ def _found_in(content: Any, *, averaged: bool) -> Checkpoint:
 
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """All dicts by the keys that lead there, the outermost first; one that is held twice comes once."""
+    """All nested dicts with the keys that lead there, outermost first. A dict referenced twice is listed once."""
     waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)] if _holds(content) else [])
     seen: set[int] = set()
     while waiting:
@@ -255,16 +255,16 @@ def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]
 
 
 def _holds(value: Any) -> bool:
-    """Whether there may be dicts in it."""
+    """Whether it may contain dicts."""
     return isinstance(value, Mapping | Unread | list)
 
 
 _DEEPEST = 20
-"""Of dicts in dicts; nobody wraps weights so often."""
+"""Maximum nesting of dicts; nobody wraps weights more often."""
 
 
 def _detector_prefixes(mapping: Mapping[Any, Any]) -> list[str]:
-    """What stands before a detector's names, once for each detector in the mapping."""
+    """The prefixes of the detectors' names, one per detector in the mapping."""
     prefixes: dict[str, None] = {}
     for key, value in mapping.items():
         if isinstance(key, str) and (match := _DETECTOR.search(key)) and _may_be_a_weight(value):
@@ -289,7 +289,7 @@ def _chosen(candidates: Sequence[_Candidate], *, averaged: bool) -> _Candidate:
 def _of_something_else(
     content: Any, mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]], averaged: bool
 ) -> _Candidate:
-    """Weights that are no detector's: the whole of the mapping that has the most, its common prefix taken off."""
+    """Weights that are not a detector's: a whole mapping that holds weights, without its common prefix."""
     counted = [
         (sum(isinstance(key, str) and _may_be_a_weight(value) for key, value in mapping.items()), path, mapping)
         for path, mapping in mappings
@@ -318,7 +318,7 @@ def _why_no_weights(content: Any) -> str:
 
 def _common_prefix(mapping: Mapping[Any, Any]) -> str:
     names = [key for key, value in mapping.items() if isinstance(key, str) and _may_be_a_weight(value)]
-    # `torch.optim.swa_utils.AveragedModel` counts what it has averaged.
+    # `torch.optim.swa_utils.AveragedModel` stores the number of averaged models.
     shared = os.path.commonprefix([name for name in names if name != "n_averaged"])  # noqa: RUF071  # no paths
     return shared[: shared.rfind(".") + 1]
 
@@ -348,7 +348,7 @@ def _weight(key: str, value: Any) -> Tensor:
 
 
 def _label_lists(mappings: list[tuple[tuple[str, ...], Mapping[Any, Any]]]) -> Iterator[tuple[str, ...]]:
-    """Lists of names beside the weights that may be the classes'."""
+    """Lists of names beside the weights that may be class names."""
     for _, mapping in mappings:
         for key, value in mapping.items():
             if isinstance(key, str) and key.lower() in _LABEL_KEYS:

@@ -1,9 +1,9 @@
-"""Detectors as detectron2 names and lays them out: Faster and Mask R-CNN on a ResNet, with a pyramid (FPN) or on its
-fourth stage (C4), brought into torchvision's layout.
+"""Convert detectors from detectron2's layout to torchvision's: Faster and Mask R-CNN on a ResNet, with a pyramid (FPN)
+or on its fourth stage (C4).
 
-What differs besides the names: the first convolution reads BGR, in 0 to 255; the background is the last class, not
-the first, and has no box deltas and no mask; bottlenecks stride in their first convolution; anchors are not rounded;
-RoI Align shifts by half a pixel and adapts its number of samples.
+Differences besides the names: the first convolution reads BGR, in 0 to 255; the background is the last class, not the
+first, and has no box deltas and no mask; bottlenecks stride in their first convolution; anchors are not rounded; RoI
+Align shifts by half a pixel and adapts its number of samples.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from service.model_store.findings import FILE, Findings
 from service.model_store.torchvision_layout import inferred
 
 _TRUNKS = ("backbone.bottom_up.", "backbone.res2.")
-"""Below a pyramid the trunk is a part of the backbone; on C4 it is all of it."""
-# Constants of the network that some releases have stored with the weights.
+"""With a pyramid the trunk is a part of the backbone; with C4 it is the whole backbone."""
+# Constants of the network that some releases store with the weights.
 _CELL_ANCHORS = re.compile(r"proposal_generator\.anchor_generator\.cell_anchors\.(\d+)")
 _CONSTANTS = re.compile(rf"pixel_mean|pixel_std|{_CELL_ANCHORS.pattern}")
 _PIXEL_MEAN_BGR = (103.530, 116.280, 123.675)
-# Of what was trained from torchvision's or ResNeXt's weights; MSRA's and those with group norm have 1.
+# For models trained from torchvision's or ResNeXt's weights; those from MSRA's weights and those with group norm have
+# 1.
 _PIXEL_STD_BGR = (57.375, 57.120, 58.395)
 
 _RENAMED = (
@@ -55,18 +56,17 @@ _BLOCKS = {"lateral": "inner_blocks", "output": "layer_blocks"}
 
 
 def is_detectron2(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the names are detectron2's."""
+    """Whether the names follow detectron2."""
     return any(key.startswith(_TRUNKS) for key in state_dict)
 
 
 def with_torchvision_names(state_dict: Mapping[str, Tensor], *, input_format: str | None = None) -> dict[str, Tensor]:
     """The same network in torchvision's layout: names, order of colours, order of classes.
 
-    A name that detectron2 does not give to its Faster and Mask R-CNN stays, and is reported as surplus by `load_into`.
+    Names that do not occur in detectron2's Faster and Mask R-CNN are kept, and `load_into` reports them as surplus.
 
     Args:
-        input_format: the order in which the first convolution reads the colours, `rgb` or `bgr`; None for what
-            the file says, or BGR.
+        input_format: channel order of the first convolution, `rgb` or `bgr`; None takes it from the file, or else BGR.
     """
     is_bgr = (input_format or _input_format(state_dict)) == "bgr"
     name_of = _Names(state_dict)
@@ -75,16 +75,17 @@ def with_torchvision_names(state_dict: Mapping[str, Tensor], *, input_format: st
 
 
 def detectron2_findings(state_dict: Mapping[str, Tensor], *, input_format: str | None = None) -> Findings:
-    """The network that a state dict, as it was read, is of: what its buffers say, and else what the model zoo has.
+    """Identify the network of an unconverted state dict, from its buffers where possible, else by the model zoo's
+    defaults.
 
     Raises:
-        ModelStoreError: it is of no network that we have.
+        ModelStoreError: the network is not supported.
     """
     if "backbone.res5.0.conv1.weight" in state_dict:
         raise ModelStoreError("expected FPN or C4, got a detectron2 network on one map of its last stage (DC5)")
     found = inferred(with_torchvision_names(state_dict, input_format=input_format))
     found.family = "detectron2"
-    found.notes.clear()  # of torchvision's norms
+    found.notes.clear()  # torchvision's norms have it
     _find_pixels(found, state_dict, input_format)
     found.assume("anchors", style="detectron2")
     _find_anchors(found, state_dict)
@@ -95,7 +96,7 @@ def detectron2_findings(state_dict: Mapping[str, Tensor], *, input_format: str |
 
 
 def _find_pixels(found: Findings, weights: Mapping[str, Tensor], input_format: str | None) -> None:
-    """Mean and deviation, in the order of RGB and in 0 to 1; and where the bottlenecks stride, which goes with them."""
+    """Find mean and std, as RGB in 0 to 1, and where the bottlenecks stride, which can be inferred from them."""
     given_format = input_format or _input_format(weights)
     name, norm = found.get("backbone.name"), found.get("backbone.norm")
     is_plain = name.startswith("resnet") and norm != "group_norm"
@@ -119,7 +120,7 @@ def _find_pixels(found: Findings, weights: Mapping[str, Tensor], input_format: s
         if known
     }
     if re.match(r"resnet(50|101|152)_", name):
-        # MSRA's weights, whose deviation is part of them, are the ones that stride so.
+        # MSRA's weights, which have the std folded in, are the ones that stride in the 1 x 1 convolution.
         found.assume("backbone", stride_in_1x1=is_plain and not from_torchvision and max(std) <= 1.5)
 
 
@@ -128,14 +129,14 @@ def _numbers(weights: Mapping[str, Tensor], key: str, usual: tuple[float, ...]) 
 
 
 def _input_format(weights: Mapping[str, Tensor]) -> str:
-    """The order of colours: of a mean that falls from the first to the last, RGB."""
+    """The channel order: RGB if the mean decreases from the first channel to the last."""
     mean = weights.get("pixel_mean")
     is_rgb = mean is not None and mean.numel() == 3 and mean.flatten()[0] > mean.flatten()[2]
     return "rgb" if is_rgb else "bgr"
 
 
 def _find_anchors(found: Findings, weights: Mapping[str, Tensor]) -> None:
-    """Sizes and ratios from the anchors at the origin, which older releases have stored."""
+    """Sizes and ratios from the anchors at the origin, which older releases stored."""
     cells = {int(match[1]): one for key, one in weights.items() if (match := _CELL_ANCHORS.fullmatch(key))}
     levels = [cells[level] for level in sorted(cells)]
     grids = [_sizes_and_ratios(one) for one in levels]
@@ -149,7 +150,7 @@ def _find_anchors(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _sizes_and_ratios(cells: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Of (A, 4) anchors that come size by size, each in all ratios; None if they are no such grid."""
+    """Sizes and ratios of (A, 4) anchors ordered by size, then ratio; None if they are not such a grid."""
     if cells.ndim != 2 or cells.shape[1:] != (4,) or not 0 < len(cells) <= _MOST_ANCHORS:
         return None
     widths, heights = (cells[:, 2] - cells[:, 0]).double(), (cells[:, 3] - cells[:, 1]).double()
@@ -166,13 +167,13 @@ _MOST_ANCHORS = 1024
 
 
 class _Names:
-    """Names of one network in torchvision's layout. Some depend on how many levels and layers there are."""
+    """Translates the names of one network to torchvision's layout. Some depend on the number of levels and layers."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
         levels = [int(match[2]) for key in state_dict if (match := _PYRAMID.match(key))]
         self.finest = min(levels, default=2)
         convs = {match[1] for key in state_dict if (match := re.match(r"roi_heads\.box_head\.conv(\d)\.", key))}
-        # Behind convolutions there are a flattening and one hidden layer; else there are two.
+        # After convolutions there are a flatten and one hidden layer; otherwise there are two hidden layers.
         self.hidden = {"fc1": str(len(convs) + 1) if convs else "fc6", "fc2": "fc7"}
 
     def __call__(self, key: str) -> str:
@@ -190,7 +191,8 @@ class _Names:
 
 
 def torchvision_order(key: str, tensor: Tensor, *, is_bgr: bool) -> Tensor:
-    """A weight under torchvision's name, with the colours as RGB and the background as the first class, not the last.
+    """Convert a weight, given by torchvision's name, to RGB order and to the background as the first class instead of
+    the last.
 
     Args:
         is_bgr: whether the first convolution reads BGR.
@@ -200,7 +202,7 @@ def torchvision_order(key: str, tensor: Tensor, *, is_bgr: bool) -> Tensor:
     if key.startswith("roi_heads.box_predictor.cls_score."):
         return tensor.roll(1, dims=0)
     if key.startswith("roi_heads.box_predictor.bbox_pred."):
-        # The background is never asked for its box or mask.
+        # The background's box and mask are never used.
         return _with_rows_in_front(tensor, 4) if len(tensor) > 4 else tensor
     if key.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
         return _with_rows_in_front(tensor, 1) if len(tensor) > 1 else tensor

@@ -1,5 +1,5 @@
-"""Downloads one file over HTTP whose size and sha256 are known: goes on where it stopped, takes no more than that size
-from any server, and keeps the file only if its hash is right. What a server says is never printed as it came.
+"""Downloads one file of known size and sha256 over HTTP: resumes after interruptions, never accepts more than that
+size, and keeps the file only if its hash is right. Text from the server is never printed unescaped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.errors import ModelStoreError
 from service.model_store.files import sha256_of
 
 OnProgress = Callable[[int, int], None]
-"""Is told the bytes that are there and the bytes that there will be."""
+"""Called with the number of bytes downloaded and the total."""
 
 _CHUNK_BYTES = 1 << 18
 _RANGE_NOT_SATISFIABLE = 416
@@ -27,12 +27,13 @@ _MAX_REASON_LENGTH = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long a server is waited for.
+    """How long to wait for a server.
 
     Attributes:
-        tries: how often a broken connection is opened again.
-        timeout_seconds: for how long a server may say nothing, until the connection counts as broken.
-        period_seconds: the time in which at least `least_bytes` have to come, or it counts as broken, too.
+        tries: how many times to reopen a broken connection.
+        timeout_seconds: how long a server may be silent before the connection counts as broken.
+        period_seconds: the period in which at least `least_bytes` must arrive; otherwise the connection counts as
+            broken too.
     """
 
     tries: int = 5
@@ -44,17 +45,18 @@ class Patience:
 def download(
     url: str, path: Path, *, sha256: str, size: int, on_progress: OnProgress, patience: Patience = Patience()
 ) -> None:
-    """Download a file, or the rest of it if a part lies at `path` already.
+    """Download a file, or the rest of it if `path` already holds a part.
 
     Args:
-        url: `http://` or `https://`; redirects lead to no other schemes.
-        path: a file with the right hash is left alone; a part is kept when the download fails, and thrown away when it
-            turns out to be of something else.
+        url: `http://` or `https://`; redirects to other schemes are not followed.
+        path: a file with the right hash is left alone; a part is kept if the download fails, and deleted if it turns
+            out to be of another file.
         sha256: of the whole file, in hexadecimal.
         size: of the whole file, in bytes.
 
     Raises:
-        ModelStoreError: refused by the server, still incomplete after all tries, or not what it should be.
+        ModelStoreError: the server rejected the request, the file is still incomplete after all tries, or its hash is
+            wrong.
     """
     if not url.startswith(("http://", "https://")):
         raise ModelStoreError(f"expected a URL with http:// or https://, got {_printable(url)}")
@@ -81,16 +83,16 @@ def download(
 
 
 def _fetch_rest(url: str, path: Path, size: int, on_progress: OnProgress, patience: Patience) -> None:
-    """Append what the file lacks; all of it where the server does not do parts.
+    """Append the missing part of the file; start over if the server does not support ranges.
 
     Raises:
         ModelStoreError: the server has another file, or this one cannot be written.
-        ConnectionError: the connection ended early, or little came of it.
-        HTTPError, URLError, HTTPException, OSError: as an opener of urllib does.
+        ConnectionError: the connection ended early, or was too slow.
+        HTTPError, URLError, HTTPException, OSError: as raised by a urllib opener.
     """
     present = path.stat().st_size if path.exists() else 0
     if present >= size:
-        return  # the hash will tell whether it is the right thing
+        return  # the hash will show whether it is the right file
     headers = {"User-Agent": "roiserve"} | ({"Range": f"bytes={present}-"} if present else {})
     try:
         response = _opener().open(Request(url, headers=headers), timeout=patience.timeout_seconds)
@@ -103,7 +105,7 @@ def _fetch_rest(url: str, path: Path, size: int, on_progress: OnProgress, patien
         is_rest = str(response.headers.get("Content-Range", "")).startswith(f"bytes {present}-")
         present = present if is_rest else 0
         length = str(response.headers.get("Content-Length", ""))
-        # Whatever else a server says of the length means nothing.
+        # Anything else that a server says about the length is ignored.
         if length.isdecimal() and present + int(length) != size:
             page = ", a web page" if response.read1(1) == b"<" else ""
             path.unlink(missing_ok=True)
@@ -111,7 +113,7 @@ def _fetch_rest(url: str, path: Path, size: int, on_progress: OnProgress, patien
                 f"{_printable(url)}: another file: expected {size:,} bytes, got {present + int(length):,}{page}"
             )
         try:
-            # Without a buffer, whose last bytes a full disk would refuse only when it is closed.
+            # Unbuffered: with a buffer, a full disk would show up only when the file is closed.
             with path.open("ab" if is_rest else "wb", buffering=0) as file:
                 _copy(response, file, present, size, on_progress, patience)
         except _WriteError as error:
@@ -119,7 +121,7 @@ def _fetch_rest(url: str, path: Path, size: int, on_progress: OnProgress, patien
 
 
 class _WriteError(Exception):
-    """The disk's errors, which are told apart from the network's."""
+    """A disk error, as opposed to a network error."""
 
 
 def _copy(

@@ -1,5 +1,5 @@
-"""Reading the files of a model folder, whoever put them there: only regular files, and never more than is sensible. A
-pipe that nobody writes to, a device that never ends or a huge text is an error of that one model. Imports no torch.
+"""Read the files of an untrusted model folder: only regular files, and only up to sensible sizes. A pipe without a
+writer, an endless device or a huge text is an error of that one model. Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from service.errors import ModelStoreError
 
 MAX_TEXT_BYTES = 16 * 1024 * 1024
-"""Of a `model.toml` or a model card: a hundred thousand labels are 2 MiB."""
-# Some forty thousand tensors; the largest detectors have two thousand.
+"""Limit for a `model.toml` or a model card: a hundred thousand labels take 2 MiB."""
+# About forty thousand tensors; the largest detectors have two thousand.
 _MAX_HEADER_BYTES = 4 * 1024 * 1024
-# Convolutions have four; with a million, making the tensor takes minutes.
+# Convolutions have four; with a million, creating the tensor takes minutes.
 _MAX_DIMENSIONS = 16
 
 _KINDS: dict[str, Callable[[int], bool]] = {
@@ -32,13 +32,13 @@ _KINDS: dict[str, Callable[[int], bool]] = {
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading; never waits for anything else to have data.
+    """Open a regular file for reading. Never blocks on anything else, such as a pipe.
 
     Raises:
-        ModelStoreError: it is missing, cannot be read, or is something else than a regular file.
+        ModelStoreError: it is missing, cannot be read, or is not a regular file.
     """
     try:
-        # O_NONBLOCK: opening a pipe without a writer would wait for one. Regular files do not know it.
+        # O_NONBLOCK: otherwise opening a pipe without a writer would block. It has no effect on regular files.
         with open(path, "rb", opener=lambda name, flags: _open_regular(name, flags | os.O_NONBLOCK)) as file:
             yield file
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
     """A text in UTF-8.
 
     Raises:
-        ModelStoreError: as `open_regular`; or it is above `MAX_TEXT_BYTES`, or not UTF-8.
+        ModelStoreError: as `open_regular`; or it is larger than `MAX_TEXT_BYTES`, or not UTF-8.
     """
     with open_regular(path) as file:
         data = file.read(MAX_TEXT_BYTES + 1)
@@ -85,19 +85,19 @@ def sha256_of(path: Path) -> str:
 
 
 def check_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
-    """Check by its header that the file is safetensors and complete; cheap, and blind to changed weights.
+    """Check by its header that the file is complete safetensors. Cheap; does not detect changed weights.
 
     Returns:
         The shape of each tensor.
 
     Raises:
-        ModelStoreError: missing, not safetensors, truncated, or of more dimensions than any network has.
+        ModelStoreError: missing, not safetensors, truncated, or a tensor has more dimensions than in any network.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         header_size = int.from_bytes(start, "little")
-        # A pickle's or a text's first bytes make a number far beyond the file's size.
+        # The first bytes of a pickle or a text are, as a number, far beyond the file's size.
         header = file.read(header_size) if header_size <= min(size, _MAX_HEADER_BYTES) else b""
     try:
         tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}

@@ -1,5 +1,5 @@
-"""What a checkpoint tells of its network, and what it leaves open: the tables of a `model.toml` as far as names, shapes
-and buffers say them, each with where it is from.
+"""What a checkpoint reveals about its network, and what it leaves open: the tables of a `model.toml` as far as names,
+shapes and buffers determine them, each value with its source.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from service.model_store.model_toml import validated
 from service.modeling.config import ModelConfig
 
 Tables = dict[str, Any]
-"""A document of `model.toml`: its tables by name, and `architecture` and `labels` beside them."""
+"""A document of `model.toml`: its tables by name, plus `architecture` and `labels`."""
 
 WEIGHTS = "the weights"
 FILE = "the file"
 
-# What no weight tells and what decides the answers, in the order in which it is shown.
+# Settings that affect the results, in the order in which they are shown.
 SHOWN = (
     "backbone.name",
     "backbone.norm",
@@ -55,11 +55,12 @@ class Findings:
     """The network of a checkpoint.
 
     Attributes:
-        family: whose code wrote it: `torchvision`, `detectron2` or `mmdetection`.
-        tables: what is known or assumed of the network.
-        told: the keys of `tables`, as `backbone.name`, that the file tells, and by what; all others are assumed.
-        doubts: the keys that nothing sensible can be assumed for, and the question that they leave.
-        notes: what else the owner should know.
+        family: the code that wrote it: `torchvision`, `detectron2` or `mmdetection`.
+        tables: what is known or assumed about the network.
+        told: the keys of `tables`, such as `backbone.name`, that the file determines, with the source; all others are
+            assumed.
+        doubts: the keys without a sensible default, and the question to ask about each.
+        notes: other things the owner should know.
     """
 
     family: str = "torchvision"
@@ -69,12 +70,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def tell(self, table: str, source: str, **values: Any) -> None:
-        """Put in what is known for sure."""
+        """Set values that are known for certain."""
         self.assume(table, **values)
         self.told |= {f"{table}.{key}": source for key in values}
 
     def assume(self, table: str, **values: Any) -> None:
-        """Put in what is usual where nothing else is known."""
+        """Set values that are usual, where nothing is known."""
         self.tables.setdefault(table, {}).update(values)
 
     def doubt(self, question: str, *keys: str) -> None:
@@ -87,13 +88,13 @@ class Findings:
         return self.tables.get(table, {}).get(name)
 
     def answered(self, given: Mapping[str, Any]) -> ModelConfig:
-        """The whole network, with what the owner gives instead of what is assumed.
+        """The complete network, with the owner's values in place of assumed ones.
 
         Args:
             given: a document of `model.toml`, or a part of one.
 
         Raises:
-            ModelStoreError: it is not valid, or leaves a doubt.
+            ModelStoreError: it is not valid, or leaves a question open.
         """
         written = {f"{table}.{key}" for table, values in given.items() if isinstance(values, Mapping) for key in values}
         open_questions = {question for key, question in self.doubts.items() if key not in written}
@@ -106,7 +107,7 @@ class Findings:
         return validated("the network", merged, ModelConfig)
 
     def rows(self, config: ModelConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """The settings that decide what the network answers: key, value, and where it is from.
+        """The settings that affect the network's results: key, value, and its source.
 
         Args:
             given: as in `answered`.
@@ -123,7 +124,7 @@ class Findings:
 
 
 def _matters(config: ModelConfig, table: str, name: str) -> bool:
-    """Whether the network has what a setting is about."""
+    """Whether a setting applies to the network."""
     match name:
         case "mask_output_size":
             return config.has_masks

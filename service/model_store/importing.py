@@ -1,6 +1,4 @@
-"""From a checkpoint that somebody has to a model of ours: read it, find out which network it is of, name its classes,
-and prove that every weight has its place.
-"""
+"""Import a checkpoint: read it, identify its network, name its classes, and verify that every weight has its place."""
 
 from __future__ import annotations
 
@@ -40,11 +38,11 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImportedModel:
-    """A checkpoint's network and its weights under our names, as `ModelStore.write_model` takes them.
+    """A checkpoint's network and its weights under our names, in the form that `ModelStore.write_model` takes.
 
     Attributes:
-        rows: the settings that decide what it answers: key, value, and where the value is from.
-        notes: what else its owner should know.
+        rows: the settings that affect its results: key, value, and the value's source.
+        notes: other things its owner should know.
     """
 
     config: ModelConfig
@@ -63,22 +61,22 @@ def import_checkpoint(
     averaged: bool = False,
     input_format: str | None = None,
 ) -> ImportedModel:
-    """Read a checkpoint of torchvision's, detectron2's or mmdetection's layout into the network that it is of.
+    """Read a checkpoint in torchvision's, detectron2's or mmdetection's layout, and build its network.
 
-    A file that torchvision has published is known by its hash and needs no words.
+    Files published by torchvision are recognised by their hash and need no options.
 
     Args:
-        labels: class names, in the order of the weights; None takes those that the file or `given` has.
+        labels: class names, in the order of the weights; None takes those in the file or in `given`.
         architecture: a torchvision builder's name; None infers it from the weights.
-        given: what the weights do not tell, as a `model.toml` or a part of one says it.
-        norm_eps: of the trunk's norms, which nothing in the weights tells; None is 1e-5.
-        averaged: take the weights averaged over training that the file has beside the others.
-        input_format: the order in which the first convolution reads the colours, `rgb` or `bgr`; None for what the
-            file says or its family has.
+        given: settings that the weights do not determine, as a `model.toml` or a part of one.
+        norm_eps: of the trunk's norms, which the weights do not determine; None means 1e-5.
+        averaged: take the weights averaged over training, which the file has beside the others.
+        input_format: channel order of the first convolution, `rgb` or `bgr`; None takes it from the file, or else the
+            family's default.
 
     Raises:
-        ModelStoreError: the checkpoint cannot be read, leaves open what the network is, or does not fit the network
-            and the labels key by key.
+        ModelStoreError: the checkpoint cannot be read, does not determine the network, or does not fit the network and
+            the labels key by key.
     """
     checkpoint = read_checkpoint(path, averaged=averaged)
     given = dict(given or {})
@@ -122,7 +120,7 @@ def _findings(
     given: Given,
     input_format: str | None,
 ) -> Findings:
-    """What is known of the network; nothing where `given` describes it whole."""
+    """What is known about the network; nothing if `given` describes it completely."""
     weights = checkpoint.weights
     if {"architecture", "backbone"} <= given.keys() and "name" in given["backbone"]:
         return Findings(family="given")
@@ -152,7 +150,7 @@ def _labels(labels: Labels | Sequence[str] | None, checkpoint: Checkpoint, count
     for names in checkpoint.labels:
         try:
             return Labels(names).fitted(count)
-        except ModelStoreError:  # a list of something else
+        except ModelStoreError:  # the list holds something else
             continue
     raise ModelStoreError(f"the weights know {count} classes: name them with --labels, background left out")
 
@@ -176,7 +174,8 @@ def _fitted(
     rows: Sequence[tuple[str, str, str]],
     notes: Sequence[str],
 ) -> ImportedModel:
-    # First without memory: a network of hundreds of gigabytes is refused for weights that are not its own.
+    # First on the meta device, which uses no memory: mismatched weights are rejected before a possibly huge network is
+    # allocated.
     with torch.device("meta"):
         check_fits(build_model(config), {key: tuple(one.shape) for key, one in state_dict.items()}, source=str(path))
     network = build_model(config)
@@ -193,10 +192,10 @@ def store_imported(
     source: str,
     dtype: Dtype = "float32",
 ) -> StoredModel:
-    """Store an imported model as the next version of `name`, with a model card of what is known.
+    """Store an imported model as the next version of `name`, with a model card.
 
     Args:
-        source: the file or URL that it came from.
+        source: the file or URL it came from.
         dtype: how the weights are stored.
 
     Raises:

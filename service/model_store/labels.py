@@ -1,5 +1,5 @@
-"""Class names in the forms in which people keep them: lines, JSON, YAML, COCO's categories; brought into the order of
-the weights, the background left out.
+"""Read class names in common formats (lines, JSON, YAML, COCO's categories) and bring them into the order of the
+weights, without the background.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from service.model_store.files import read_text
 
 _BACKGROUND = frozenset({"__background__", "_background_", "background", "bg"})
 _LISTS = ("categories", "names", "classes", "class_names", "labels", "id2label", "thing_classes")
-"""Keys under which a document has its names."""
+"""Keys under which a document may hold its names."""
 _FORMS = (
     "a name on each line, a JSON list of names, a JSON object of names by id, COCO's categories, or YAML with 'names'"
 )
@@ -26,9 +26,9 @@ class Labels:
     """Class names as a file has them.
 
     Attributes:
-        names: in the file's order, or of rising ids.
-        ids: of each name, where the file has some.
-        groups: names that only group others, as the first of Roboflow's categories; no class of theirs, mostly.
+        names: in the file's order, or by ascending id.
+        ids: of each name, if the file has ids.
+        groups: names that only group others, like Roboflow's first category; usually not classes themselves.
     """
 
     names: tuple[str, ...]
@@ -36,14 +36,13 @@ class Labels:
     groups: frozenset[str] = frozenset()
 
     def fitted(self, count: int) -> tuple[str, ...]:
-        """The names for so many classes, in the order of the weights.
+        """The names for `count` classes, in the order of the weights.
 
-        The background's row, and one that only groups others, is left out where there are too many. Ids with gaps are
-        filled with "unused 12" where the weights have a class for each id, as those that were trained on COCO's own ids
-        have.
+        If there are too many names, the background and names that only group others are left out. If the weights have a
+        class for every id, as after training on COCO's own ids, gaps are filled with names like "unused 12".
 
         Raises:
-            ModelStoreError: there are more or fewer names.
+            ModelStoreError: the number of names does not match.
         """
         ids = self.ids or range(1, len(self.names) + 1)
         rows = [(id_, name) for id_, name in zip(ids, self.names, strict=True) if name != "__background__"]
@@ -60,7 +59,7 @@ class Labels:
 
 
 def category_labels(categories: Sequence[str]) -> tuple[str, ...]:
-    """Categories as torchvision lists them, the background left out, with names for the ids that COCO does not use."""
+    """The categories of torchvision (given without the background), with names for the ids that COCO does not use."""
     return tuple(f"unused {id_}" if name == "N/A" else name for id_, name in enumerate(categories, start=1))
 
 
@@ -68,7 +67,7 @@ def read_labels(path: Path) -> Labels:
     """The class names in a file.
 
     Raises:
-        ModelStoreError: not readable, not UTF-8, or in no form that we know.
+        ModelStoreError: not readable, not UTF-8, or in an unknown format.
     """
     text = read_text(path).removeprefix("\N{BYTE ORDER MARK}").strip()
     try:
@@ -84,7 +83,7 @@ def read_labels(path: Path) -> Labels:
 
 
 def _looks_like_yaml(text: str) -> bool:
-    """Whether a line says so: a label may hold a colon or begin with a dash."""
+    """Whether some line shows that it is YAML: a plain label may also contain a colon or begin with a dash."""
     return any(line.split(":")[0].strip() in _LISTS and ":" in line for line in text.splitlines())
 
 

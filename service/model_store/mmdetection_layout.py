@@ -1,10 +1,10 @@
-"""Detectors as mmdetection 2 and 3 name and lay them out: Faster and Mask R-CNN on a ResNet or ResNeXt with a pyramid,
-brought into torchvision's layout.
+"""Convert detectors from the layout of mmdetection 2 and 3 to torchvision's: Faster and Mask R-CNN on a ResNet or
+ResNeXt with a pyramid.
 
-What differs besides the names: the background is the last class and has no box deltas and no mask; anchors are not
+Differences besides the names: the background is the last class and has no box deltas and no mask; anchors are not
 rounded; RoI Align shifts by half a pixel and adapts its number of samples. Two styles of trunk have the same names:
-`pytorch` reads RGB and strides as torchvision does, `caffe` reads BGR and strides in the first convolution. The file
-holds the configuration as text, which is read, not run, where there is one.
+`pytorch` reads RGB and strides like torchvision, `caffe` reads BGR and strides in the first convolution. If the file
+holds the configuration as text, it is parsed, never executed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _GROUP_NORM = re.compile(r"(backbone\.body\.(?:layer\d\.\d+\.)?)gn(\d)\.")
 
 
 def is_mmdetection(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the names are mmdetection's."""
+    """Whether the names follow mmdetection."""
     return any(key.startswith(("roi_head.", "rpn_head.", "neck.", "bbox_head.")) for key in state_dict)
 
 
@@ -61,11 +61,12 @@ def with_torchvision_names(
 
     Args:
         config_text: the configuration in the file.
-        input_format: the order in which the first convolution reads the colours, `rgb` or `bgr`; None for what the
-            configuration says, or RGB.
+        input_format: channel order of the first convolution, `rgb` or `bgr`; None takes it from the configuration, or
+            else RGB.
 
     Raises:
-        ModelStoreError: they are of mmdetection 1, which counted the background first and boxes with a pixel more.
+        ModelStoreError: the weights are from mmdetection 1, which had the background as the first class and boxes one
+            pixel larger.
     """
     if any(key.startswith("bbox_head.") for key in state_dict):
         raise ModelStoreError(
@@ -81,7 +82,7 @@ def with_torchvision_names(
 
 def _torchvision_name(key: str, *, convs: int) -> str:
     if match := _HIDDEN.match(key):
-        # Behind convolutions there are a flattening and one hidden layer; else there are two.
+        # After convolutions there are a flatten and one hidden layer; otherwise there are two hidden layers.
         layer = str(convs + 1 + int(match[1])) if convs else f"fc{6 + int(match[1])}"
         return f"roi_heads.box_head.{layer}.{key[match.end() :]}"
     for pattern, replacement in _RENAMED:
@@ -92,15 +93,15 @@ def _torchvision_name(key: str, *, convs: int) -> str:
 def mmdetection_findings(
     state_dict: Mapping[str, Tensor], *, config_text: str = "", input_format: str | None = None
 ) -> Findings:
-    """The network that a state dict, as it was read, is of: what the configuration beside it says, and else what
-    mmdetection's base configuration has.
+    """Identify the network of an unconverted state dict, from the configuration beside it where possible, else by
+    mmdetection's base configuration.
 
     Raises:
-        ModelStoreError: it is of no network that we have.
+        ModelStoreError: the network is not supported.
     """
     found = inferred(with_torchvision_names(state_dict, config_text=config_text, input_format=input_format))
     found.family = "mmdetection"
-    found.notes.clear()  # of torchvision's norms
+    found.notes.clear()  # torchvision's norms have it
     facts = _facts(config_text)
     is_caffe = (input_format or facts.input_format or "rgb") == "bgr"
     has_bottlenecks = re.match(r"(wide_)?resne[x]?t(50|101|152)_", found.get("backbone.name")) is not None
@@ -120,14 +121,14 @@ def mmdetection_findings(
 
 
 class _Facts:
-    """What a configuration says: the dicts and lists of its assignments."""
+    """The facts in a configuration: the dicts and lists that it assigns."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
     @property
     def pixels(self) -> Mapping[str, Any]:
-        """Mean, std and order of colours, by either release's words."""
+        """Mean, std and channel order, under the keys of either release."""
         for found in (self.at("model.data_preprocessor"), self.at("img_norm_cfg")):
             if isinstance(found, Mapping) and found:
                 return found
@@ -142,7 +143,7 @@ class _Facts:
         return None
 
     def at(self, path: str) -> Any:
-        """What lies under a dotted name, None if nothing does."""
+        """The value under a dotted name, None if there is none."""
         value: Any = self.config
         for key in path.split("."):
             if not isinstance(value, Mapping):
@@ -151,7 +152,7 @@ class _Facts:
         return value
 
     def tell(self, found: Findings, *, has_bottlenecks: bool) -> None:
-        """Put in all that it says."""
+        """Record everything that it says."""
         mean, std = _numbers(self.pixels.get("mean"), 3), _numbers(self.pixels.get("std"), 3)
         if mean and std:
             if self.input_format == "bgr":
@@ -183,7 +184,7 @@ class _Facts:
             found.doubts.pop("anchors.sizes", None)
 
     def _scale(self) -> Any:
-        """The size of pictures when testing."""
+        """The image size used for testing."""
         for pipeline in (self.config.get("test_pipeline"), self.at("data.test.pipeline")):
             for step in _dicts(pipeline):
                 for key in ("img_scale", "scale"):
@@ -212,11 +213,11 @@ def _numbers(value: Any, length: int | None = None) -> tuple[float, ...] | None:
 
 
 def _dicts(value: Any) -> Iterator[Mapping[str, Any]]:
-    """All dicts in a nest of dicts and lists, the outermost first."""
+    """All dicts in nested dicts and lists, outermost first."""
     waiting, seen = [value], set[int]()
     while waiting:
         one = waiting.pop(0)
-        if id(one) in seen:  # names may stand for one list many times
+        if id(one) in seen:  # names may refer to the same list many times
             continue
         seen.add(id(one))
         if isinstance(one, Mapping):
@@ -240,7 +241,7 @@ def _facts(config_text: str) -> _Facts:
 
 
 def _literal(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an expression of literals, `dict(…)` and names assigned before; None for any other."""
+    """The value of an expression of literals, `dict(…)` and names assigned before; None for any other expression."""
     match node:
         case ast.Constant(value=value):
             return value

@@ -1,4 +1,4 @@
-"""The model card of an imported model: its `README.md`, from what is known of it."""
+"""The model card of an imported model: its `README.md`, from what is known about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model_card(
     """Markdown.
 
     Args:
-        rows: the settings that decide what it answers: key, value, and where the value is from.
+        rows: the settings that affect its results: key, value, and the value's source.
     """
     facts = {
         "architecture": f"`{config.architecture}` on `{config.backbone.name}`, RoI head `{config.roi.op}`",

@@ -1,5 +1,5 @@
-"""`model.toml`: what a stored model is. A `ModelConfig` (how to rebuild the network), `[weights]` (which file, and its
-hash) and `[provenance]` (where it came from). Reads it with one error that names every problem, and writes it.
+"""`model.toml`: the description of a stored model: a `ModelConfig` (how to rebuild the network), `[weights]` (which
+file, and its hash) and `[provenance]` (where it came from). Reading reports all problems in one error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.modeling.config import ModelConfig
 MODEL_TOML = "model.toml"
 WEIGHTS_FILE = "weights.safetensors"
 
-# Of one file: enough to mend it, and no megabytes of message for a hundred thousand wrong labels.
+# Per file: enough to fix it, without megabytes of message for a hundred thousand wrong labels.
 _LISTED_PROBLEMS = 20
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -35,7 +35,7 @@ class WeightsTable(BaseModel):
     Attributes:
         file: a file name, without folders.
         sha256: hash of the whole file, lower-case hexadecimal.
-        dtype: how floating-point weights are stored; the server's `precision` says how they are computed with.
+        dtype: how floating-point weights are stored; the server's `precision` determines how they are computed.
         source: where they came from (a URL, a file name).
     """
 
@@ -53,7 +53,7 @@ class ProvenanceTable(BaseModel):
     Attributes:
         data: what it was trained on.
         licence: of the weights.
-        attribution: who has to be named when the model is used.
+        attribution: who must be credited when the model is used.
         command: the command line that made it.
         created: when.
         software: versions, such as `torch = "2.14.1"`.
@@ -74,7 +74,7 @@ class ProvenanceTable(BaseModel):
 
 
 class ModelToml(ModelConfig):
-    """The whole of a stored model's `model.toml`; it can be used wherever a `ModelConfig` is expected."""
+    """A stored model's complete `model.toml`; usable wherever a `ModelConfig` is expected."""
 
     weights: WeightsTable
     provenance: ProvenanceTable = ProvenanceTable()
@@ -93,7 +93,7 @@ def read_model_toml(path: Path) -> ModelToml:
 
 
 def read_network_tables(path: Path) -> dict[str, Any]:
-    """The network's part of a `model.toml`, or of a piece of one, as it is written; not yet checked.
+    """The network's part of a `model.toml`, or of a fragment of one, as written; not yet validated.
 
     Raises:
         ModelStoreError: not readable, or not TOML.
@@ -112,8 +112,8 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:
-    """Write a stored model's `model.toml`, defaults included: should a later release change them, the model stays.
-    Tables that the network does not use are left out.
+    """Write a stored model's `model.toml`, including defaults, so that the model is unaffected if a later release
+    changes them. Tables that the network does not use are left out.
     """
     unused = {"proposals"} if config.has_rpn else {"anchors", "rpn"}
     document = config.model_dump(include=set(ModelConfig.model_fields) - unused)
@@ -129,12 +129,12 @@ def _without_empty_tables(table: Mapping[str, object]) -> dict[str, object]:
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists …
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, deeply nested lists, …
         raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
 
 
 def validated(source: str, document: Mapping[str, object], model: type[_Config]) -> _Config:
-    """A document as the model that it should be.
+    """Validate a document.
 
     Args:
         source: where it came from, for the message.
@@ -153,7 +153,7 @@ def validated(source: str, document: Mapping[str, object], model: type[_Config])
 
 
 def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    """One line: the key as it stands in the file, what was expected, what came."""
+    """One line: the key as in the file, what was expected, and the actual value."""
     *table, key = problem["loc"] or ("(whole file)",)
     place = ".".join(str(part) for part in (*table, key))
     if problem["type"] == "missing":

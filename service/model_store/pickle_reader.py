@@ -1,9 +1,9 @@
 """Reads the data in a pickle without running it.
 
-A pickle is a program: unpickling calls whatever functions it names. Here its instructions are walked one by one, and
-whatever it wants called is noted as an `Unread` instead. The few calls by which NumPy writes arrays are recognised by
-`array_of` and done by our own code. (A restricted `pickle.Unpickler` would still call NumPy's own `__setstate__`, which
-trusts its input with raw memory.) Time and memory grow with the length of the pickle and with nothing that it says.
+A pickle is a program: unpickling calls whatever functions it names. This module interprets its instructions one by one,
+and records every call as an `Unread` instead of making it. The few calls that NumPy uses to write arrays are recognised
+by `array_of` and done by our own code. (A restricted `pickle.Unpickler` would still call NumPy's own `__setstate__`,
+which trusts its input with raw memory.) Time and memory depend only on the length of the pickle, not on its contents.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _PUSHES_A_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_T
 _NUMBERS = frozenset(f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)) - {"f1"} | {"b1"}
 _DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
 _MARK = object()
-# Modules whose functions act on the machine when an ordinary reader calls them. Nothing is called here, but a file that
-# names them is an attack on others, so its owner should hear of it.
+# Modules whose functions act on the machine when an ordinary unpickler calls them. Nothing is called here, but a file
+# that names them is an attack on other readers, so its owner should be told.
 _PROGRAMS = frozenset(
     {
         "os",
@@ -87,19 +87,19 @@ _PROGRAM_BUILTINS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function that the pickle names; never looked up."""
+    """A class or function that the pickle names; never imported."""
 
     name: str
 
 
 @dataclass(slots=True, eq=False)
 class Unread:
-    """What the pickle wants built by calling something; never called.
+    """A call that the pickle asks for; never made.
 
     Attributes:
-        name: of the class or function, with its module.
+        name: the class or function, with its module.
         arguments: what it is called with.
-        items: what is put into the result by key.
+        items: items that are set on the result, by key.
         state: the attributes given to the result.
     """
 
@@ -110,25 +110,25 @@ class Unread:
 
 
 def read_pickle(file: IO[bytes] | bytes, *, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The data in a pickle: dicts, lists, tuples, strings, numbers, and `Unread` for whatever else is in there.
+    """The data in a pickle: dicts, lists, tuples, strings, numbers, and `Unread` for anything else.
 
     Args:
-        file: read up to the end of the pickle, from where it stands.
-        persistent: what stands for something that the pickle keeps outside of itself, by its id.
+        file: read from the current position to the end of the pickle.
+        persistent: returns the stand-in for an object stored outside the pickle, by its persistent id.
 
     Raises:
-        ModelStoreError: it is no pickle, or a program that does more than build data.
+        ModelStoreError: it is not a pickle, or a program that does more than build data.
     """
     try:
         return _Machine(persistent).run(file)
     except ModelStoreError:
         raise
-    except Exception as error:  # whatever a broken program leads to: an empty stack, an unknown memo, a cut end
+    except Exception as error:  # any effect of a broken program: an empty stack, an unknown memo, a truncated end
         raise ModelStoreError(f"not a pickle that can be read: {type(error).__name__}") from error
 
 
 class _Machine:
-    """The pickle machine without its calls: a stack, and a memo of what is used again."""
+    """The pickle machine without its calls: a stack, and a memo of reused objects."""
 
     def __init__(self, persistent: Callable[[Any], Any] | None) -> None:
         self.stack: list[Any] = []
@@ -233,7 +233,7 @@ def _update(stack: list[Any], items: list[Any]) -> None:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    # Only plain keys: to hash a tuple of tuples of tuples … takes as long as its author wishes.
+    # Only plain keys: hashing deeply nested tuples can take arbitrarily long.
     return {
         key: value
         for key, value in zip(items[::2], items[1::2], strict=True)
@@ -242,7 +242,7 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _harmless(name: str) -> Global:
-    """What is named, unless it is there to do something."""
+    """The global, unless it is in a dangerous module."""
     module, _, rest = name.partition(".")
     if module in _PROGRAMS or (module in ("builtins", "__builtin__") and rest in _PROGRAM_BUILTINS):
         raise ModelStoreError(f"expected a checkpoint of tensors, got {name}, which was not run")
@@ -255,17 +255,17 @@ def _noted_call(function: Any, arguments: Any) -> Any:
     # NumPy 2 has renamed its private modules.
     name = function.name.replace("numpy._core.", "numpy.core.")
     if name in ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"):
-        # How objects of ordinary classes are written; the class itself is the first argument.
+        # This is how objects of ordinary classes are written; the class is the first argument.
         name = arguments[0].name if arguments and isinstance(arguments[0], Global) else name
     if name in _DICTS:
         return _dict_of(arguments)
     if name == "_codecs.encode" and len(arguments) == 2 and arguments[1] == "latin1":
-        return arguments[0].encode("latin-1")  # how protocol 2 writes bytes
+        return arguments[0].encode("latin-1")  # protocol 2's form of bytes
     return Unread(name, arguments)
 
 
 def _dict_of(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    """Of what `OrderedDict`, `defaultdict` and `Counter` are called with: a factory, a dict, or a list of pairs."""
+    """The dict built by `OrderedDict`, `defaultdict` or `Counter` from a factory, a dict, or a list of pairs."""
     given = arguments[-1] if arguments else None
     if isinstance(given, dict):
         return dict(given)
@@ -273,7 +273,7 @@ def _dict_of(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 
 def _set_state(target: Any, state: Any) -> None:
-    # Dicts get attributes too: `state_dict()` notes the versions of its modules so.
+    # Dicts get attributes too: `state_dict()` stores its modules' versions this way.
     if isinstance(target, Unread):
         target.state = state
     elif not isinstance(target, dict):
@@ -281,10 +281,10 @@ def _set_state(target: Any, state: Any) -> None:
 
 
 def array_of(value: Any) -> NDArray[Any] | None:
-    """The array that NumPy has written as this value, None if it is no array of numbers.
+    """The NumPy array written as this value, None if it is not an array of numbers.
 
     Raises:
-        ModelStoreError: it is one of Python objects, or is not what it says.
+        ModelStoreError: it is an array of Python objects, or is inconsistent.
     """
     try:
         match value:

@@ -1,5 +1,5 @@
-"""What torchvision has published: its detectors trained on COCO, by builder, with the size and the whole sha256 of each
-file. Addresses, labels and figures are torchvision's own; it publishes only the first eight digits of the hashes.
+"""torchvision's published detectors, trained on COCO: by builder, with the size and the full sha256 of each file. URLs,
+labels and figures are torchvision's own; it publishes only the first eight digits of the hashes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from service.errors import ModelStoreError
 from service.model_store.labels import category_labels
 from service.model_store.torchvision_layout import BUILDERS
 
-# torchvision's `overwrite_eps`: these two were trained with norms that add nothing to the variance.
+# torchvision's `overwrite_eps`: these two were trained with norms whose eps is 0.
 _WITHOUT_NORM_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
 
 _FILES = {
@@ -42,7 +42,7 @@ _FILES = {
         185_828_065,
     ),
 }
-"""The sha256 and the size in bytes of each builder's file; docs/model-store.md says where the hashes are from."""
+"""The sha256 and the size in bytes of each builder's file; docs/model-store.md gives the source of the hashes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class PublishedWeights:
 
     Attributes:
         builder: torchvision builder's name.
-        url: where it is; the last part names the file and holds the first digits of its sha256.
+        url: the last part is the file name, with the first digits of its sha256.
         sha256: of the whole file, in hexadecimal.
         size: in bytes.
         labels: class names without the background; ids that COCO does not use are called "unused 12".
@@ -77,8 +77,8 @@ def published_weights(builder: str) -> PublishedWeights:
     """What torchvision has published for a builder.
 
     Raises:
-        ModelStoreError: nothing, and lists those for which there is something; or the installed torchvision has another
-            file than the one whose hash is known.
+        ModelStoreError: there is nothing for this builder (the message lists the others), or the installed
+            torchvision's file is not the one whose hash is known.
     """
     if builder not in BUILDERS:
         raise ModelStoreError(f"no published weights for {builder!r}; there are some for: {', '.join(BUILDERS)}")

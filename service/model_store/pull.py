@@ -16,7 +16,7 @@ _DOWNLOADS = ".downloads"
 
 
 def find_pulled(store: ModelStore, weights: PublishedWeights, *, name: str) -> StoredModel | None:
-    """The version of that name which was made from these weights before, if there is one.
+    """The version of `name` that was already made from these weights, if there is one.
 
     Raises:
         ModelStoreError: a model in the store is broken.
@@ -39,11 +39,11 @@ def pull_model(
 
     Args:
         command: the command line, for the provenance.
-        base_url: of a mirror that has torchvision's files by their names; None is torchvision's own place.
+        base_url: a mirror with torchvision's files under the same names; None means torchvision's own server.
 
     Raises:
-        ModelStoreError: the download failed (run again, it goes on where it stopped), the file is not what it should
-            be, or the store cannot be written.
+        ModelStoreError: the download failed (running it again resumes it), the file has the wrong hash, or the store
+            cannot be written.
     """
     url = f"{base_url.rstrip('/')}/{weights.file_name}" if base_url else weights.url
     folder = store.root / _DOWNLOADS
@@ -66,6 +66,6 @@ def pull_model(
     )
     stored = store_imported(store, imported, name=name, provenance=provenance, source=url)
     path.unlink()
-    with suppress(OSError):  # another download is in there
+    with suppress(OSError):  # another download is in the folder
         folder.rmdir()
     return stored

@@ -1,6 +1,5 @@
-"""The model store: a folder of models, `<name>/<version>/`. Lists what is there, broken or not, finds a model by the
-name that a request or a setting gives, and writes new ones atomically. Imports torch only when weights are read or
-written.
+"""The model store: a folder of models, `<name>/<version>/`. Lists all models, broken or not, finds a model by the name
+in a request or a setting, and writes new models atomically. Imports torch only when weights are read or written.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ class StoredModel:
 
     @property
     def key(self) -> str:
-        """`name@version`, which `ModelStore.find` understands."""
+        """`name@version`, as accepted by `ModelStore.find`."""
         return f"{self.name}@{self.version}"
 
     @cached_property
     def model_toml(self) -> ModelToml:
-        """What the model is, read and checked at first use.
+        """The model's description, read and checked on first use.
 
         Raises:
             ModelStoreError: `model.toml` is missing or not valid.
@@ -85,7 +84,7 @@ class StoredModel:
         """The weights in float32 on the CPU, checked against the sha256 in `model.toml`.
 
         Raises:
-            ModelStoreError: `model.toml` or the weights are not as they must be.
+            ModelStoreError: `model.toml` or the weights are invalid.
         """
         from service.model_store.weights import load_weights
 
@@ -103,7 +102,7 @@ class ModelStore:
         self.root = root
 
     def list(self) -> list[StoredModel]:
-        """Every version of every model, broken ones included, by name and rising version.
+        """Every version of every model, including broken ones, by name and ascending version.
 
         Raises:
             ModelStoreError: the store's folder is missing or cannot be read.
@@ -118,7 +117,7 @@ class ModelStore:
         return sorted(stored, key=lambda model: (model.name, model.version))
 
     def misplaced(self) -> Sequence[str]:
-        """A line for every folder that is not `<name>/<version>`, which says why it is not listed.
+        """A line for every folder that is not `<name>/<version>`, with the reason why it is not listed.
 
         Raises:
             ModelStoreError: the store's folder is missing or cannot be read.
@@ -140,13 +139,13 @@ class ModelStore:
         return lines
 
     def find(self, reference: str) -> StoredModel:
-        """The model of that name.
+        """Find a model.
 
         Args:
             reference: `name` (its highest version) or `name@version`.
 
         Raises:
-            ModelNotFoundError: lists the known ones.
+            ModelNotFoundError: there is none; the message lists the known models.
             ModelStoreError: the store's folder is missing or cannot be read.
         """
         name, at, version = reference.partition("@")
@@ -158,7 +157,7 @@ class ModelStore:
         return matches[-1]
 
     def next_version(self, name: str) -> int:
-        """The version to write next: one above the highest there is, 1 for a new name."""
+        """The next version: one above the highest existing one, or 1 for a new name."""
         versions = [model.version for model in self.list() if model.name == name] if self.root.exists() else []
         return max(versions, default=0) + 1
 
@@ -182,14 +181,15 @@ class ModelStore:
             source: where the weights came from, for `[weights]`.
 
         Raises:
-            ModelStoreError: a bad name or version, one that exists already, or weights that cannot be stored.
+            ModelStoreError: the name or version is invalid, the version exists already, or the weights cannot be
+                stored.
         """
-        # Imported here, so that listing models need not wait for torch.
+        # Imported here, so that listing models does not import torch.
         from service.model_store.weights import save_weights
 
         check_name(name, str(version))
         path = self.root / name / str(version)
-        # On the same disk, under a name that `list` skips; renamed when it is complete.
+        # On the same disk, under a name that `list` skips; renamed once complete.
         unfinished = path.with_name(f".unfinished-{version}-{secrets.token_hex(4)}")
         try:
             unfinished.mkdir(parents=True)
@@ -208,10 +208,10 @@ class ModelStore:
 
 
 def check_name(name: str, version: str) -> None:
-    """Check that a model may be called so.
+    """Check that a model name is valid.
 
     Raises:
-        ModelStoreError: says what was expected.
+        ModelStoreError: the name is invalid; the message says what was expected.
     """
     if not _NAME.fullmatch(name):
         raise ModelStoreError(_expected_name(name))
@@ -220,7 +220,7 @@ def check_name(name: str, version: str) -> None:
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    """The folders in a folder, hidden ones left out, in order of name."""
+    """The non-hidden folders in a folder, in order of name."""
     try:
         entries = sorted(path.iterdir())
     except FileNotFoundError:
@@ -233,7 +233,7 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _readable_folders(path: Path) -> Iterator[Path]:
-    """As `_folders`, but none of a folder that cannot be read: one model's folder must not hide the others."""
+    """Like `_folders`, but empty if the folder cannot be read: one unreadable model must not hide the others."""
     with suppress(ModelStoreError):
         yield from _folders(path)
 

@@ -1,6 +1,5 @@
-"""Writes TOML that people like to read: values first, then tables; short lists on one line, long ones an item a line.
-Called by `model_toml.py`. Our own, because the packages that write TOML put every number of a nested list such as
-`sizes = [[32], [64]]` on a line of its own.
+"""Writes readable TOML: values first, then tables; short lists on one line, long ones with one item per line. Existing
+TOML writers put every number of a nested list such as `sizes = [[32], [64]]` on a separate line.
 """
 
 from __future__ import annotations
@@ -62,5 +61,5 @@ def _value(value: object) -> str:
 
 
 def _string(text: str) -> str:
-    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,5 +1,5 @@
-"""Reads what `torch.save` wrote, zip archives and the older form, without running it: the pickle inside is walked by
-`pickle_reader.py`, and tensors are made of the bytes that it points to. A tensor is made only when it is asked for, so
+"""Reads files written by `torch.save` (zip archives and the older format) without running code: `pickle_reader.py`
+interprets the pickle inside, and tensors are built from the bytes it refers to. Tensors are created only on request, so
 an optimizer's state beside the weights costs nothing.
 """
 
@@ -34,18 +34,18 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 _MAX_ELEMENTS = 1 << 28
-"""Of one tensor: a billion bytes in float32. A view may claim more elements than its storage has."""
+"""Limit for one tensor: a billion bytes in float32. A view may claim more elements than its storage has."""
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""What `torch.save` wrote before it wrote zip archives begins with this pickled number."""
+"""Files in the format that preceded zip archives begin with this pickled number."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """A run of numbers of one type in the file, which several tensors may share.
+    """A block of numbers of one type in the file, possibly shared by several tensors.
 
     Attributes:
-        read: its bytes.
-        length: how many numbers it says to have.
+        read: returns its bytes.
+        length: how many numbers it claims to have.
     """
 
     dtype: torch.dtype
@@ -96,7 +96,7 @@ def read_torch_zip(path: Path) -> Any:
 
 
 def _check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Refuse what would be larger in memory than on disk: compressed entries, and those that share their bytes."""
+    """Reject entries that would be larger in memory than on disk: compressed ones, and ones that share their bytes."""
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ModelStoreError(
@@ -108,7 +108,7 @@ def _check_entries(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
 
 
 def _stored_bytes(path: Path, entry: zipfile.ZipInfo) -> bytes:
-    """An uncompressed entry. torch may leave out the checksums, on which `zipfile` insists."""
+    """An uncompressed entry. torch may omit the checksums, which `zipfile` requires."""
     with path.open("rb") as file:
         file.seek(entry.header_offset + 26)
         name_length, extra_length = struct.unpack("<HH", file.read(4))
@@ -117,7 +117,7 @@ def _stored_bytes(path: Path, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _check_kind(names: list[str], root: str | None) -> None:
-    """Say what an archive is that is no checkpoint."""
+    """Raise an error that names the kind of archive, if it is not a checkpoint."""
     way_out = "; save `model.state_dict()` alone"
     if root is None and any(name.endswith("model.weights.h5") for name in names):
         raise ModelStoreError("expected a checkpoint of tensors, got a Keras model: only PyTorch's weights are read")
@@ -132,7 +132,7 @@ def _check_kind(names: list[str], root: str | None) -> None:
 
 
 def read_torch_legacy(file: IO[bytes]) -> Any:
-    """The content of a file that `torch.save` wrote before PyTorch 1.6, or with its older format; see `tensor_of`.
+    """The content of a `torch.save` file from before PyTorch 1.6, or in that older format; see `tensor_of`.
 
     Raises:
         ModelStoreError: damaged.
@@ -150,7 +150,7 @@ def read_torch_legacy(file: IO[bytes]) -> Any:
                 return Unread("torch.nn.Module", ())
         raise ModelStoreError("expected a checkpoint of tensors, got one that points to something else")
 
-    for _ in range(3):  # a magic number, the version of the format, the machine's sizes
+    for _ in range(3):  # magic number, format version, the machine's type sizes
         read_pickle(file)
     content = read_pickle(file, persistent=storage)
     for key in read_pickle(file):
@@ -172,10 +172,10 @@ def _dtype_of(type_: str) -> torch.dtype | None:
 
 
 def tensor_of(value: Any) -> Tensor | None:
-    """The tensor that torch has written as this value, floating-point ones as float32; None if it is none.
+    """The tensor that torch wrote as this value, in float32 if floating-point; None if it is not a tensor.
 
     Raises:
-        ModelStoreError: its data are damaged, or it claims more elements than any weight has.
+        ModelStoreError: its data is damaged, or it claims more elements than any weight has.
     """
     match value:
         case Tensor():
@@ -200,7 +200,7 @@ def _view(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[i
     try:
         if math.prod(size) > _MAX_ELEMENTS:
             raise ModelStoreError(f"a tensor claims {math.prod(size):.3g} elements")
-        # The numbers are converted before the view is made, which may repeat them.
+        # Convert the numbers before creating the view, because the view may repeat them.
         return storage.flat.as_strided(size, stride, offset)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ModelStoreError("damaged: a tensor reaches beyond its data") from error

@@ -1,5 +1,5 @@
-"""Detectors as torchvision names and lays them out: what a builder's name means as a `ModelConfig`, and what the names
-and shapes of a state dict say of the network that it is from.
+"""Detectors in torchvision's layout: the `ModelConfig` for a builder's name, and what the names and shapes of a state
+dict reveal about its network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BUILDERS: Mapping[str, Tables] = {
     "maskrcnn_resnet50_fpn_v2": {"architecture": "mask_rcnn", **_V2},
 }
 BUILDERS = tuple(_BUILDERS)
-"""Names of torchvision's builders whose networks we have."""
+"""The torchvision builders whose networks are supported."""
 
 _BODY, _FPN = "backbone.body.", "backbone.fpn."
 _CLASS_BIAS = "roi_heads.box_predictor.cls_score.bias"
@@ -55,7 +55,7 @@ _BOTTLENECKS = {
     (6, (128, 128)): "wide_resnet50_2",
     (23, (128, 128)): "wide_resnet101_2",
 }
-# `nn.Sequential(*resnet.children())`, as people cut the classifier off.
+# `nn.Sequential(*resnet.children())`, the usual way to cut off the classifier.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _DEFAULT_ANCHORS = ((32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0))
 _CHANNELS = {1: "grey", 3: "rgb", 4: "rgba"}
@@ -88,7 +88,7 @@ def builder_findings(builder: str) -> Findings:
     """The network that `torchvision.models.detection.<builder>` builds.
 
     Raises:
-        ModelStoreError: we do not have that builder's network; lists those that we have.
+        ModelStoreError: that builder's network is not supported; the message lists the supported ones.
     """
     if builder not in _BUILDERS:
         raise ModelStoreError(f"no architecture {builder!r}; known: {', '.join(BUILDERS)}")
@@ -116,13 +116,13 @@ def builder_config(builder: str, labels: Sequence[str], *, norm_eps: float = 1e-
 
 
 def inferred(state_dict: Mapping[str, Tensor]) -> Findings:
-    """The network that a state dict is from, as far as names and shapes tell.
+    """Infer the network of a state dict, as far as names and shapes determine it.
 
     Args:
-        state_dict: in torchvision's layout, as `in_torchvision_layout` gives it.
+        state_dict: in torchvision's layout, as returned by `in_torchvision_layout`.
 
     Raises:
-        ModelStoreError: it is of no network that we have.
+        ModelStoreError: the network is not supported.
     """
     found = Findings()
     has_masks = any(key.startswith("roi_heads.mask_predictor.") for key in state_dict)
@@ -201,7 +201,7 @@ def _find_pyramid(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _find_features(found: Findings, weights: Mapping[str, Tensor]) -> None:
-    """A trunk that is the `.features` of one of torchvision's classifiers, all of them or the first parts."""
+    """Find a trunk that is the `.features` of one of torchvision's classifiers, or their first parts."""
     given = _shapes({key.removeprefix(_BODY): tensor for key, tensor in weights.items() if key.startswith(_BODY)})
     for model in models_with_features():
         with torch.device("meta"):
@@ -215,7 +215,7 @@ def _find_features(found: Findings, weights: Mapping[str, Tensor]) -> None:
         if not stop or not _same_but_for_channels(given, expected):
             continue
         found.tell("backbone", WEIGHTS, name=f"torchvision/{model}")
-        # Behind the last weights there may be an activation and a pooling, which have none.
+        # After the last weights there may be an activation and a pooling, which have no weights.
         silent = len(parts) - stop
         if silent and all(not list(one.parameters()) for one in features[stop:]):
             found.doubt(
@@ -231,7 +231,7 @@ def _find_features(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _same_but_for_channels(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether all shapes agree, but for the channels that the first convolution reads."""
+    """Whether all shapes agree, except for the first convolution's input channels."""
     if given.keys() != expected.keys():
         return False
     first = next(iter(expected))
@@ -246,7 +246,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def tell_norm(found: Findings, weights: Mapping[str, Tensor]) -> None:
-    """Put in the trunk's norm: one that learns counts its batches, one of groups has no statistics."""
+    """Record the trunk's norm: batch norms count their batches, group norms have no statistics."""
     norm = _norm_of(key for key in weights if key.startswith((_BODY, "roi_heads.box_head.layer4.")))
     name = found.get("backbone.name")
     if norm is None or (norm == "group_norm" and "resne" not in name):
@@ -262,12 +262,12 @@ def tell_norm(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _norm_at(weights: Mapping[str, Tensor], prefix: str) -> str | None:
-    """The kind of a norm that lies there, None if there is none."""
+    """The kind of norm at this name, None if there is none."""
     return _norm_of(key for key in weights if key.startswith(prefix))
 
 
 def _norm_of(keys: Iterable[str]) -> str | None:
-    """The kind of the norms among these names, None if there are none."""
+    """The kind of norm among these names, None if there is none."""
     last_parts = [key.split(".")[-2:] for key in keys]
     if any(parts[-1] == "num_batches_tracked" for parts in last_parts):
         return "batch_norm"
@@ -314,7 +314,7 @@ def _find_rpn(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _levels(found: Findings) -> int:
-    """Maps that the RPN sees."""
+    """The number of feature maps that the RPN sees."""
     name = found.get("backbone.name")
     if name == "mobilenet_v3_large_fpn":
         return 3
@@ -355,21 +355,21 @@ def _find_heads(found: Findings, weights: Mapping[str, Tensor]) -> None:
 
 
 def _map_channels(found: Findings, weights: Mapping[str, Tensor]) -> int:
-    """Channels of the maps that RoIs are pooled from, which the RPN's first convolution reads too."""
+    """Channels of the maps that RoIs are pooled from; the RPN's first convolution reads the same maps."""
     first = weights.get("rpn.head.conv.0.0.weight")
     return 256 if first is None or first.ndim != 4 else first.shape[1]
 
 
 def _count(weights: Mapping[str, Any], prefix: str) -> int:
-    """How many numbered parts there are below a name."""
+    """The number of numbered parts below a name."""
     return len({key[len(prefix) :].partition(".")[0] for key in weights if key.startswith(prefix)})
 
 
 def num_labels(state_dict: Mapping[str, Tensor]) -> int:
-    """Classes that the weights know, without the background.
+    """The number of classes in the weights, without the background.
 
     Raises:
-        ModelStoreError: they are not of a detector in torchvision's layout.
+        ModelStoreError: the weights are not those of a detector in torchvision's layout.
     """
     for start, words in _STRANGERS:
         if any(key.startswith(start) for key in state_dict):
@@ -386,8 +386,8 @@ def num_labels(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def with_current_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with the names that torchvision gives since 0.13, its published files having older ones, and with
-    the names of `IntermediateLayerGetter` for a trunk that somebody has wrapped by hand.
+    """The state dict with torchvision's names since 0.13 (its published files have older ones), and with the names of
+    `IntermediateLayerGetter` for a trunk that was wrapped by hand.
     """
     return _with_trunk_as_body({_current_name(key): tensor for key, tensor in state_dict.items()})
 
@@ -414,7 +414,7 @@ def _with_trunk_as_body(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shared_parts(names: Sequence[str]) -> str:
-    """The parts with which all names begin, but for the last two: `features.0.weight` keeps `0.weight`."""
+    """The leading parts that all names share, except for the last two: `features.0.weight` keeps `0.weight`."""
     first, last = min(names).split("."), max(names).split(".")
     shared = 0
     while shared < min(len(first), len(last)) - 2 and first[shared] == last[shared]:
@@ -423,7 +423,7 @@ def _shared_parts(names: Sequence[str]) -> str:
 
 
 def with_class_specific_outputs(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Networks that regress one box, or predict one mask, for all classes become ones that do so for each class alike.
+    """Convert class-agnostic box and mask outputs to class-specific ones, by repeating them for every class.
 
     Returns:
         The weights, and a line for each output that was repeated.

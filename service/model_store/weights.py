@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, checked by hash, and loaded into a network key by key. Never reads a pickle."""
+"""Weights on disk: safetensors files, verified by hash and loaded into a network key by key. Never reads a pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], *, dtype: Dtype =
 
     Args:
         path: the file to write; its folder exists.
-        state_dict: on any device. Floating-point tensors are stored as `dtype`, others as they are.
+        state_dict: on any device. Floating-point tensors are stored as `dtype`, others unchanged.
         dtype: half precision halves the file; the weights are then rounded.
 
     Returns:
@@ -62,7 +62,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.to(dtype)
-    # A copy of its own: safetensors refuses tensors that share memory.
+    # A separate copy: safetensors rejects tensors that share memory.
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -70,7 +70,7 @@ def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     """Read weights, floating-point tensors as float32 on the CPU, others as stored.
 
     Raises:
-        ModelStoreError: missing, not safetensors, truncated, or its sha256 is another; the message says which.
+        ModelStoreError: missing, not safetensors, truncated, or the sha256 differs; the message says which.
     """
     check_safetensors(path)
     digest = sha256_of(path)
@@ -80,7 +80,7 @@ def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file whose hash nobody knows, as `load_weights` does otherwise.
+    """Like `load_weights`, for a safetensors file whose hash is not known.
 
     Raises:
         ModelStoreError: missing, not safetensors, or truncated.
@@ -94,11 +94,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str) -> None:
-    """Load weights into a network; every key and every shape has to agree.
+    """Load weights into a network; every key and every shape must match.
 
     Args:
-        model: its parameters and buffers are overwritten; left as it was when this raises.
-        state_dict: `num_batches_tracked` of batch norms may be there or not; only training counts with it.
+        model: its parameters and buffers are overwritten; unchanged if this raises.
+        state_dict: batch norms' `num_batches_tracked` is optional; only training uses it.
         source: what the weights came from, for the message.
 
     Raises:
@@ -110,8 +110,8 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str
 
 
 def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
-    """Check that weights of these shapes are the network's, every key and every shape. Reads no weight, so the network
-    may be one on the device `meta`, which takes no memory.
+    """Check that weights of these shapes match the network, every key and every shape. Reads no weights, so the network
+    may be on the device `meta`, which uses no memory.
 
     Raises:
         ModelStoreError: as `load_into`.

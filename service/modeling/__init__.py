@@ -1,1 +1,1 @@
-"""The networks as nn.Modules, composed from torchvision's parts. Knows nothing of files, settings, HTTP or batching."""
+"""The networks as nn.Modules, built from torchvision's parts. Knows nothing of files, settings, HTTP or batching."""

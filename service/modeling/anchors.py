@@ -1,4 +1,4 @@
-"""Anchors as detectron2 and mmdetection lay them; torchvision's own generator is used as it is."""
+"""Anchors in the style of detectron2 and mmdetection. torchvision's own generator needs no wrapper."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 class UnroundedAnchorGenerator(AnchorGenerator):
     """torchvision's generator without its two roundings: of the anchors' corners to whole pixels, and of the maps'
-    strides, which it takes as image size // map size (800 // 13 = 61 for the coarsest map, whose stride is 64).
+    strides, which torchvision computes as image size // map size (800 // 13 = 61 for the coarsest map, whose stride is
+    64).
 
-    The anchors of a place come size by size, each in all ratios; torchvision's and mmdetection's come ratio by ratio.
-    It is the order of the RPN head's channels.
+    By default the anchors of a location are ordered by size, then ratio, like detectron2's; torchvision and mmdetection
+    order them by ratio, then size. The order has to match the RPN head's channels.
 
     Args:
-        by_ratio: whether they come ratio by ratio.
-        sizes: for every feature map the square roots of the anchors' areas, in pixels of the resized image.
-        aspect_ratios: for every feature map height / width.
+        by_ratio: whether to order them by ratio first.
+        sizes: for every feature map, the square roots of the anchors' areas, in pixels of the resized image.
+        aspect_ratios: for every feature map, height / width.
         strides: of every feature map.
     """
 
@@ -42,7 +43,7 @@ class UnroundedAnchorGenerator(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """(len(scales) * len(aspect_ratios), 4) anchors about the origin."""
+        """(len(scales) * len(aspect_ratios), 4) anchors centred on the origin."""
         half_sides = torch.tensor(scales, dtype=dtype, device=device)[:, None] / 2
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         half_widths, half_heights = half_sides / roots, half_sides * roots
@@ -50,11 +51,11 @@ class UnroundedAnchorGenerator(AnchorGenerator):
         return (corners.transpose(0, 1) if self.by_ratio else corners).flatten(end_dim=1)
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
-        """The anchors of every feature map, (height * width * anchors per place, 4).
+        """The anchors of every feature map, (height * width * anchors per location, 4).
 
         Args:
             grid_sizes: (height, width) of every map.
-            strides: torchvision's guess, of which only the device is used.
+            strides: torchvision's estimate; only its device is used.
         """
         device = strides[0][0].device
         return super().grid_anchors(grid_sizes, [[torch.tensor(stride, device=device)] * 2 for stride in self.strides])

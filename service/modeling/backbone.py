@@ -34,9 +34,9 @@ from service.modeling.config import BackboneConfig, Norm
 
 NormLayer = Callable[[int], nn.Module]
 _GROUPS = 32
-"""Of group norms (Wu and He 2018), as torchvision's users and detectron2 have them."""
+"""Number of groups in group norms (Wu and He 2018), as in detectron2."""
 _FAMILIES_WITH_FEATURES = ("mobilenet", "vgg", "squeezenet", "alexnet", "densenet", "efficientnet", "convnext")
-"""Those that people fine-tune most come first."""
+"""The families that are fine-tuned most often come first."""
 
 
 class Backbone(NamedTuple):
@@ -47,7 +47,7 @@ class Backbone(NamedTuple):
         pooled_strides: stride of each map that RoIs are pooled from, by name, finest first.
         strides: stride of each map that the RPN sees, finest first.
         out_channels: of every map.
-        res5: the trunk's last stage where it is the box head, (K, out_channels, S, S) -> (K, 2 * out_channels, S', S')
+        res5: the trunk's last stage, if it is the box head: (K, out_channels, S, S) -> (K, 2 * out_channels, S', S')
             with S' = S / 2 rounded up.
     """
 
@@ -63,7 +63,7 @@ class SingleMap(nn.Module):
 
     Args:
         trunk: its parts in the order in which they run.
-        last: name of the part whose output is the map; those behind it are left out.
+        last: name of the part whose output is the map; later parts are left out.
     """
 
     def __init__(self, trunk: nn.Module, *, last: str) -> None:
@@ -78,7 +78,7 @@ class SingleMap(nn.Module):
 class NarrowResNet18(nn.Module):
     """ResNet-18 (He et al. 2015) with `width` channels in its first stage instead of 64, and no classifier.
 
-    Names of parts are those of `torchvision.models.resnet18`.
+    The parts are named as in `torchvision.models.resnet18`.
     """
 
     def __init__(self, *, width: int, norm_layer: NormLayer) -> None:
@@ -100,14 +100,14 @@ class NarrowResNet18(nn.Module):
 
 
 class TimmWithFPN(nn.Module):
-    """A trunk of timm with a feature pyramid over some of its maps.
+    """A timm trunk with a feature pyramid over some of its maps.
 
     Args:
         trunk: (N, C, H, W) -> a list of feature maps.
         channels_last: whether these are (N, H', W', C), not (N, C, H', W').
-        in_channels: of each map to use, by its place in that list, finest first.
+        in_channels: of each map to use, by its index in that list, finest first.
         out_channels: of every map of the pyramid.
-        norm_layer: behind the pyramid's convolutions, which then have no bias.
+        norm_layer: applied after the pyramid's convolutions, which then have no bias.
     """
 
     def __init__(
@@ -136,14 +136,14 @@ class TimmWithFPN(nn.Module):
 
 
 def build_backbone(config: BackboneConfig, *, in_channels: int = 3) -> Backbone:
-    """Build the trunk, and pyramid if any, that `config` names, with random weights.
+    """Build the configured trunk, with its pyramid if any, with random weights.
 
     Args:
         in_channels: of the pictures.
 
     Raises:
-        ModelStoreError: a trunk that torchvision or timm does not have or that gives no feature maps; or there is no
-            timm.
+        ModelStoreError: torchvision or timm has no such trunk, the trunk returns no feature maps, or timm is not
+            installed.
     """
     backbone = _build_three_channels(config)
     if in_channels != 3:
@@ -170,7 +170,7 @@ def _build_three_channels(config: BackboneConfig) -> Backbone:
 
 
 def _resnet(name: str, trunk_norm: NormLayer) -> resnet.ResNet:
-    if name == "resnext101_32x4d":  # mmdetection's, which torchvision has no builder for
+    if name == "resnext101_32x4d":  # mmdetection's; torchvision has no builder for it
         layers = [3, 4, 23, 3]
         return resnet.ResNet(resnet.Bottleneck, layers, groups=32, width_per_group=4, norm_layer=trunk_norm)
     trunk: resnet.ResNet = getattr(resnet, name)(weights=None, norm_layer=trunk_norm)
@@ -178,7 +178,7 @@ def _resnet(name: str, trunk_norm: NormLayer) -> resnet.ResNet:
 
 
 def _read_channels(module: nn.Module, in_channels: int) -> None:
-    """Put a convolution for another number of channels in the place of the network's first."""
+    """Replace the network's first convolution by one with another number of input channels."""
     name, first = next((name, one) for name, one in module.named_modules() if isinstance(one, nn.Conv2d))
     parent, _, child = name.rpartition(".")
     other = nn.Conv2d(
@@ -194,14 +194,14 @@ def _read_channels(module: nn.Module, in_channels: int) -> None:
 
 
 def norm_layer(norm: Norm, *, eps: float = 1e-5) -> NormLayer:
-    """The norm that the configuration names, as a function of its channels."""
+    """The configured norm, as a function of the number of channels."""
     if norm == "group_norm":
         return partial(nn.GroupNorm, _GROUPS, eps=eps)
     return partial(FrozenBatchNorm2d if norm == "frozen_batch_norm" else nn.BatchNorm2d, eps=eps)
 
 
 def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -> Backbone:
-    """The maps of a ResNet, whose last stage has `last_channels`."""
+    """The feature maps of a ResNet whose last stage has `last_channels` channels."""
     if config.has_res5_head:
         res5 = trunk.get_submodule("layer4")
         module: nn.Module = SingleMap(trunk, last="layer3")
@@ -220,7 +220,7 @@ def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     if config.extra_blocks == "none":
-        module.fpn.extra_blocks = None  # torchvision puts its own in the place of none
+        module.fpn.extra_blocks = None  # torchvision replaces None by its own default
     pooled = {str(level): 2 << stage for level, stage in enumerate(stages)}
     coarsest = 2 << stages[-1]
     extra = {"pool": (2 * coarsest,), "none": ()}.get(config.extra_blocks, (2 * coarsest, 4 * coarsest))
@@ -249,7 +249,7 @@ def torchvision_features(model: str) -> nn.Sequential:
     """The `.features` of one of torchvision's classifiers, with random weights.
 
     Raises:
-        ModelStoreError: there is no such classifier, or it has no `.features` that give a map.
+        ModelStoreError: there is no such classifier, or it has no `.features` that return a map.
     """
     if model not in models_with_features():
         close = difflib.get_close_matches(model, models_with_features(), n=3)
@@ -264,17 +264,19 @@ def torchvision_features(model: str) -> nn.Sequential:
 
 @cache
 def models_with_features() -> tuple[str, ...]:
-    """Names of torchvision's classifiers that make their map in a module of the name `features`."""
+    """Names of torchvision's classifiers that compute their feature map in a module called `features`."""
     known = list_models(module=torchvision.models)
     return tuple(name for family in _FAMILIES_WITH_FEATURES for name in known if name.startswith(family))
 
 
 @cache
 def _channels_and_stride(model: str, stop: int | None) -> tuple[int, int]:
-    """Of the map of the first parts of `torchvision_features`, found out on shapes alone."""
+    """Channels and stride of the map after the first `stop` parts of `torchvision_features`, computed from shapes
+    alone.
+    """
     with torch.device("meta"):
         shape = torchvision_features(model)[:stop].eval()(torch.zeros(1, 3, 1024, 1024)).shape
-    # Poolings without padding lose a cell or two, which does not make another stride of it.
+    # Pooling without padding loses a cell or two, which does not change the stride.
     return shape[1], 1 << round(math.log2(1024 / shape[2]))
 
 
@@ -292,7 +294,7 @@ def _torchvision_features(model: str, config: BackboneConfig) -> Backbone:
 
 
 def _freeze_norms(trunk: nn.Module) -> None:
-    """Put norms that keep their statistics in the place of those that update them."""
+    """Replace batch norms by frozen ones, which never update their statistics."""
     for parent in list(trunk.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm) is nn.BatchNorm2d:
@@ -321,11 +323,12 @@ def _timm_fpn(model: str, config: BackboneConfig) -> Backbone:
         from timm.layers import freeze_batch_norm_2d  # type: ignore[attr-defined]  # timm has no list of exports
 
         trunk = freeze_batch_norm_2d(trunk)  # type: ignore[no-untyped-call]
-    # A pyramid begins with stride 4 (FPN, section 3); of maps with one stride, the deepest serves.
+    # A pyramid begins with stride 4 (FPN, section 3); of several maps with the same stride, the deepest is used.
     place_of = {stride: place for place, stride in enumerate(trunk.feature_info.reduction()) if stride >= 4}
     channels = trunk.feature_info.channels()
     strides = tuple(place_of)
-    # Equation (1) of the FPN paper sends a box to the level of 2^k; with any other stride it would be another map.
+    # Equation (1) of the FPN paper assumes that level k has stride 2^k; with other strides it would choose the wrong
+    # map.
     if not strides or strides[0].bit_count() != 1 or any(2 * one != other for one, other in pairwise(strides)):
         raise ModelStoreError(
             "expected a model of timm whose strides double from map to map, from a power of two on, as 4, 8, 16, 32; "
@@ -343,7 +346,7 @@ def _timm_fpn(model: str, config: BackboneConfig) -> Backbone:
 
 
 def _timm_trunk(model: str) -> Any:
-    """A model of timm that answers with its feature maps, with random weights."""
+    """A timm model that returns its feature maps, with random weights."""
     try:
         import timm
     except ImportError:
@@ -352,7 +355,7 @@ def _timm_trunk(model: str) -> Any:
         close = ", ".join(difflib.get_close_matches(model, timm.list_models(), n=3))
         raise ModelStoreError(f"timm has no model {model!r}" + (f"; did you mean one of: {close}?" if close else ""))
     problem: Exception | None = None
-    # Transformers take pictures of one size unless told otherwise, each family in its own word.
+    # Transformers accept only one image size by default; the option to change that depends on the family.
     words: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
     for any_size in words:
         try:
@@ -363,15 +366,15 @@ def _timm_trunk(model: str) -> Any:
 
 
 def _vgg16() -> Backbone:
-    # torchvision's whole VGG-16 would make a classifier of 120 million weights, to be thrown away.
+    # torchvision's complete VGG-16 would allocate a classifier of 120 million weights, only to discard it.
     trunk = vgg.make_layers(vgg.cfgs["D"])
     _initialise(trunk)
-    # 28 is conv5_3, 29 its ReLU, 30 the last pooling, in whose place the RoIs are pooled.
+    # 28 is conv5_3, 29 its ReLU, and 30 the last pooling, which RoI pooling replaces.
     return Backbone(SingleMap(trunk, last="29"), {"0": 16}, strides=(16,), out_channels=512)
 
 
 def _initialise(trunk: nn.Module) -> None:
-    """Random convolutions as torchvision's trunks have them (He et al. 2015, "Delving deep into rectifiers")."""
+    """Initialise convolutions like torchvision's trunks (He et al. 2015, "Delving deep into rectifiers")."""
     for module in trunk.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,5 +1,5 @@
-"""Boxes from regression, as torchvision's `BoxCoder` decodes them, to the last digit. Called by the RPN and the RoI
-heads. torchvision makes two tensors of one number each on the device, and waits for it with both.
+"""Decode boxes from regression outputs, bit for bit like torchvision's `BoxCoder`, but without its two
+synchronizations: torchvision creates two one-element tensors on the device and waits for each.
 
 Shapes: K boxes (x1, y1, x2, y2).
 """
@@ -12,10 +12,10 @@ from torchvision.models.detection._utils import BoxCoder
 
 
 def decode_boxes(coder: BoxCoder, deltas: Tensor, boxes: Tensor) -> Tensor:
-    """Move and stretch each box.
+    """Shift and scale each box.
 
     Args:
-        coder: holds the scales of the regression and the bound of the stretch.
+        coder: holds the regression weights and the limit on scaling.
         deltas: (K, 4) as (dx, dy, dw, dh).
         boxes: (K, 4).
 

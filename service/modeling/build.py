@@ -1,5 +1,5 @@
-"""`build_model`: the whole network as one nested expression, from torchvision's parts. Names of parts are
-torchvision's, so its published state dicts load with `strict=True`.
+"""`build_model`: the whole network as one nested expression, from torchvision's parts. The parts have torchvision's
+names, so its published state dicts load with `strict=True`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def build_model(config: ModelConfig) -> GeneralizedRCNN:
     """Build the network that `config` describes, with random weights, in training mode.
 
     Raises:
-        ModelStoreError: see `build_backbone`, or anchors that do not fit the maps of a trunk of timm.
+        ModelStoreError: see `build_backbone`, or the anchors do not match the number of feature maps.
     """
     backbone = build_backbone(config.backbone, in_channels=NUM_CHANNELS[config.transform.channels])
     if not config.has_rpn:
@@ -116,7 +116,7 @@ def _build_box_roi_pool(roi: RoIConfig, backbone: Backbone) -> nn.Module:
         return CropBranch(
             roi=roi,
             backbone=backbone.module,
-            # res5 takes conv4 as it is, and averages it.
+            # res5 takes conv4's map unchanged and averages its own output.
             pool=nn.Identity() if backbone.res5 is not None else nn.AdaptiveMaxPool2d(roi.box_output_size),
             box_head=_build_box_head(roi, backbone),
         )

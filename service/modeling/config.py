@@ -1,6 +1,5 @@
-"""`ModelConfig`: everything that is needed to rebuild a network, as `model.toml` writes it down. Read by `build.py`,
-checked and stored by `service/model_store`. Defaults are torchvision's for `fasterrcnn_resnet50_fpn`, and where
-`_paper_defaults` says so, those of the papers of a network.
+"""`ModelConfig`: everything needed to rebuild a network, as stored in `model.toml`. Defaults are torchvision's for
+`fasterrcnn_resnet50_fpn`, except where `_paper_defaults` follows the network's papers.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Norm = Literal["batch_norm", "frozen_batch_norm", "group_norm"]
 ExtraBlocks = Literal["pool", "p6p7", "p6p7_on_c5", "none"]
 ColourChannels = Literal["rgb", "grey", "rgba"]
 NUM_CHANNELS: Mapping[ColourChannels, int] = {"rgb": 3, "grey": 1, "rgba": 4}
-"""How many numbers a pixel has that the network reads."""
+"""The number of channels that the network reads."""
 PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
 RoIOp = Literal[PatchOp, "spp", "crop"]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -55,41 +54,41 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=64)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 Stage = Annotated[int, Field(ge=1, le=4)]
-# Anchors are computed for every place of every map, so a long list costs memory and time in every picture.
+# Anchors are computed at every location of every map, so a long list costs memory and time for every picture.
 AnchorSide = Annotated[float, Field(gt=0, le=65_536)]
 Ratio = Annotated[float, Field(gt=0, le=1000)]
 Ratios = Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=32)]
 
 
 class _Table(BaseModel):
-    """A table of `model.toml`: unknown keys are errors, numbers are finite, values do not change."""
+    """A table of `model.toml`: unknown keys are errors, numbers must be finite, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneConfig(_Table):
-    """Which trunk makes the feature maps.
+    """The trunk that computes the feature maps.
 
     Attributes:
         name: torchvision's trunk with its feature pyramid (`narrow_resnet18_fpn`: ResNet-18 with `width` channels in
-            its first stage instead of 64); or one map of stride 16: `resnet*_c4`'s conv4, with res5 behind the RoI
-            pooler as the box head, or `vgg16`'s conv5_3; or one of stride 32: `*_c5`'s conv5; or
+            its first stage instead of 64); or one map of stride 16: `resnet*_c4`'s conv4, with res5 after the RoI
+            pooler as the box head, or `vgg16`'s conv5_3; or one map of stride 32: `*_c5`'s conv5; or
             `torchvision/<model>`: the one map of that model's `.features`; or `timm/<model>`: a pyramid over the
-            feature maps of any model of the package timm that has some.
+            feature maps of any timm model that has some.
         out_channels: channels of every feature map of the pyramid. Not used without a pyramid.
         width: channels of the first stage, for the narrow trunks only.
         norm: `batch_norm` updates its running statistics: use it from scratch, with large batches.
             `frozen_batch_norm` keeps the loaded ones: use it to fine-tune with small batches. `group_norm` has 32
             groups and no statistics. `vgg16` has no norms.
         norm_eps: added to the variance in the trunk's norms; 0 in torchvision's published `*_resnet50_fpn` detectors.
-        fpn_norm: norm behind the pyramid's convolutions, which then have no bias; none if not named.
-        stride_in_1x1: the strided bottleneck of a stage strides in its first convolution, 1 x 1, as detectron2's MSRA
-            weights have it, not in its 3 x 3 as torchvision's.
+        fpn_norm: norm after the pyramid's convolutions, which then have no bias; no norm by default.
+        stride_in_1x1: whether a stage's strided bottleneck strides in its first 1 x 1 convolution, like detectron2's
+            MSRA weights, and not in its 3 x 3 convolution, like torchvision's.
         returned_layers: stages of a ResNet that the pyramid is built over, 1 to 4, without gaps.
-        features_stop: `torchvision/<model>` only: its `.features[:features_stop]` are the trunk, as Python counts; all
-            of them if not named.
-        extra_blocks: coarser maps on top of the pyramid: `pool`, one that is subsampled from the last; `p6p7`, two
-            strided convolutions behind the last; `p6p7_on_c5`, the same behind the trunk's last stage; or `none`.
+        features_stop: `torchvision/<model>` only: the trunk is `.features[:features_stop]`, as in Python; all of
+            `.features` by default.
+        extra_blocks: coarser maps on top of the pyramid: `pool`, one subsampled from the last map; `p6p7`, two strided
+            convolutions after the last map; `p6p7_on_c5`, the same after the trunk's last stage; or `none`.
     """
 
     name: str
@@ -176,7 +175,7 @@ class BackboneConfig(_Table):
 
     @property
     def has_bottlenecks(self) -> bool:
-        """Whether it is a ResNet of bottlenecks, of 50 layers or more."""
+        """Whether it is a ResNet with bottlenecks, that is, 50 layers or more."""
         return re.match(r"(wide_)?resne[x]?t(50|101|152)_", self.name) is not None
 
     @property
@@ -186,7 +185,7 @@ class BackboneConfig(_Table):
 
     @property
     def num_levels(self) -> int | None:
-        """Feature maps that the RPN sees, a pyramid's extra ones included; None where only timm knows."""
+        """Number of feature maps that the RPN sees, including a pyramid's extra ones; None if only timm knows."""
         if self.timm_model is not None:
             return None
         if not self.has_pyramid:
@@ -206,10 +205,10 @@ class TransformConfig(_Table):
     `min_size` pixels unless the longer one would then exceed `max_size`.
 
     Attributes:
-        channels: what the first convolution reads: `rgb`; `grey`, the luminance 0.299 R + 0.587 G + 0.114 B rounded to
-            a byte, as Pillow has it; or `rgba`, whose alpha is 1 throughout, as pictures are decoded onto a background.
+        channels: input of the first convolution: `rgb`; `grey`, the luminance 0.299 R + 0.587 G + 0.114 B rounded to a
+            byte like Pillow; or `rgba`, whose alpha is always 1, because pictures are decoded onto a background.
         mean: of each channel; subtracted.
-        std: of each channel; what it is then divided by.
+        std: of each channel; the difference is divided by it.
     """
 
     min_size: Pixels = 800
@@ -237,20 +236,20 @@ class TransformConfig(_Table):
 
 
 def _ratios_for(given: object) -> str:
-    """Which of the two forms aspect ratios have, so that errors speak of that one alone."""
+    """Which of the two forms the aspect ratios have, so that errors mention only that form."""
     return (
         "each map" if isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple) else "all maps"
     )
 
 
 class AnchorsConfig(_Table):
-    """Anchors of the RPN: for every feature map its sides (pixels of the resized image) and height / width ratios.
+    """Anchors of the RPN: sides (pixels of the resized image) and height / width ratios for every feature map.
 
     Attributes:
         sizes: a list for every feature map.
-        aspect_ratios: for every size of every map; or a list for every feature map.
-        style: `torchvision` rounds anchors to whole pixels and the strides of odd maps down, `detectron2` and
-            `mmdetection` do neither. The anchors of a place come ratio by ratio, and size by size with `detectron2`.
+        aspect_ratios: one list for all sizes of all maps; or a list for every feature map.
+        style: `torchvision` rounds anchors to whole pixels and the strides of odd maps down; `detectron2` and
+            `mmdetection` do neither. The anchors of a location are ordered by ratio, with `detectron2` by size.
     """
 
     style: Literal["torchvision", "detectron2", "mmdetection"] = "torchvision"
@@ -276,7 +275,7 @@ class AnchorsConfig(_Table):
 
     @model_validator(mode="after")
     def _same_number_on_every_level(self) -> Self:
-        # One RPN head serves every level, so its number of anchors per place must be one number.
+        # One RPN head serves every level, so the number of anchors per location must be the same on every level.
         ratios = self.ratios_by_level
         if len(ratios) != len(self.sizes):
             raise ValueError(
@@ -291,7 +290,7 @@ class AnchorsConfig(_Table):
 
     @property
     def per_place(self) -> int:
-        """Anchors at each place of each map."""
+        """Number of anchors at each location of each map."""
         return len(self.sizes[0]) * len(self.ratios_by_level[0])
 
 
@@ -315,11 +314,11 @@ class ProposalsConfig(_Table):
     """Where a network without an RPN gets its proposals.
 
     Attributes:
-        source: `caller`: every request brings its own; `selective_search`: those of a request that brings none are
-            found by selective search. Training always searches.
-        mode: `fast` (about 2,000 boxes a photograph, as R-CNN has them) or `quality` (more, many times slower).
-        search_width: pixels to which a picture is scaled before the search; R-CNN's code has 500.
-        max_count: boxes that are kept of a picture.
+        source: `caller`: every request supplies its own; `selective_search`: searched for if a request supplies none.
+            Training always searches.
+        mode: `fast` (about 2,000 boxes per photograph, as in R-CNN) or `quality` (more boxes, many times slower).
+        search_width: width in pixels to which a picture is scaled before the search; R-CNN's code uses 500.
+        max_count: maximum number of boxes kept per picture.
     """
 
     source: Literal["caller", "selective_search"] = "selective_search"
@@ -329,7 +328,7 @@ class ProposalsConfig(_Table):
 
 
 class RoIBranchConfig(_Table):
-    """What the mask branch does differently from `[roi]`; None means the same. A mask needs a square patch."""
+    """Overrides of `[roi]` for the mask branch; None means the same value. A mask needs a square patch."""
 
     op: PatchOp | None = None
     sampling_ratio: Annotated[int, Field(ge=0, le=16)] | None = None
@@ -337,28 +336,28 @@ class RoIBranchConfig(_Table):
 
 
 class RoIConfig(_Table):
-    """The RoI head: which operator cuts the features of each proposal, and the small networks behind it.
+    """The RoI head: the operator that extracts the features of each proposal, and the small networks after it.
 
     Attributes:
-        op: the operator of the box branch, and of the mask branch unless `mask.op` says otherwise.
-        sampling_ratio: points a bin side that the interpolating operators read; 0 adapts to the box, which `roi_warp`
-            cannot. Not used by `roi_pool` and `spp`.
-        aligned: half-pixel shift of those operators (detectron2's); torchvision's models have false.
+        op: the operator of the box branch, and of the mask branch unless `mask.op` overrides it.
+        sampling_ratio: sampling points per bin side for the interpolating operators; 0 adapts to the box (not possible
+            with `roi_warp`). Not used by `roi_pool` and `spp`.
+        aligned: half-pixel shift of those operators, as in detectron2; torchvision's models use false.
         box_output_size: side of the patch for the box head. Not used by `spp`.
-        spp_levels: sides of the grids of `spp`, whose bins the box head sees in one row.
+        spp_levels: sides of the grids of `spp`; the box head sees all their bins concatenated.
         crop_size: side in pixels to which `crop` warps each proposal.
-        crop_padding: pixels of context around the proposal, among those.
-        crops_per_chunk: crops that run through the network at once when serving; memory grows with it.
-        mask_output_size: side of the patch for the mask head; its masks have twice that.
-        box_head_convs: output channels of each 3 x 3 convolution of the box head; none if not named.
-        box_head_channels: width of the hidden layers of the box head: two, or one behind convolutions. Not used where
-            res5 is the box head.
-        box_head_dropout: share of those two layers' values that training drops.
-        mask_head_channels: output channels of each 3 x 3 convolution of the mask head, and the last of them also of its
-            transposed convolution. Where res5 is the head there are no others, and this is one number.
-        head_norm: norm behind the convolutions of both heads, which then have no bias; none if not named.
-        mask: what the mask branch does differently.
-        box_weights: scales of (dx, dy, dw, dh) in which the box head answers, from Fast R-CNN's normalised targets.
+        crop_padding: pixels of context around the proposal, included in `crop_size`.
+        crops_per_chunk: number of crops per pass through the network when serving; memory grows with it.
+        mask_output_size: side of the patch for the mask head; its masks have twice that side.
+        box_head_convs: output channels of each 3 x 3 convolution of the box head; no convolutions by default.
+        box_head_channels: width of the hidden layers of the box head: two, or one after convolutions. Not used if res5
+            is the box head.
+        box_head_dropout: dropout probability after those two layers in training.
+        mask_head_channels: output channels of each 3 x 3 convolution of the mask head, the last one also for its
+            transposed convolution. If res5 is the head, there are no 3 x 3 convolutions and this is one number.
+        head_norm: norm after the convolutions of both heads, which then have no bias; no norm by default.
+        mask: overrides for the mask branch.
+        box_weights: weights of (dx, dy, dw, dh) in the box head's output, from Fast R-CNN's normalised targets.
         fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction: how proposals are sampled in training.
     """
 
@@ -412,20 +411,20 @@ class RoIConfig(_Table):
 
     @property
     def box_bins(self) -> int:
-        """Values a channel that the box head sees of each proposal."""
+        """Values per channel that the box head sees for each proposal."""
         return sum(side**2 for side in self.spp_levels) if self.op == "spp" else self.box_output_size**2
 
     def mask_branch(self) -> RoIConfig:
-        """This configuration with the operator that the mask branch uses."""
+        """This configuration with the mask branch's overrides applied."""
         return self.model_copy(update=self.mask.model_dump(exclude_none=True))
 
 
 class DetectionsConfig(_Table):
-    """Which of the classified boxes are answered, unless the request says otherwise.
+    """Which of the classified boxes are returned, unless the request says otherwise.
 
     Attributes:
-        class_agnostic_nms: whether the better of two overlapping detections suppresses the other whatever their
-            classes are, so that an object gets one label.
+        class_agnostic_nms: whether the better of two overlapping detections suppresses the other regardless of class,
+            so that an object gets only one label.
     """
 
     score_thresh: Probability = 0.05
@@ -438,9 +437,9 @@ class ModelConfig(_Table):
     """A whole network.
 
     Attributes:
-        architecture: `faster_rcnn` (boxes) or `mask_rcnn` (boxes and masks), whose RPN proposes; `fast_rcnn` and
-            `rcnn` (boxes), which are given proposals.
-        labels: class names without the background; `labels[i]` has the id i + 1.
+        architecture: `faster_rcnn` (boxes) or `mask_rcnn` (boxes and masks), which have an RPN; `fast_rcnn` and `rcnn`
+            (boxes), which need proposals as input.
+        labels: class names without the background; `labels[i]` has id i + 1.
 
     Raises:
         pydantic.ValidationError: on an unknown key, a value out of range, or parts that do not fit each other.
@@ -469,7 +468,7 @@ class ModelConfig(_Table):
         filled = {
             table: {**numbers, **_written(document.get(table))}
             for table, numbers in defaults.items()
-            if isinstance(document.get(table, {}), Mapping | _Table)  # what is neither is refused as it stands
+            if isinstance(document.get(table, {}), Mapping | _Table)  # anything else is rejected unchanged
         }
         return {**document, **filled}
 
@@ -546,13 +545,13 @@ class ModelConfig(_Table):
             part: _Table = getattr(self, table)
             for key in keys or type(part).model_fields:
                 value, ordinary = getattr(part, key), type(part).model_fields[key].get_default()
-                # A stored model has every key written out, so the default says nothing.
+                # A stored model has every key written out, so a default value means nothing.
                 if value not in (ordinary, defaults.get(table, {}).get(key, ordinary)):
                     raise ValueError(f"'{table}.{key}' would not be used, as {reason}; leave it out, got {value!r}")
         return self
 
     def _unused(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
-        """What this network does not read: table, keys (all if none are named), and why."""
+        """Settings that this network ignores: table, keys (empty means all), and why."""
         name, roi = self.backbone.name, self.roi
         if not self.backbone.has_pyramid:
             yield "backbone", ("out_channels",), f"{name} has no pyramid"
@@ -581,7 +580,7 @@ class ModelConfig(_Table):
 
     @property
     def num_classes(self) -> int:
-        """Classes with the background."""
+        """Number of classes including the background."""
         return len(self.labels) + 1
 
     @property
@@ -591,35 +590,35 @@ class ModelConfig(_Table):
 
     @property
     def has_rpn(self) -> bool:
-        """Whether it proposes boxes itself."""
+        """Whether the network proposes boxes itself."""
         return self.architecture in ("faster_rcnn", "mask_rcnn")
 
     @property
     def needs_proposals(self) -> bool:
-        """Whether every request must bring proposals."""
+        """Whether every request must supply proposals."""
         return not self.has_rpn and self.proposals.source == "caller"
 
     def searching(self) -> ModelConfig:
-        """The same network with selective search in the place of the caller, as training and judging need it."""
+        """The same network with selective search instead of the caller's proposals, for training and evaluation."""
         return self.model_copy(update={"proposals": self.proposals.model_copy(update={"source": "selective_search"})})
 
 
 def _written(table: object) -> Mapping[str, Any]:
-    """The keys of a table that are written down, in a document or in Python."""
+    """The keys that were set explicitly, in a document or in Python."""
     if isinstance(table, _Table):
         return table.model_dump(exclude_unset=True)
     return table if isinstance(table, Mapping) else {}
 
 
 def _paper_defaults(architecture: object, backbone: str, *, has_convs: bool) -> dict[str, dict[str, Any]]:
-    """The numbers, by table, in which a network's own papers differ from the defaults of torchvision's pyramid.
+    """Values, by table, for which a network's own papers differ from the defaults of torchvision's FPN models.
 
     Girshick 2015 (Fast R-CNN: VGG-16, 2 images of 64 RoIs), Ren et al. 2015 (Faster R-CNN: anchors, 300 proposals at
-    test, 128 RoIs), He et al. 2017 (Mask R-CNN on C4: 5 scales, 64 RoIs); 12000 -> 2000 and 6000 are of the code of
-    Faster R-CNN. Girshick et al. 2014 (R-CNN).
+    test, 128 RoIs), He et al. 2017 (Mask R-CNN on C4: 5 scales, 64 RoIs); 12000 -> 2000 and 6000 are from Faster
+    R-CNN's code. Girshick et al. 2014 (R-CNN).
 
     Args:
-        has_convs: whether the box head begins with convolutions, which the papers' heads do not.
+        has_convs: whether the box head begins with convolutions, unlike the papers' heads.
     """
     tables: dict[str, dict[str, Any]] = {"transform": {}, "anchors": {}, "rpn": {}, "roi": {}}
     if backbone == "mobilenet_v3_large_fpn":

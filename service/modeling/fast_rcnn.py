@@ -1,5 +1,5 @@
-"""Fast R-CNN: a detector that is given its proposals, by the caller or by selective search. Called as `GeneralizedRCNN`
-is, whose inference path it shares; has no RPN and no weights of one.
+"""Fast R-CNN: a detector without an RPN: proposals come from the caller or from selective search. It shares the
+inference path and the interface of `GeneralizedRCNN`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from service.modeling.transform import Transform
 
 
 class NoRPN(nn.Module):
-    """Stands where other detectors have their RPN; has nothing, proposes nothing."""
+    """Placeholder for the RPN in a detector that has none."""
 
     head = None
 
 
 class FastRCNN(GeneralizedRCNN):
-    """A detector without an RPN (Girshick 2015), and with `CropBranch` in its heads R-CNN (Girshick et al. 2014).
+    """A detector without an RPN (Girshick 2015). With `CropBranch` in its heads it is R-CNN (Girshick et al. 2014).
 
-    R-CNN's classes are learnt by a softmax layer here as Fast R-CNN's are, together with the box regression, not by one
-    support vector machine each behind a finished network.
+    Unlike the original R-CNN, which trains one support vector machine per class on top of a finished network, classes
+    are learnt here by a softmax layer together with the box regression, as in Fast R-CNN.
 
     Args:
         backbone: (N, 3, H, W) -> feature maps by name.
-        rpn: none.
+        rpn: the placeholder.
         roi_heads: classify and refine the proposals.
         transform: from pixels to the network's input.
         proposals: where they come from.
@@ -57,12 +57,12 @@ class FastRCNN(GeneralizedRCNN):
     def forward(  # type: ignore[override]  # torchvision's answers too, in evaluation mode
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> dict[str, Tensor]:
-        """Losses of a batch in training; `detect` answers.
+        """Losses of a batch in training; use `detect` for inference.
 
         Args:
             images: (3, H, W) float32 RGB, 0 to 1.
-            targets: of each image `boxes` (K, 4), `labels` (K,) and `proposals` (L, 4), in its pixels. The objects' own
-                boxes become proposals too.
+            targets: for each image, `boxes` (K, 4), `labels` (K,) and `proposals` (L, 4) in its pixels. The
+                ground-truth boxes are added to the proposals.
 
         Returns:
             `loss_classifier` and `loss_box_reg`.
@@ -98,12 +98,12 @@ class FastRCNN(GeneralizedRCNN):
             images: as there.
             selections: as there.
             with_masks: not used; there are no masks.
-            proposals: as there; None lets selective search find them, where the network is set to it.
+            proposals: as there; None means selective search, if the network is configured for it.
             roi_op: as there.
-            timed: as there; the search counts to `rpn`.
+            timed: as there; the search counts towards `rpn`.
 
         Raises:
-            InvalidRequestError: there are no proposals for an image, and the network is not to search itself.
+            InvalidRequestError: there are no proposals for an image, and the network is not configured to search.
         """
         with timed("rpn"):
             given = [

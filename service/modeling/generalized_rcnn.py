@@ -1,5 +1,5 @@
-"""A whole detector: transform, backbone, RPN, RoI heads. `detect` is the map of one batch; torchvision's own `forward`
-trains, and is the reference that tests hold `detect` to.
+"""A whole detector: transform, backbone, RPN, RoI heads. `detect` shows the whole path of a batch. torchvision's own
+`forward` is used for training, and is the reference for `detect` in tests.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from service.modeling.rpn import RegionProposalNetwork
 from service.modeling.transform import Transform
 
 MIN_PROPOSAL_SIDE = 1e-3
-"""Pixels of the original image; smaller proposals of the caller are dropped (torchvision's RPN has the same bound)."""
+"""Pixels of the original image; smaller proposals from the caller are dropped (torchvision's RPN has the same limit).
+"""
 
 StageTimer = Callable[[str], AbstractContextManager[None]]
-"""Gives a context that measures the stage it is named after."""
+"""Takes a stage's name and returns a context that measures it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageDetections:
-    """What was found in one image, on the device, best first.
+    """The detections in one image, on the device, best first.
 
     Attributes:
         boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels of the original image.
         labels: (D,) int64, 1-based.
         scores: (D,) float32.
-        masks: (D, M, M) float32 probabilities spread over the box; None where not asked for.
+        masks: (D, M, M) float32 probabilities spread over the box; None if not requested.
     """
 
     boxes: Tensor
@@ -54,9 +55,9 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
     rpn: RegionProposalNetwork
     roi_heads: RoIHeads
     has_rpn = True
-    """Whether it proposes boxes itself, so that its trunk is of use."""
+    """Whether it proposes boxes itself, and so has a trunk with an RPN head."""
     parts: Parts | None = None
-    """What an engine put in the place of the convolutional modules; None for these themselves."""
+    """An engine's replacement for the convolutional modules; None to run the modules themselves."""
 
     @torch.inference_mode()
     def detect(
@@ -72,15 +73,16 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         """Detect objects in a batch.
 
         Args:
-            images: (H, W, 3) uint8 RGB each, of any sizes, on the network's device. One image's answer is independent
-                of the others' if all have one `transform.padded_size`.
+            images: (H, W, 3) uint8 RGB each, of any sizes, on the network's device. An image's result is independent of
+                the others if all share one `transform.padded_size`.
             selections: which detections each image keeps.
-            with_masks: whether each image's masks are wanted.
+            with_masks: whether to predict each image's masks.
             proposals: (L, 4) on the host in pixels of each original image, clipped to it here: boxes to classify and
-                refine, as Fast R-CNN does; None for the RPN's. The RPN runs for no image that has its own.
+                refine, as Fast R-CNN does; None for the RPN's. The RPN's proposals are computed only for images without
+                their own.
             roi_op: the operator of the box and the mask branch for this batch; None for the model's own.
-            timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`. The RPN's convolutions run with the
-                backbone's and count there.
+            timed: measures `preprocess, backbone, rpn, roi_heads, postprocess`. The RPN's convolutions run together
+                with the backbone's and count as `backbone`.
         """
         parts = self.parts or self.own_parts()
         with timed("preprocess"):
@@ -98,7 +100,8 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
             masks: list[Tensor | None] = [None] * len(found)
             wanted = [index for index, wants in enumerate(with_masks) if wants and parts.mask_head is not None]
             if wanted:
-                # The pooler finds an image's features by its place in the batch, so the others take part with no boxes.
+                # The pooler finds an image's features by its index in the batch, so the other images take part with no
+                # boxes.
                 asked = [one if index in wanted else one.none() for index, one in enumerate(found)]
                 predicted = self.roi_heads.detect_masks(
                     features, asked, sizes, roi_op=roi_op, mask_head=parts.mask_head
@@ -112,7 +115,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
             ]
 
     def own_parts(self) -> Parts:
-        """The network's own modules, as they are now."""
+        """The network's own modules, in their current state."""
         heads = self.roi_heads
         return Parts(
             trunk=partial(run_trunk, self.backbone, self.rpn.head),
@@ -128,7 +131,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
         images: Sequence[Tensor],
         given: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        """Each image's proposals in pixels of the resized image: those that were given, else the RPN's."""
+        """Each image's proposals in pixels of the resized image: the given ones, else the RPN's."""
         proposed = iter(self._run_rpn(batch, trunk, [index for index, boxes in enumerate(given) if boxes is None]))
         upload = device_of(batch.tensors.device).upload
         return [
@@ -157,7 +160,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
 def _to_original(
     boxes: Sequence[Tensor], resized: Sequence[Sequence[int]], original: Sequence[Sequence[int]]
 ) -> Sequence[Tensor]:
-    """Do as torchvision's `resize_boxes`, for all images at once."""
+    """Like torchvision's `resize_boxes`, for all images at once."""
     counts = [len(one) for one in boxes]
     ratios = torch.tensor(original, dtype=torch.float32) / torch.tensor(resized, dtype=torch.float32)
     device = boxes[0].device
@@ -167,5 +170,5 @@ def _to_original(
 
 def _to_resized(boxes: Tensor, original: Sequence[int], resized: Sequence[int]) -> Tensor:
     inside = clip_boxes_to_image(boxes, (original[0], original[1])).float()
-    # The RPN drops its own empty boxes too; one that lies beside the image is empty once it is clipped.
+    # The RPN drops its own empty boxes too. A box outside the image becomes empty when it is clipped.
     return resize_boxes(inside[remove_small_boxes(inside, MIN_PROPOSAL_SIDE)], list(original), list(resized))

@@ -1,5 +1,5 @@
-"""Box and mask heads that torchvision lacks: with dropout, as VGG-16's, and ResNet's last stage, as on C4. Called by
-torchvision's `RoIHeads`. Knows pooled features; knows nothing of boxes or classes.
+"""Box and mask heads that torchvision lacks: an MLP head with dropout, for VGG-16, and ResNet's last stage, for C4.
+Knows pooled features; knows nothing of boxes or classes.
 
 Shapes: R proposals of the whole batch, C channels, S x S output size of the RoI pooler.
 """
@@ -12,12 +12,12 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 
 class DropoutMLPHead(TwoMLPHead):
-    """torchvision's two hidden layers with dropout behind each, as Fast R-CNN has them on VGG-16.
+    """torchvision's two hidden layers, each followed by dropout, as in Fast R-CNN on VGG-16.
 
     Args:
-        in_channels: values of a proposal.
+        in_channels: number of values per proposal.
         representation_size: width of both layers.
-        dropout: share of their values that training sets to 0.
+        dropout: probability of setting a value to 0 in training.
     """
 
     def __init__(self, in_channels: int, representation_size: int, *, dropout: float) -> None:
@@ -49,15 +49,15 @@ class Res5BoxHead(nn.Module):
 
 
 class Res5MaskHead(nn.Module):
-    """The box head's last stage over again, on the mask branch's patches (Mask R-CNN, figure 4, left).
+    """The box head's last stage, applied to the mask branch's patches (Mask R-CNN, figure 4, left).
 
     Args:
-        res5: the box head's own; its weights serve both branches.
+        res5: the box head's own module; both branches share its weights.
     """
 
     def __init__(self, res5: nn.Module) -> None:
         super().__init__()
-        # In a tuple, or the state dict would hold the same weights a second time.
+        # In a tuple, so that the state dict does not hold the same weights twice.
         self._res5 = (res5,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""A network's convolutional parts as functions: what an engine may run its own way. `GeneralizedRCNN.detect` calls
-them; `service/inference/engines` replaces them. What lies between (anchors, boxes, suppression, RoI operators) is no
-part.
+"""A network's convolutional parts as functions, which an inference engine may replace. The steps between them (anchors,
+boxes, suppression, RoI operators) are not parts.
 
 Shapes: N images, R proposals of the whole batch, C channels, S x S pooled size, A anchors of all levels of an image,
 K classes with the background.
@@ -22,11 +21,11 @@ MaskHead = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrunkOutput:
-    """What the trunk makes of a batch.
+    """The trunk's output for a batch.
 
     Attributes:
         features: (N, C, H', W') by name, finest first; fastest in `torch.channels_last` on the CPU.
-        objectness: (N, A) logits: level by level, row by row, the anchors of a place side by side.
+        objectness: (N, A) logits: level by level, row by row, with the anchors of a location next to each other.
         deltas: (N, A, 4) in the same order.
     """
 
@@ -37,13 +36,14 @@ class TrunkOutput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Called in inference mode, on the network's device. A result may be overwritten by the next call of its part.
+    """Functions to call in inference mode, on the network's device. A result may be overwritten by the next call of the
+    same part.
 
     Attributes:
-        trunk: backbone, pyramid and RPN head, of a normalised batch (N, 3, H, W).
-        backbone: the feature maps alone, for batches that bring their proposals along.
+        trunk: backbone, pyramid and RPN head, for a normalised batch (N, 3, H, W).
+        backbone: the feature maps alone, for batches that come with proposals.
         box_head: (R, C, S, S) -> class logits (R, K) and box regression (R, 4 K).
-        mask_head: (R, C, S, S) and labels (R,) -> mask logits (R, M, M) of each one's own class; None without masks.
+        mask_head: (R, C, S, S) and labels (R,) -> mask logits (R, M, M) of each proposal's class; None without masks.
     """
 
     trunk: Callable[[Tensor], TrunkOutput]
@@ -67,11 +67,11 @@ class BoxBranch(nn.Module):
 
 
 class MaskBranch(nn.Module):
-    """Mask head and predictor in one, for one class a proposal instead of all.
+    """Mask head and predictor in one, for one class per proposal instead of all.
 
-    The predictor's transposed convolution has stride 2 and a kernel of 2 x 2, so that no two of its patches meet: it is
-    a matrix product that makes the four pixels of each place, and the class's 1 x 1 convolution can follow before they
-    are put in their places.
+    The predictor's transposed convolution has stride 2 and a kernel of 2 x 2, so its output patches do not overlap: it
+    is a matrix product that computes four pixels per location, and the class's 1 x 1 convolution can be applied before
+    the pixels are rearranged.
     """
 
     def __init__(self, head: nn.Module, predictor: MaskRCNNPredictor) -> None:
@@ -108,5 +108,7 @@ def run_trunk(backbone: nn.Module, rpn_head: nn.Module, batch: Tensor) -> TrunkO
 
 
 def flatten_levels(levels: Sequence[Tensor]) -> Tensor:
-    """(N, values of a place, H', W') of each level -> (N, values of all places of all levels), place by place."""
+    """(N, values per location, H', W') of each level -> (N, values of all locations of all levels), location by
+    location.
+    """
     return torch.cat([one.permute(0, 2, 3, 1).flatten(start_dim=1) for one in levels], dim=1)

@@ -1,5 +1,5 @@
-"""RoI poolers: cut a fixed-size patch of features for every proposal. Called by torchvision's `RoIHeads`.
-Knows feature maps and boxes; knows nothing of classes or losses.
+"""RoI poolers: cut a fixed-size patch of features for every proposal. Knows feature maps and boxes; knows nothing of
+classes or losses.
 
 Shapes: R proposals of the whole batch, C channels, S x S output size, B bins of all grids of a spatial pyramid.
 """
@@ -25,10 +25,10 @@ from service.ops.rois import as_rois, check_adaptive, rois_of
 
 
 class RoIPooler(nn.Module):
-    """Pool every box from the pyramid level that suits its size, with the operator that the configuration names.
+    """Pool every box from the pyramid level that suits its size, with the configured operator.
 
-    torchvision's `MultiScaleRoIAlign` infers the scales from the first batch that it sees, which is wrong for tiny
-    images; here they are given.
+    torchvision's `MultiScaleRoIAlign` infers the scales from the first batch, which is wrong for tiny images; here they
+    are given.
 
     Args:
         roi: the operator and its parameters.
@@ -52,10 +52,10 @@ class RoIPooler(nn.Module):
         Args:
             features: (N, C, H / stride, W / stride) by name.
             boxes: (L, 4) for each image, in pixels of the resized image.
-            image_sizes: not needed; torchvision's heads hand it over.
+            image_sizes: not used; torchvision's heads pass it.
 
         Returns:
-            (R, C, S, S), of `spp` (R, C, B, 1); the boxes of all images in order.
+            (R, C, S, S), or (R, C, B, 1) for `spp`; the boxes of all images in order.
         """
         maps = [features[name] for name in self.strides]
         scales = [1 / stride for stride in self.strides.values()]
@@ -101,7 +101,7 @@ class RoIPooler(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Extra information for `print(model)`."""
         return f"op={self.roi.op}, output_size={self.output_size}, strides={self.strides}"
 
 

@@ -1,5 +1,5 @@
-"""Selective search: proposals from colours and textures alone, as R-CNN and Fast R-CNN have them. Called by `FastRCNN`
-when a request brings none, and by `training` once a picture. Knows pixels and boxes; knows no networks.
+"""Selective search: proposals from colours and textures alone, as in R-CNN and Fast R-CNN. Knows pixels and boxes;
+knows no networks.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from service.modeling.config import ProposalsConfig
 from service.structures import Float32Array, UInt8Array
 
 _TALLEST = 3
-"""Height by width up to which `search_width` is the width that is searched."""
+"""Up to this height / width, the picture is scaled to `search_width`."""
 
 
 def selective_search(pixels: UInt8Array, config: ProposalsConfig) -> Float32Array:
-    """Propose boxes by grouping alike neighbouring regions (Uijlings et al. 2013), with OpenCV's implementation.
+    """Propose boxes by merging similar neighbouring regions (Uijlings et al. 2013), with OpenCV's implementation.
 
-    Takes seconds of one core. OpenCV hands boxes over in an order of chance, so here they are put into one of ours,
-    that of a fixed seed: the same picture always has the same proposals.
+    Takes seconds of one core. OpenCV returns boxes in random order; here a fixed seed orders them, so that the same
+    picture always has the same proposals.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -37,7 +37,7 @@ def selective_search(pixels: UInt8Array, config: ProposalsConfig) -> Float32Arra
             "opencv-python-headless, or give proposals in the request"
         )
     height, width = pixels.shape[:2]
-    # A picture much taller than wide is searched in fewer columns: time grows with pixels.
+    # A picture much taller than wide is scaled down further, because the time grows with the number of pixels.
     scale = config.search_width / max(width, height / _TALLEST)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()

@@ -1,7 +1,7 @@
-"""R-CNN's own parts: each proposal is cut from the image and runs through the whole network alone, so nothing is shared
-between proposals. Put into a `FastRCNN` by `build.py`. Knows images and boxes; knows nothing of classes or losses.
+"""R-CNN's own parts, for use in a `FastRCNN`: each proposal is cut from the image and runs through the whole network
+separately, so nothing is shared between proposals. Knows images and boxes; knows nothing of classes or losses.
 
-Shapes: R proposals of the whole batch, S x S the crop, F values behind the box head.
+Shapes: R proposals of the whole batch, S x S the crop, F values after the box head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.ops.rois import rois_of
 
 
 class WholeImage(nn.Module):
-    """Stands where other detectors have their backbone: the image itself is the one map, of stride 1."""
+    """Takes the place of the backbone: the image itself is the only map, of stride 1."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> the same, as `0`."""
@@ -30,7 +30,7 @@ class CropBranch(nn.Module):
     Args:
         roi: size of the crops, their context, and how many run at once.
         backbone: (R, 3, S, S) -> one map.
-        pool: that map -> (R, C, h, w) as the box head takes it.
+        pool: that map -> (R, C, h, w), the box head's input.
         box_head: (R, C, h, w) -> (R, F).
     """
 
@@ -44,21 +44,21 @@ class CropBranch(nn.Module):
     def forward(
         self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Look at all boxes of a batch; when serving, `crops_per_chunk` at a time, so that memory stays flat.
+        """Process all boxes of a batch; when serving, `crops_per_chunk` at a time, to bound memory.
 
         Args:
             features: the images (N, 3, H, W) as `0`, normalised, so that 0 is the mean colour.
             boxes: (L, 4) for each image, in pixels of the resized image.
-            image_sizes: not needed; torchvision's heads hand it over.
+            image_sizes: not used; torchvision's heads pass it.
 
         Returns:
             (R, F), the boxes of all images in order.
         """
         (images,) = features.values()
         rois = rois_of(boxes)
-        # Norms that learn take their statistics from all sampled boxes at once.
+        # In training, batch norms compute their statistics over all sampled boxes at once.
         chunk = max(1, len(rois)) if self.training else self.roi.crops_per_chunk
-        # No box at all is one empty chunk, which gives (0, F).
+        # With no boxes there is one empty chunk, which gives (0, F).
         return torch.cat([self._look(images, some) for some in rois.split(chunk)])
 
     def _look(self, images: Tensor, rois: Tensor) -> Tensor:

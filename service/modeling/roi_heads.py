@@ -1,6 +1,6 @@
 """RoI heads: classify and refine proposals, then predict masks. Training is torchvision's `forward`; serving calls the
-steps apart, so that each request gets its own thresholds and nobody pays for masks that were not asked for. No step
-loops over images or boxes.
+steps separately, so that each request has its own thresholds and masks are computed only if requested. No step loops
+over boxes.
 
 Shapes: R proposals of the whole batch, D detections of one image, C classes with the background, M x M mask size.
 """
@@ -29,11 +29,11 @@ class Selection:
     """Which of one image's classified boxes are kept.
 
     Attributes:
-        score_thresh: scores above this.
+        score_thresh: minimum score, exclusive.
         detections_per_img: at most this many, best first.
         labels: only these class ids; None for all.
         nms_thresh: IoU above which the better of two detections suppresses the other; None for the network's own.
-        class_agnostic_nms: whether it does so whatever their classes are; None for the network's own.
+        class_agnostic_nms: whether it does so regardless of class; None for the network's own setting.
     """
 
     score_thresh: float
@@ -52,7 +52,7 @@ class BoxDetections:
     scores: Tensor
 
     def none(self) -> BoxDetections:
-        """The same image with nothing kept."""
+        """The same image without any boxes."""
         return BoxDetections(self.boxes[:0], self.labels[:0], self.scores[:0])
 
 
@@ -60,7 +60,8 @@ class RoIHeads(roi_heads.RoIHeads):
     """torchvision's heads with the steps of inference exposed.
 
     Attributes:
-        class_agnostic_nms: whether a detection suppresses those of other classes too, which torchvision never does.
+        class_agnostic_nms: whether a detection also suppresses detections of other classes, which torchvision never
+            does.
     """
 
     class_agnostic_nms: bool = False
@@ -75,15 +76,15 @@ class RoIHeads(roi_heads.RoIHeads):
         roi_op: str | None = None,
         box_head: BoxHead | None = None,
     ) -> list[BoxDetections]:
-        """Classify and refine the proposals of each image, and keep what its selection asks for.
+        """Classify and refine the proposals of each image, and keep the boxes that match its selection.
 
         Args:
             features: feature maps by name.
             proposals: (L, 4) for each image, in pixels of the resized image.
             image_sizes: each resized image's (height, width); boxes are clipped to it.
             selections: one for each image.
-            roi_op: the operator instead of the configured one, with the same parameters.
-            box_head: what runs the head and the predictor; the heads' own modules if None.
+            roi_op: used instead of the configured operator, with the same parameters.
+            box_head: runs the head and the predictor; the heads' own modules if None.
         """
         pooled = _with_op(self.box_roi_pool, roi_op)(features, proposals, image_sizes)
         class_logits, box_regression = (box_head or BoxBranch(self.box_head, self.box_predictor))(pooled)
@@ -106,8 +107,8 @@ class RoIHeads(roi_heads.RoIHeads):
             features: feature maps by name.
             detections: of each image.
             image_sizes: each resized image's (height, width).
-            roi_op: the operator instead of the configured one, with the same parameters.
-            mask_head: what runs the head and the predictor; the heads' own modules if None.
+            roi_op: used instead of the configured operator, with the same parameters.
+            mask_head: runs the head and the predictor; the heads' own modules if None.
         """
         boxes = [one.boxes for one in detections]
         labels = torch.cat([one.labels for one in detections])
@@ -123,22 +124,23 @@ class RoIHeads(roi_heads.RoIHeads):
         image_sizes: Sequence[tuple[int, int]],
         selections: Sequence[Selection],
     ) -> list[BoxDetections]:
-        """Steps of torchvision's `postprocess_detections` for the whole batch: scores (R, C), regression (R, 4 C)."""
+        """Like torchvision's `postprocess_detections`, for the whole batch: scores (R, C), regression (R, 4 C)."""
         device, num_classes = scores.device, scores.shape[1]
         image_of_row = image_indices([len(one) for one in proposals], device)
-        # 1. Every class of every proposal is a candidate, the background (class 0) is not. Waits for the device.
+        # 1. Every class of every proposal is a candidate, except the background (class 0). Synchronizes with the
+        # device.
         threshs = to_device([one.score_thresh for one in selections], scores.dtype, device)
         is_candidate = (scores > threshs[image_of_row].unsqueeze(1)) & _wanted(selections, num_classes, device)[
             image_of_row
         ]
         rows, labels = is_candidate.nonzero(as_tuple=True)
         images, scores = image_of_row[rows], scores[rows, labels]
-        # 2. Their boxes alone, clipped to each image.
+        # 2. Decode only their boxes, and clip them to each image.
         regression = box_regression.reshape(len(box_regression), num_classes, 4)[rows, labels]
         boxes = decode_boxes(self.box_coder, regression, torch.cat(list(proposals))[rows])
         heights, widths = to_device(image_sizes, boxes.dtype, device)[images].unbind(dim=1)
         boxes = torch.minimum(boxes.clamp(min=0), torch.stack([widths, heights, widths, heights], dim=1))
-        # 3. Empty ones away, then what overlaps a better box of its class, or of any.
+        # 3. Drop empty boxes, then boxes that overlap a better one of their class (of any class if agnostic).
         agnostic = [
             self.class_agnostic_nms if one.class_agnostic_nms is None else one.class_agnostic_nms for one in selections
         ]
@@ -168,7 +170,7 @@ class RoIHeads(roi_heads.RoIHeads):
         ]
 
     def _by_nms_thresh(self, selections: Sequence[Selection]) -> dict[float, list[int]]:
-        """The images of the batch by their threshold; mostly there is one for all."""
+        """The images of the batch grouped by NMS threshold; usually all share one."""
         groups: dict[float, list[int]] = {}
         for index, one in enumerate(selections):
             groups.setdefault(self.nms_thresh if one.nms_thresh is None else one.nms_thresh, []).append(index)

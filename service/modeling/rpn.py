@@ -1,7 +1,7 @@
-"""Region proposal network: torchvision's for training, and for serving all images and levels of a batch together, with
-the same answers. Called by `generalized_rcnn.py`, with what the trunk's RPN head says of every anchor.
+"""Region proposal network: torchvision's for training; for serving, all images and levels of a batch at once, with the
+same results.
 
-Shapes: N images, A anchors of all levels of an image, T of them that are the best of their level.
+Shapes: N images, A anchors of all levels of an image, T anchors that are the best of their level.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from service.ops.nms import best_of_each_image
 
 Size = tuple[int, int]
 _ANCHOR_SETS_KEPT = 16
-"""Of as many batch sizes in pixels; one of 1088 x 800 has 3.5 MB of anchors."""
+"""The number of batch sizes whose anchors are cached; a batch of 1088 x 800 pixels has 3.5 MB of anchors."""
 
 
 class RegionProposalNetwork(rpn.RegionProposalNetwork):
-    """torchvision's, which trains it; takes the same arguments."""
+    """torchvision's RPN with a faster inference path. Takes the same arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         grid_sizes: Sequence[Size],
         image_sizes: Sequence[Size],
     ) -> list[Tensor]:
-        """Choose each image's proposals: steps of torchvision's `forward` and `filter_proposals`.
+        """Choose each image's proposals: the steps of torchvision's `forward` and `filter_proposals`.
 
         Args:
             objectness: (N, A) logits.
@@ -50,21 +50,22 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             image_sizes: (height, width) of each image within the batch; boxes are clipped to it.
 
         Returns:
-            (L, 4) float32 for each image, in pixels of the resized image, best first. On CUDA, where asking how many
-            there are would be to wait, always as many, the missing ones empty: nothing comes of an empty box.
+            (L, 4) float32 for each image, in pixels of the resized image, best first. On CUDA, where reading the number
+            of proposals would synchronize, the number is fixed and missing proposals are empty boxes, which yield no
+            detections.
         """
         anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
         # 1. The best of each level, by logit.
         places, levels = self._best_of_each_level(objectness, grid_sizes)
         logits = objectness.gather(1, places).float()
         best_deltas = deltas.gather(1, places.unsqueeze(2).expand(-1, -1, 4)).float()
-        # 2. Their boxes, clipped to each image.
+        # 2. Decode their boxes, and clip them to each image.
         boxes = decode_boxes(self.box_coder, best_deltas.flatten(end_dim=1), anchors[places].flatten(end_dim=1))
         boxes = boxes.reshape(*places.shape, 4)
         heights, widths = to_device(image_sizes, boxes.dtype, boxes.device).unsqueeze(1).unbind(dim=2)
         limits = torch.stack([widths, heights, widths, heights], dim=2)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
-        # 3. Empty and unlikely ones away, then what overlaps a better one of its level.
+        # 3. Drop empty and unlikely boxes, then boxes that overlap a better one of their level.
         scores = logits.sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2]
         valid = (sides >= self.min_size).all(dim=2) & (scores >= self.score_thresh)
@@ -98,7 +99,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         return torch.cat(best, dim=1), torch.cat(levels)
 
     def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
-        """(A, 4) of a batch of this size, float32, from the last few sizes' if it is among them."""
+        """(A, 4) float32 anchors for a batch of this size, cached for the last few sizes."""
         key = (padded_size, *grid_sizes, device)
         if key not in self._anchors:
             strides = [

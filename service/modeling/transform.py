@@ -1,4 +1,4 @@
-"""From pixels to the network's input: torchvision's transform, and the sizes that it leads to without running it."""
+"""From pixels to the network's input: torchvision's transform, and the resulting sizes without running it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.modeling.config import NUM_CHANNELS, TransformConfig
 from service.ops.resize import resize_normalise_and_pad
 
 _LUMINANCE = (19_595, 38_470, 7_471)
-"""0.299, 0.587 and 0.114 (ITU-R BT.601) in parts of 2^16, as Pillow's `convert("L")` has them: grey stays as it is."""
+"""0.299, 0.587 and 0.114 (ITU-R BT.601) as multiples of 2^-16, like Pillow's `convert("L")`: grey stays unchanged."""
 SIZE_DIVISIBLE = 32
 """Batches are padded to multiples of this, the coarsest stride of the backbones."""
 
@@ -25,11 +25,11 @@ class Transform(GeneralizedRCNNTransform):
     """Normalise, resize and pad. `image_size` is (height, width) in pixels throughout.
 
     Args:
-        config: sizes in pixels, what the network reads of a pixel, and the mean and standard deviation of each channel
-            (pixels scaled to 0..1).
+        config: sizes in pixels, the channels that the network reads, and the mean and standard deviation of each
+            channel (pixels scaled to 0..1).
 
     Attributes:
-        num_channels: C, of what the network reads: 3 of RGB, 1 of grey, 4 of RGBA.
+        num_channels: C, the channels that the network reads: 3 for RGB, 1 for grey, 4 for RGBA.
     """
 
     _mean: Tensor
@@ -45,25 +45,26 @@ class Transform(GeneralizedRCNNTransform):
             size_divisible=SIZE_DIVISIBLE,
         )
         self._config = config
-        # On the network's device, where torchvision would copy them anew, and wait, for every image. No weights.
+        # Kept on the network's device: torchvision would copy them for every image, and wait each time. They are not
+        # weights.
         self.register_buffer("_mean", torch.tensor(config.mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(config.std).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("_grey_weights", torch.tensor(_LUMINANCE, dtype=torch.int32), persistent=False)
         self.num_channels = NUM_CHANNELS[config.channels]
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The size that `resize` gives to an image, in evaluation mode. At least 1 pixel a side."""
+        """The size of an image after `resize` in evaluation mode, at least 1 pixel per side."""
         scale = self.scale(image_size)
         height, width = (max(1, math.floor(side * scale)) for side in image_size)
         return height, width
 
     def padded_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The size of the batch that an image gets when it is alone: images of one padded size may share a batch."""
+        """The size of a batch that holds only this image. Images with the same padded size may share a batch."""
         height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in self.resized_size(image_size))
         return height, width
 
     def normalize(self, image: Tensor) -> Tensor:
-        """(3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, as torchvision's."""
+        """(3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, like torchvision's."""
         if len(image) != self.num_channels:
             image = self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
         return (image - self._mean) / self._std
@@ -92,7 +93,7 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, C, H', W') float32 with H', W' multiples of 32, and each image's own size in it.
         """
-        # The kernel of the CPU has three channels.
+        # The CPU kernel handles three channels only.
         if self.num_channels == 3 and device_of(images[0].device).kernels == "numba":
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
             padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]

@@ -1,5 +1,5 @@
-"""RoI operators: cut a patch of fixed size from a feature map for every box. Called by the RoI poolers of `modeling`.
-All take `(input, boxes, output_size, spatial_scale, ...)` and have no weights; `docs/roi-operators.md` compares them.
+"""RoI operators: cut a patch of fixed size from a feature map for every box. All take `(input, boxes, output_size,
+spatial_scale, ...)` and have no weights; `docs/roi-operators.md` compares them.
 """
 
 from service.ops.crop import crop

@@ -1,6 +1,6 @@
-"""RoI Align and RoI Pool over all feature levels at once, on the CPU, for channels-last features that need no gradient.
-Called where a batch is predicted, not where one is trained. Threads share the boxes; the innermost loop runs over the
-channels, which lie side by side in memory. Equal to torchvision's kernels level by level, up to the order of the sums.
+"""RoI Align and RoI Pool over all feature levels at once, on the CPU, for channels-last features without gradients: for
+inference, not for training. The boxes are divided among threads; the innermost loop runs over the channels, which are
+contiguous in memory. Results equal those of torchvision's kernels level by level, up to the order of summation.
 
 Shapes: N images, K boxes of the whole batch, C channels, H x W cells of a level, h x w output size. A cell is one
 element of a feature map, `1 / scale` image pixels wide.
@@ -25,16 +25,16 @@ from service.jit import compiled, parallel_loops
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# 32 rows of cells on the finest map: what a core's cache holds of them is about as wide as it is high.
+# 32 rows of cells on the finest map: a core's cache then holds a roughly square block of them.
 _STRIP_HEIGHT_PIXELS = 128
 
-# Of each of two outputs: the boxes of one image on a wide pyramid.
+# For each of two outputs: enough for the boxes of one image on a wide pyramid.
 _MOST_BYTES_KEPT = 64 * 2**20
 
 
 class OutputMemory:
-    """Memory for a kernel's outputs, used again once nobody holds what lies in it: with a thousand boxes a sixth of the
-    kernel's time goes by while the system hands out fresh memory, page by page. For one thread at a time.
+    """Memory for a kernel's outputs, reused once nothing refers to the old contents: with a thousand boxes, allocating
+    fresh memory page by page takes a sixth of the kernel's time. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class OutputMemory:
         self._kept: deque[Floats] = deque(maxlen=2)
 
     def take(self, shape: tuple[int, ...]) -> Floats:
-        """An array of any content, float32."""
+        """An uninitialised float32 array."""
         length = math.prod(shape)
         for index in range(len(self._kept)):
-            # One reference is the queue's, one the argument's; a third would be of an output that is in use.
+            # One reference is the deque's, one is the argument's; a third means that an output is still in use.
             if len(self._kept[index]) >= length and sys.getrefcount(self._kept[index]) == 2:
                 return self._kept[index][:length].reshape(shape)
         fresh = np.empty(length, np.float32)
@@ -75,7 +75,7 @@ def multi_scale_roi_align_channels_last(
         output_size: (h, w).
         sampling_ratio: samples along each side of a bin; 0 for as many as the bin has cells.
         aligned: whether pixel centers, not corners, have whole coordinates.
-        memory: where the result may lie; fresh memory if None.
+        memory: where to put the result; fresh memory if None.
 
     Returns:
         (K, C, h, w) float32 in `torch.channels_last`.
@@ -118,7 +118,7 @@ def _over_levels(
 
 
 def _neighbours_together(rois: Floats) -> Ints:
-    """(K,) an order in which boxes that share cells follow each other, so that these are still in the cache: reading
+    """(K,) an order that puts boxes sharing cells next to each other, so that the cells are still in the cache: reading
     them takes most of the time. Image by image, strip by strip, left to right.
     """
     images, x1, y1, x2, y2 = rois.T
@@ -156,12 +156,13 @@ def _bin_weights(
 ) -> tuple[Ints, Ints, Floats]:
     """Along one axis: which cells each bin averages, and with what weights.
 
-    The mean over a grid of bilinear samples is a product of one such list a side; samples that share a cell are merged.
+    The mean over a grid of bilinear samples is the product of two such lists, one per axis; samples that share a cell
+    are merged.
 
     Returns:
-        first: (bins + 1,) bin b has the entries `first[b]` to `first[b + 1]` of the other two.
+        first: (bins + 1,) bin b owns entries `first[b]` to `first[b + 1]` of the other two arrays.
         cells: their indices, in [0, limit).
-        weights: their weights, of sum 1 for a bin that lies inside.
+        weights: their weights, which sum to 1 for a bin inside the map.
     """
     length = end - start if aligned else max(end - start, np.float32(1))
     bin_length = length / np.float32(bins)
@@ -171,7 +172,7 @@ def _bin_weights(
     count = 0
     for b in range(bins):
         for sample in range(samples):
-            # Rounded step by step as torchvision does: far from the origin the last bit moves the weights.
+            # Rounded step by step like torchvision: far from the origin the last bit changes the weights.
             within = (np.float32(sample) + np.float32(0.5)) * bin_length / np.float32(samples)
             position = start + np.float32(b) * bin_length + within
             if not np.float32(-1) <= position <= np.float32(limit):
@@ -188,7 +189,7 @@ def _bin_weights(
 
 @compiled()
 def _add_weight(cell: int, weight: np.float32, cells: Ints, weights: Floats, first: int, count: int) -> int:
-    # Samples go one way, so only the last two entries can be of the same cell.
+    # Samples advance in one direction, so only the last two entries can be for the same cell.
     for entry in range(max(first, count - 2), count):
         if cells[entry] == cell:
             weights[entry] += weight
@@ -222,7 +223,7 @@ def _pool_box(image: Floats, box: Floats, output: Floats) -> None:
 
 @compiled()
 def _bin_bounds(start: np.float32, end: np.float32, bins: int, limit: int) -> tuple[Ints, Ints]:
-    """Along one axis: the first cell of each bin and the one after its last, in [0, limit]. Bins may share a cell."""
+    """Along one axis: the first cell of each bin and the one past its last, in [0, limit]. Bins may share a cell."""
     first = _round_half_away(start)
     bin_length = np.float32(max(_round_half_away(end) - first + 1, 1)) / np.float32(bins)
     starts, ends = np.empty(bins, np.int64), np.empty(bins, np.int64)
@@ -234,5 +235,5 @@ def _bin_bounds(start: np.float32, end: np.float32, bins: int, limit: int) -> tu
 
 @compiled()
 def _round_half_away(value: np.float32) -> int:
-    """C's `round`; Python's and numpy's go to the even neighbour."""
+    """C's `round`: Python's and numpy's round halves to even."""
     return int(math.copysign(math.floor(abs(float(value)) + 0.5), value))

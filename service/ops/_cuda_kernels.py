@@ -1,6 +1,6 @@
-"""Suppression, and RoI Align over all feature levels at once, on CUDA, in Triton, which comes with PyTorch on Linux:
-imported only where it is there and a GPU is. Nothing here waits for the device, so boxes are made harmless instead of
-being checked.
+"""CUDA kernels in Triton: non-maximum suppression, and RoI Align over all feature levels at once. Triton comes with
+PyTorch on Linux; import this module only if Triton and a GPU are present. Nothing here synchronizes with the device, so
+bad boxes are made harmless instead of being rejected.
 
 Shapes: N images, K boxes of the whole batch, G groups, C channels, L levels, H x W cells of a level, S x S output
 size. A cell is one element of a feature map, `1 / scale` image pixels wide.
@@ -20,16 +20,16 @@ from service.devices import device_of
 
 _BOXES_AT_ONCE = 1024
 _MAX_SIDES = 4
-"""Boxes may reach so many times as far as the image; adaptive sampling takes time by their area."""
+"""Boxes are clamped to this many times the extent of the image: the cost of adaptive sampling grows with their area."""
 
 
 def suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """Which boxes stay, of groups that lie one behind the other, best first.
+    """Which boxes to keep. They come group by group, best first within each group.
 
     Args:
         boxes: (K, 4) float32.
-        starts: (G + 1,) int64, where each group starts; what lies behind the last belongs to none and goes.
-        iou_thresh: overlap above which the worse box goes.
+        starts: (G + 1,) int64, where each group starts; boxes after the last group belong to none and are dropped.
+        iou_thresh: overlap above which the worse box is dropped.
 
     Returns:
         (K,) bool.
@@ -43,7 +43,9 @@ def suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
 
 
 def _rounded_down(value: float) -> float:
-    """The largest float32 that is not above it: no float32 lies between the two, so comparing with it is the same."""
+    """The largest float32 not above `value`. No float32 lies between the two, so a float32 comparison gives the same
+    result.
+    """
     rounded = np.float32(value)
     return float(np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded)
 
@@ -56,7 +58,7 @@ def _suppress(boxes, starts, keep, iou_thresh, at_once: tl.constexpr):  # type: 
     for first in range(start, end, at_once):
         tl.store(keep + first + lanes, 1, mask=first + lanes < end)
     for best in range(start, end):
-        # What the threads of this program wrote is read by all of them.
+        # All threads of this program read what the others wrote.
         tl.debug_barrier()
         if tl.load(keep + best) != 0:
             x1, y1 = tl.load(boxes + 4 * best), tl.load(boxes + 4 * best + 1)
@@ -89,9 +91,9 @@ def multi_scale_roi_align(
     """Average each bin of each box over bilinear samples, as `torchvision.ops.roi_align` does on the box's level.
 
     Args:
-        features: (N, C, H, W) for each level, all of one type, half precision or float32; summed in float32.
-        rois: (K, 5) float32 as (image index, x1, y1, x2, y2) in image pixels. What is not finite becomes 0, what lies
-            absurdly far away comes nearer, and an inside-out box is an empty one at its (x1, y1).
+        features: (N, C, H, W) for each level, all of one dtype, half precision or float32; summed in float32.
+        rois: (K, 5) float32 as (image index, x1, y1, x2, y2) in image pixels. Non-finite coordinates become 0, absurdly
+            distant ones are clamped, and inside-out boxes become empty boxes at their (x1, y1).
         levels: (K,) int64, each box's index in `features`.
         scales: cells per image pixel of each level.
         output_size: S.
@@ -99,10 +101,10 @@ def multi_scale_roi_align(
         aligned: whether pixel centers, not corners, have whole coordinates.
 
     Returns:
-        (K, C, S, S) of the features' type, in `torch.channels_last`.
+        (K, C, S, S) in the features' dtype, in `torch.channels_last`.
     """
     channels, device = features[0].shape[1], rois.device
-    # One copy, so that one kernel reads all levels.
+    # Copied into one tensor, so that one kernel reads all levels.
     cells = torch.cat([one.permute(0, 2, 3, 1).reshape(-1, channels) for one in features])
     furthest = _MAX_SIDES * max(features[0].shape[2:]) / scales[0]
     corners = rois[:, 1:].nan_to_num(0, 0, 0).clamp(-furthest, furthest)
@@ -141,7 +143,7 @@ def _roi_align(  # type: ignore[no-untyped-def]  # Triton's own
     offset: tl.constexpr,
     at_once: tl.constexpr,
 ):
-    """One bin of one box, all channels: 64-bit addresses, for a batch has more than 2^31 values."""
+    """One bin of one box, all channels. Addresses are 64-bit because a batch may have more than 2^31 values."""
     program = tl.program_id(0).to(tl.int64)
     row, column, roi = program // size % size, program % size, program // (size * size)
     level = tl.load(levels + roi)

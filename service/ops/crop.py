@@ -1,5 +1,4 @@
 """Crops, the region extractor of R-CNN: every box is cut from the image itself, with context, and warped to one size.
-Called by the R-CNN of `modeling`, which runs each crop through its network alone; knows images and boxes only.
 
 Shapes: see `rois.py`, a cell being an image pixel here; h x w is the output size.
 """
@@ -21,22 +20,22 @@ def crop(
 ) -> Tensor:
     """Cut every box with its context and warp it to the output size, whatever its shape (R-CNN, appendix A, "warp").
 
-    The box is enlarged so that after warping exactly `padding` pixels of context surround it, then read bilinearly, one
-    point an output pixel, without smoothing (R-CNN's code does the same). The image goes on as 0 on all sides: the mean
-    colour, if images are normalised. Unlike in R-CNN's code the enlarged box is not rounded to whole pixels.
+    The box is enlarged so that after warping exactly `padding` pixels of context surround it, then sampled bilinearly,
+    one point per output pixel, without smoothing (like R-CNN's code). Outside the image all values are 0: the mean
+    colour, if images are normalised. Unlike R-CNN's code, the enlarged box is not rounded to whole pixels.
 
     Args:
         input: (N, 3, H, W) images (any number of channels will do).
         boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
         output_size: (h, w), or one number for both; R-CNN's is 227.
-        spatial_scale: pixels of the input a unit of the boxes; 1 unless boxes are in another frame.
+        spatial_scale: input pixels per unit of the boxes; 1 unless the boxes are in another frame.
         padding: pixels of context on each side of the output.
 
     Returns:
-        (K, 3, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+        (K, 3, h, w) in the input's dtype. Half precision is computed in float32 and rounded once, at the end.
 
     Raises:
-        ValueError: see `as_rois` and `as_pair`, or a padding that leaves no room for the box.
+        ValueError: see `as_rois` and `as_pair`; or the padding leaves no room for the box.
     """
     height, width = as_pair(output_size)
     if padding < 0 or 2 * padding >= min(height, width):
@@ -45,7 +44,7 @@ def crop(
     indices, starts, ends = torch.split(rois, [1, 2, 2], dim=1)
     shares = rois.new_tensor([padding / (width - 2 * padding), padding / (height - 2 * padding)])
     context = (ends - starts) * shares
-    # RoI Align repeats the map's border for one cell; on a map with a frame of zeros it repeats those.
+    # RoI Align extends the map's border by one cell; with a frame of zeros around the map, it extends zeros.
     framed = pad(at_least_float32(input), (1, 1, 1, 1))
     enlarged = torch.cat([indices, starts - context + 1, ends + context + 1], dim=1)
     crops: Tensor = torchvision.ops.roi_align(framed, enlarged, (height, width), sampling_ratio=1, aligned=True)

@@ -1,5 +1,5 @@
 """The multi-level form of every RoI operator: each box is pooled from the one feature level that suits its size.
-Called by the RoI poolers of `modeling`; knows boxes and feature maps, nothing of classes, losses or networks.
+Knows boxes and feature maps; knows nothing of classes, losses or networks.
 
 Shapes: L boxes of one image, K boxes of the whole batch. Boxes are (x1, y1, x2, y2) in pixels of the resized image.
 """
@@ -20,23 +20,25 @@ def assign_levels(
 ) -> Tensor:
     """Choose the feature level from which each box is pooled: equation (1) of the FPN paper.
 
-    `level = floor(canonical_level + log2(sqrt(width * height) / canonical_scale))`, level k having the stride `2 ** k`.
+    `level = floor(canonical_level + log2(sqrt(width * height) / canonical_scale))`, where level k has the stride `2 **
+    k`.
 
     Args:
         boxes: (L, 4) for each image.
-        min_level: the finest level there is, `log2` of its stride.
-        max_level: the coarsest.
+        min_level: `log2` of the finest level's stride.
+        max_level: `log2` of the coarsest level's stride.
         canonical_scale: side in pixels of a box that belongs on `canonical_level` (ImageNet's picture size).
         canonical_level: see above.
 
     Returns:
         (K,) int64 in [0, max_level - min_level], the boxes of all images in order. Boxes too large or too small use the
-        nearest level; empty and inside-out ones the finest.
+        nearest level; empty and inside-out boxes use the finest.
     """
     x1, y1, x2, y2 = torch.cat(list(boxes)).unbind(dim=1)
-    # The root of a negative area, an inside-out box's, is NaN, with which torchvision would choose no level at all.
+    # An inside-out box can have a negative area, whose square root is NaN; torchvision would then choose no level at
+    # all.
     sides = torch.nan_to_num(((x2 - x1) * (y2 - y1)).sqrt())
-    # The 1e-6 is torchvision's: a box of exactly the canonical scale must not fall one level short by rounding.
+    # The 1e-6 is torchvision's: rounding must not move a box of exactly the canonical scale one level down.
     levels = torch.floor(canonical_level + torch.log2(sides / canonical_scale) + torch.tensor(1e-6, dtype=sides.dtype))
     return levels.clamp(min_level, max_level).to(torch.int64) - min_level
 
@@ -51,13 +53,13 @@ def multi_scale(
     canonical_scale: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    """Pool each box from its level with any operator of this room.
+    """Pool each box from its level with any operator of this package.
 
     Args:
         op: `op(feature, rois, output_size, spatial_scale)`: `roi_pool`, or `partial(roi_align, sampling_ratio=2)`.
         features: (N, C, H_k, W_k) for each level k, finest first.
         boxes: (L, 4) for each image, one image at least.
-        output_size: handed to `op` as it stands.
+        output_size: passed to `op` unchanged.
         scales: `1 / stride` of each level.
         canonical_scale: see `assign_levels`.
         canonical_level: see `assign_levels`.
@@ -66,7 +68,7 @@ def multi_scale(
         (K, C, h, w), the boxes of all images in order.
 
     Raises:
-        ValueError: not one scale a level, or scales that name more levels than there are.
+        ValueError: the number of scales is not the number of levels, or the scales span more levels than there are.
     """
     if not features or len(features) != len(scales):
         raise ValueError(f"expected one scale a feature level, got {len(features)} levels and scales {list(scales)}")
@@ -74,7 +76,7 @@ def multi_scale(
     if len(features) == 1:
         return op(features[0], rois, output_size, scales[0])
     min_level, max_level = round(-math.log2(scales[0])), round(-math.log2(scales[-1]))
-    # MobileNetV3's two levels share one stride, so less than one level a feature map is right; the others stay unused.
+    # MobileNetV3's two maps share one stride, so fewer levels than feature maps is valid; the other maps stay unused.
     if not 0 <= max_level - min_level < len(features):
         raise ValueError(f"expected scales from fine to coarse, each at most half of the last, got {list(scales)}")
     levels = assign_levels(
@@ -89,5 +91,5 @@ def multi_scale(
     pooled = [
         op(feature, part, output_size, scale) for feature, part, scale in zip(features, parts, scales, strict=True)
     ]
-    # `cat` has the boxes level by level; the inverse permutation puts them back in the caller's order.
+    # `cat` puts the boxes level by level; the inverse permutation restores the caller's order.
     return torch.cat(pooled)[torch.argsort(order)]

@@ -1,5 +1,4 @@
-"""Non-maximum suppression for all images and classes of a batch together, with torchvision's own answers. Called by
-the RPN and the RoI heads of `modeling`; knows boxes, scores and classes, nothing of networks.
+"""Non-maximum suppression for all images and classes of a batch together, with the same results as torchvision.
 
 Shapes: K boxes of the whole batch, N images, G groups (the classes of every image). Boxes are (x1, y1, x2, y2).
 """
@@ -22,18 +21,18 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-# Up to so many coordinates of one image torchvision moves its classes apart and then suppresses them as one. The move
-# costs digits, so equal answers need the same move.
+# Up to this many coordinates in an image, torchvision offsets the boxes by class and suppresses all classes at once.
+# The offset costs precision, so matching its results requires the same offset.
 _MOST_COORDINATES_MOVED_ON_CPU = 4000
 _MOST_COORDINATES_MOVED_ELSEWHERE = 100_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """The boxes that stay.
+    """The boxes that survive suppression.
 
     Attributes:
-        order: (K,) int64 indices, image by image, best first; behind all images those that do not stay.
+        order: (K,) int64 indices, image by image, best first; the suppressed boxes come after all images.
         starts: (N + 1,) int64, where each image starts in `order`.
     """
 
@@ -41,15 +40,15 @@ class Kept:
     starts: Tensor
 
     def up_to(self, limits: Sequence[int]) -> list[Tensor]:
-        """The indices of each image's boxes, at most so many; equal scores in the given order."""
-        bounds = self.starts.tolist()  # the one place that waits for the device
+        """The indices of each image's boxes, at most `limits` of them; equal scores keep their given order."""
+        bounds = self.starts.tolist()  # the only synchronization with the device
         return [
             self.order[start : min(start + limit, end)]
             for start, end, limit in zip(bounds[:-1], bounds[1:], limits, strict=True)
         ]
 
     def table(self, count: int) -> tuple[Tensor, Tensor]:
-        """Without waiting for the device: (N, count) indices, and (N, count) bool, which of them there are."""
+        """(N, count) indices, and (N, count) bool: which of them exist. Does not synchronize with the device."""
         places = self.starts[:-1].unsqueeze(1) + torch.arange(count, device=self.starts.device)
         return self.order[places.clamp(max=len(self.order) - 1)], places < self.starts[1:].unsqueeze(1)
 
@@ -65,17 +64,17 @@ def best_of_each_image(
     num_classes: int,
     iou_thresh: float,
 ) -> Kept:
-    """Suppress in each image what overlaps a better box of its class, as `torchvision.ops.batched_nms` does.
+    """In each image, suppress boxes that overlap a better box of their class, like `torchvision.ops.batched_nms`.
 
     Args:
-        boxes: (K, 4) float32, none of them beyond 0 to the left or above.
+        boxes: (K, 4) float32, with no negative coordinates.
         scores: (K,) float32.
         images: (K,) int64 in [0, N).
         classes: (K,) int64 in [0, num_classes): labels, or levels of a pyramid.
-        valid: (K,) bool; the others are as if they were not there.
+        valid: (K,) bool; the others are ignored.
         num_images: N.
         num_classes: see `classes`.
-        iou_thresh: overlap above which the worse box goes.
+        iou_thresh: overlap above which the worse box is dropped.
     """
     if not len(boxes):
         return Kept(images, images.new_zeros(num_images + 1))
@@ -88,7 +87,7 @@ def best_of_each_image(
 
 
 def _group(groups: Tensor, members: Tensor, by_score: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The boxes group by group, best first, those that are no members behind all groups; (G + 1,) where each starts."""
+    """The boxes group by group, best first, with non-members after all groups; and (G + 1,) where each group starts."""
     in_order = groups.masked_fill(~members, num_groups)[by_score].sort(stable=True)
     starts = torch.searchsorted(in_order.values, torch.arange(num_groups + 1, device=groups.device))
     return by_score[in_order.indices], starts
@@ -105,7 +104,7 @@ def _move_classes_apart(boxes: Tensor, images: Tensor, classes: Tensor, valid: T
 
 
 def _suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """(K,) bool: which boxes stay. They come group by group, best first."""
+    """(K,) bool: which boxes to keep. They come group by group, best first."""
     kernels = device_of(boxes.device).kernels
     if kernels == "numba":
         return _suppress_by_numba(boxes, starts, iou_thresh)
@@ -133,7 +132,7 @@ def _suppress_groups(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools
         end = starts[group + 1]
         for best in range(starts[group], end):
             if keep[best]:
-                # Without a branch, so that the processor takes many boxes at once.
+                # Without a branch, so that the loop is vectorized.
                 for other in range(best + 1, end):
                     width = min(x2[best], x2[other]) - max(x1[best], x1[other])
                     height = min(y2[best], y2[other]) - max(y1[best], y1[other])
@@ -144,9 +143,9 @@ def _suppress_groups(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools
 
 
 def _suppress_by_torchvision(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """See `_suppress`; this kernel waits for the device once more."""
+    """See `_suppress`; this kernel synchronizes with the device once more."""
     groups = torch.bucketize(torch.arange(len(boxes), device=boxes.device), starts, right=True)
-    # In float64 the groups lie apart without loss of digits.
+    # In float64 the groups can be moved apart without loss of precision.
     apart = boxes.double() + (groups * (boxes.amax().double() + 1)).unsqueeze(1)
     ranks = -torch.arange(len(boxes), dtype=torch.float64, device=boxes.device)
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)

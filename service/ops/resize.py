@@ -1,5 +1,5 @@
-"""From the bytes of pictures to a network's input in one pass on the CPU: resize, normalise and pad, where torchvision
-makes a pass over the whole picture for each step. Called by the transform of `modeling`; knows pixels only.
+"""From the bytes of pictures to a network's input in one pass on the CPU: resize, normalise and pad. torchvision makes
+a pass over the whole picture for each step.
 
 Shapes: N images, H x W an image's pixels, h x w what it is resized to, H' x W' the batch, at least as large as each.
 """
@@ -29,14 +29,14 @@ def resize_normalise_and_pad(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Do as `torch.nn.functional.interpolate(…, mode="bilinear", align_corners=False)` of the normalised images.
+    """Like `torch.nn.functional.interpolate(…, mode="bilinear", align_corners=False)` on the normalised images.
 
     Args:
         images: (H, W, 3) uint8 on the CPU, at least one pixel each.
         sizes: each one's (h, w).
         padded_size: (H', W').
-        mean: of each channel, of pixels scaled to 0..1.
-        std: the standard deviation likewise.
+        mean: of each channel, for pixels scaled to 0..1.
+        std: standard deviation of each channel, likewise.
 
     Returns:
         (N, 3, H', W') float32, each image at the top left, zeros around it.
@@ -53,19 +53,19 @@ def resize_normalise_and_pad(
 
 
 def _normalised_bytes(mean: Sequence[float], std: Sequence[float]) -> Floats:
-    """What each byte becomes in each channel, (3 * 256,), with torchvision's own roundings."""
+    """(3 * 256,) the normalised value of each byte in each channel, rounded exactly like torchvision."""
     bytes_ = torch.arange(256, dtype=torch.float32).div_(255)
     table: Floats = ((bytes_ - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).flatten().numpy()
     return table
 
 
 def _source_cells(length: int, resized: int) -> tuple[Cells, Floats]:
-    """Along one axis: the pixel before each of the resized ones, and the weight of the pixel after it."""
-    # On long sides the last bit of a position moves the weights, so it is rounded as torch does: once, to float32.
+    """Along one axis: for each resized pixel, the source pixel before it and the weight of the one after it."""
+    # On long sides the last bit of a position changes the weights, so it is rounded like torch: once, to float32.
     step = np.float64(np.float32(length) / np.float32(resized))
     positions = np.maximum(step * (np.arange(resized) + 0.5) - 0.5, 0).astype(np.float32)
     cells = np.minimum(positions.astype(np.int64), length - 1)
-    # Unsigned: a signed index might count from the end, which would keep the processor from reading many at once.
+    # Unsigned: a signed index might count from the end, which would prevent vectorized reads.
     return cells.astype(np.uint64), (positions - cells.astype(np.float32)).clip(0, 1)
 
 
@@ -91,7 +91,7 @@ def _resize(
 
 @compiled()
 def _mix_rows(above: Bytes, below: Bytes, weight: np.float32, table: Floats) -> Floats:
-    """Two rows of pixels, normalised and mixed; the last pixel twice, so that each has one after it."""
+    """Two rows of pixels, normalised and interpolated. The last pixel is repeated, so that each has a successor."""
     mixed = np.empty(3 * len(above) + 3, np.float32)
     for x in range(len(above)):
         for channel in range(3):

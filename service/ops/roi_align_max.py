@@ -1,5 +1,4 @@
-"""RoI Align with the maximum over a bin's points, as the first description of it in Mask R-CNN's text allows.
-Called by the RoI poolers of `modeling` through `multi_scale`; knows feature maps and boxes only.
+"""RoI Align with the maximum over a bin's points, an aggregation that the text of Mask R-CNN allows.
 
 Shapes: see `rois.py`; h x w is the output size.
 """
@@ -15,7 +14,7 @@ from torch.nn.functional import max_pool2d
 
 from service.ops.rois import Boxes, as_pair, as_rois, at_least_float32, check_adaptive
 
-# Points are held in memory before their maximum is taken; 2 ** 26 float32 values are 256 MiB.
+# All points are in memory before their maximum is taken; 2 ** 26 float32 values are 256 MiB.
 _MAX_VALUES_AT_ONCE = 2**26
 
 
@@ -35,12 +34,12 @@ def roi_align_max(
         input: (N, C, H, W) features.
         boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
         output_size: (h, w), or one number for both.
-        spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
-        sampling_ratio: points a side of a bin; 0 (or less) as many as the bin has cells, rounded up.
+        spatial_scale: cells per unit of the boxes, `1 / stride` for boxes in image pixels.
+        sampling_ratio: points per bin side; 0 (or less) means as many as the bin has cells, rounded up.
         aligned: see `roi_align`.
 
     Returns:
-        (K, C, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+        (K, C, h, w) in the input's dtype. Half precision is computed in float32 and rounded once, at the end.
 
     Raises:
         ValueError: see `as_rois`, `as_pair` and, with adaptive sampling, `check_adaptive`.
@@ -59,7 +58,7 @@ def roi_align_max(
 def _largest_points(
     features: Tensor, rois: Tensor, size: tuple[int, int], points: tuple[int, int], aligned: bool
 ) -> Tensor:
-    # The points of an h x w output are the bin middles of a finer one, which RoI Align reads with one point a bin.
+    # The points of an h x w output are the bin centres of a finer grid, which RoI Align reads with one point per bin.
     finer = (size[0] * points[0], size[1] * points[1])
     at_once = max(1, _MAX_VALUES_AT_ONCE // (features.shape[1] * finer[0] * finer[1]))
     parts = [
@@ -72,7 +71,8 @@ def _largest_points(
 def _largest_adaptive_points(features: Tensor, rois: Tensor, size: tuple[int, int], aligned: bool) -> Tensor:
     bins = (rois[:, [4, 3]] - rois[:, [2, 1]]).clamp(min=0 if aligned else 1) / rois.new_tensor(size)
     points = bins.ceil().to(torch.int64)
-    # Boxes with the same number of points go together; one group at least, so that no boxes too have a gradient.
+    # Boxes with the same number of points are processed together. At least one group, so that an empty input has a
+    # gradient too.
     groups = torch.unique(points.clamp(min=1), dim=0).tolist() or [[1, 1]]
     members = [(points.clamp(min=1) == points.new_tensor(group)).all(dim=1).nonzero().squeeze(1) for group in groups]
     parts = [
@@ -80,5 +80,5 @@ def _largest_adaptive_points(features: Tensor, rois: Tensor, size: tuple[int, in
         for rows, group in zip(members, groups, strict=True)
     ]
     pooled = torch.cat(parts)[torch.argsort(torch.cat(members))]
-    # An empty box has no points, and RoI Align says 0 of those.
+    # An empty box has no points; RoI Align returns 0 for it.
     return pooled.masked_fill((points == 0).any(dim=1).reshape(-1, 1, 1, 1), 0)

@@ -1,5 +1,4 @@
 """RoI Warp, the operator of Multi-task Network Cascades (MNC): a box is rounded to the grid once, then resampled.
-Called by the RoI poolers of `modeling` through `multi_scale`; knows feature maps and boxes only.
 
 Shapes: see `rois.py`; h x w is the output size.
 """
@@ -25,19 +24,19 @@ def roi_warp(
 ) -> Tensor:
     """Round every box to whole cells and resample it bilinearly to the output grid (Dai et al., MNC, section 4).
 
-    So it is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN describes it. The layer MNC released
-    rounds too, but takes the largest of several points and passes a gradient on to the box; this does neither.
+    This is RoI Align after RoI Pool's first rounding, which is how Mask R-CNN describes it. The layer that MNC released
+    also rounds, but it takes the maximum of several points and passes a gradient to the box; this one does neither.
 
     Args:
         input: (N, C, H, W) features.
         boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
         output_size: (h, w), or one number for both.
-        spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
-        sampling_ratio: points a side of an output element, averaged; 1 is plain bilinear resampling.
+        spatial_scale: cells per unit of the boxes, `1 / stride` for boxes in image pixels.
+        sampling_ratio: points per side of an output element, averaged; 1 is plain bilinear resampling.
         aligned: see `roi_align`.
 
     Returns:
-        (K, C, h, w) of the input's type. Half precision is computed in float32 and rounded once, at the end.
+        (K, C, h, w) in the input's dtype. Half precision is computed in float32 and rounded once, at the end.
 
     Raises:
         ValueError: see `as_rois` and `as_pair`, or a sampling_ratio below 1.
@@ -45,7 +44,7 @@ def roi_warp(
     if sampling_ratio < 1:
         raise ValueError(f"expected a sampling_ratio of 1 or more, got {sampling_ratio}")
     rois = as_rois(boxes, input, spatial_scale)
-    # Halves go away from zero, as in the kernels of RoI Pool and MNC; torch.round would send them to the even side.
+    # Halves round away from zero, as in the kernels of RoI Pool and MNC; torch.round would round them to even.
     rounded = torch.copysign((rois.abs() + 0.5).floor(), rois)
     pooled: Tensor = torchvision.ops.roi_align(
         at_least_float32(input), rounded, as_pair(output_size), sampling_ratio=sampling_ratio, aligned=aligned

@@ -1,6 +1,5 @@
-"""Regions of interest: the table of boxes that every operator of this room works on, checked before a kernel sees it.
-Called by the operators. The checks are here because torchvision's kernels trust their caller: a NaN or a wrong image
-index makes them read outside the feature map.
+"""Regions of interest: the table of boxes that every operator works on, validated before it reaches a kernel.
+torchvision's kernels trust their caller: a NaN or a wrong image index makes them read outside the feature map.
 
 Shapes: N images, C channels, H x W cells of the feature map, L boxes of one image, K boxes of the whole batch.
 Boxes are (x1, y1, x2, y2). A cell is one element of the feature map, `1 / spatial_scale` image pixels wide.
@@ -16,28 +15,30 @@ from torch import Tensor
 
 Boxes = Tensor | Sequence[Tensor]
 
-# From here on float32 cannot tell neighbouring cells apart, and the kernels' int32 arithmetic is not far from its end.
+# Beyond this, float32 cannot tell neighbouring cells apart, and the kernels' int32 arithmetic comes close to overflow.
 _MAX_CELLS = 2.0**24
-# Boxes that are clipped to the image fit the map; four times its side leaves room for those that are not.
+# Boxes clipped to the image fit the map; four times its side leaves room for unclipped ones.
 _MAX_ADAPTIVE_SIDE_IN_MAPS = 4
 
 
 def as_rois(boxes: Boxes, input: Tensor, spatial_scale: float) -> Tensor:
-    """Check boxes against the feature map and measure them in its cells.
+    """Check boxes against the feature map and convert them to its cells.
 
-    Reads the boxes' extremes back from the device: one synchronisation a call, however many boxes there are.
+    Reads the boxes' extremes back from the device: one synchronisation per call, however many boxes there are.
 
     Args:
-        boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each of the N images; an empty list is no boxes.
-        input: (N, C, H, W) of any floating type.
-        spatial_scale: cells a unit of the boxes, `1 / stride` for boxes in image pixels.
+        boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each of the N images; an empty list means no
+            boxes.
+        input: (N, C, H, W) of any floating-point dtype.
+        spatial_scale: cells per unit of the boxes, `1 / stride` for boxes in image pixels.
 
     Returns:
-        (K, 5) as (image index, x1, y1, x2, y2) in cells, of the type that `at_least_float32(input)` has. Inside-out
-        boxes have become empty ones, at their (x1, y1).
+        (K, 5) as (image index, x1, y1, x2, y2) in cells, in the dtype of `at_least_float32(input)`. Inside-out boxes
+        become empty boxes at their (x1, y1).
 
     Raises:
-        ValueError: shapes other than these, no such image, or a coordinate that is NaN, infinite or absurdly far away.
+        ValueError: other shapes, an image index out of range, or a coordinate that is NaN, infinite or absurdly far
+            away.
     """
     if input.ndim != 4 or not input.is_floating_point() or 0 in input.shape[1:]:
         raise ValueError(f"expected a floating (N, C, H, W) input, none of C, H, W 0, got {_describe(input)}")
@@ -48,15 +49,15 @@ def as_rois(boxes: Boxes, input: Tensor, spatial_scale: float) -> Tensor:
     rois = torch.cat([table[:, :1], starts, ends], dim=1)
     if len(rois):
         _check_values(rois, num_images=len(input))
-    # Adaptive sampling in torchvision's CPU kernel reserves a negative amount of memory for an inside-out box.
+    # With adaptive sampling, torchvision's CPU kernel would reserve a negative amount of memory for an inside-out box.
     return torch.cat([rois[:, :3], torch.maximum(starts, ends)], dim=1)
 
 
 def rois_of(boxes: Sequence[Tensor]) -> Tensor:
-    """Write the boxes of several images as one table.
+    """Combine the boxes of several images into one table.
 
     Args:
-        boxes: (L, 4) for each image, one at least.
+        boxes: (L, 4) for each image, at least one.
 
     Returns:
         (K, 5) as (image index, x1, y1, x2, y2).
@@ -66,7 +67,7 @@ def rois_of(boxes: Sequence[Tensor]) -> Tensor:
 
 
 def at_least_float32(input: Tensor) -> Tensor:
-    """Widen half precision: 16 bits cannot hold where a box lies (float16 steps by 2 pixels beyond 2048)."""
+    """Widen half precision: 16 bits cannot represent box coordinates (float16 has steps of 2 pixels beyond 2048)."""
     return input if input.dtype == torch.float64 else input.float()
 
 
@@ -83,7 +84,7 @@ def as_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_adaptive(rois: Tensor, input: Tensor) -> None:
-    """Refuse boxes on which adaptive sampling would take for ever: its points grow with a box's area.
+    """Reject boxes on which adaptive sampling would take forever: the number of points grows with a box's area.
 
     Args:
         rois: (K, 5) in cells, from `as_rois`.
@@ -118,7 +119,7 @@ def _as_table(boxes: Boxes, input: Tensor) -> Tensor:
 
 
 def _check_values(rois: Tensor, *, num_images: int) -> None:
-    # Each of the three keeps a NaN, and each comparison below is written so that a NaN fails it.
+    # All three reductions propagate NaN, and each comparison below is written so that NaN fails it.
     first, last = rois[:, 0].aminmax()
     first_index, last_index, furthest = torch.stack([first, last, rois[:, 1:].abs().amax()]).tolist()
     if not (first_index >= 0 and last_index < num_images):

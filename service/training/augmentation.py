@@ -1,5 +1,5 @@
-"""Augmentation: from one sample to one square training picture at the scale the network will see.
-One affine map does scale, flips, quarter turns and the crop at once, for pixels and masks alike.
+"""Augmentation: make a square training picture from a sample, at the scale the network will see. One affine map does
+scale, flips, quarter turns and the crop at once, for pixels and masks alike.
 
 Shapes: S x S the training picture, K objects in it.
 """
@@ -17,18 +17,18 @@ from service.structures import Float32Array, Int64Array, UInt8Array
 from service.training.dataset import ObjectMask, Sample
 
 MIN_VISIBLE = 0.3
-"""An object of which less than this part is left after the crop is dropped."""
+"""An object is dropped if less than this share of it is left after cropping."""
 MIN_SIDE_PIXELS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """How strongly pictures are changed.
+    """How strongly to change pictures.
 
     Attributes:
-        crop_size: S, the side of the square that is cut, in pixels of the resized image.
+        crop_size: S, the side of the square crop, in pixels of the resized image.
         scale_range: factors around the scale that serving uses, drawn log-uniformly.
-        flips: mirror left-right and top-bottom, and turn by quarters.
+        flips: whether to mirror left-right and top-bottom, and to rotate by multiples of 90 degrees.
         colour: strength of brightness, contrast, gamma and saturation changes, 0 (none) to 1.
         noise: largest standard deviation of added Gaussian noise, in grey levels of 255.
         blur: largest standard deviation of a Gaussian blur, in pixels.
@@ -70,9 +70,10 @@ def augment(
         sample: the image and its objects.
         scale: resized pixels per stored pixel when this image is served.
         augmentation: how strongly to change it.
-        fill: RGB (0 to 255) outside the image: the mean, which is what padding is after normalisation.
-        rng: the only source of chance.
-        proposals: (L, 4) in pixels of the stored image, to be moved with it; None for a network that makes its own.
+        fill: RGB (0 to 255) outside the image: the mean, which becomes 0 after normalisation, like padding.
+        rng: the only source of randomness.
+        proposals: (L, 4) in pixels of the stored image, transformed with the image; None for a network that makes its
+            own.
     """
     size = augmentation.crop_size
     low, high = np.log(augmentation.scale_range)
@@ -94,7 +95,7 @@ def augment(
         masks = np.zeros((int(keep.sum()), size, size), dtype=np.uint8)
         for target, index in zip(masks, np.flatnonzero(keep), strict=True):
             _draw_mask(objects[index], matrix, clipped[index], target)
-        # An object whose box is in the crop but whose pixels are not is gone from both.
+        # An object whose box is in the crop but whose pixels are not is removed from both.
         drawn = masks.any(axis=(1, 2))
         masks, keep[keep] = masks[drawn], drawn
     return TrainingPicture(
@@ -117,7 +118,7 @@ def _random_affine(
         linear = np.diag([rng.choice([-1.0, 1.0]), 1.0]) @ linear
     corners = linear @ np.array([[0, width, 0, width], [0, 0, height, height]])
     low, extent = corners.min(axis=1), np.ptp(corners, axis=1)
-    # Somewhere the crop lies within the image, or where the image is the smaller one, the image within the crop.
+    # Per axis, place the crop at random within the image, or the image within the crop if the image is smaller.
     slack = extent - augmentation.crop_size
     offset = low + rng.uniform(np.minimum(slack, 0), np.maximum(slack, 0))
     return np.hstack([linear, -offset[:, None]])
@@ -129,7 +130,7 @@ def _transform_boxes(boxes: Float32Array, matrix: NDArray[np.float64]) -> Float3
 
 
 def _transform_proposals(proposals: Float32Array, matrix: NDArray[np.float64], size: int) -> Float32Array:
-    """Those of which something is in the picture, clipped to it."""
+    """The proposals that overlap the picture, clipped to it."""
     clipped = np.clip(_transform_boxes(proposals, matrix), 0, size)
     sides = clipped[:, 2:] - clipped[:, :2]
     visible: Float32Array = clipped[sides.min(axis=1) >= MIN_SIDE_PIXELS]
@@ -152,7 +153,7 @@ def _draw_mask(mask: ObjectMask, matrix: NDArray[np.float64], box: Float32Array,
 
 
 def _to_pixel_centres(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """OpenCV maps pixel centres at integers; our frame has them at integers + 0.5."""
+    """Convert to OpenCV's convention: it has pixel centres at integers, ours are at integers + 0.5."""
     shift = matrix[:, :2] @ np.array([0.5, 0.5]) - 0.5
     return np.hstack([matrix[:, :2], matrix[:, 2:] + shift[:, None]])
 

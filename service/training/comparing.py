@@ -1,5 +1,5 @@
-"""One network under several RoI operators: the same weights, or trained anew for each. Returns figures and tables of
-text; prints nothing.
+"""One network under several RoI operators: with the same weights, or retrained for each. Returns figures and text
+tables; prints nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Run:
     """One evaluation under one operator.
 
     Attributes:
-        milliseconds_per_image: median time of a picture alone, from pixels to boxes and small masks, with as many
-            detections as count; without the search for proposals.
+        milliseconds_per_image: median time of a single picture, from pixels to boxes and small masks, with as many
+            detections as count in the evaluation; excludes the search for proposals.
     """
 
     roi_op: str
@@ -74,7 +74,7 @@ def measure(
         advance: called after every picture.
     """
     operated = _Operated(predictor, roi_op)
-    # The first call compiles kernels and finds memory; it is no picture's time.
+    # The first call compiles kernels and allocates memory, so it is not timed.
     operated.predict([query_of(dataset.samples[0], DetectOptions(), proposals)])
     operated.seconds.clear()
     evaluation = evaluate(operated, dataset, proposals=proposals, advance=advance)
@@ -92,11 +92,11 @@ def retrain(
     device: torch.device,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> Predictor:
-    """Train the network from random weights with this operator in both branches; one seed gives every operator the
-    same first weights and the same pictures in the same order.
+    """Train the network from random weights with this operator in both branches; the same seed gives every operator the
+    same initial weights and the same pictures in the same order.
 
     Args:
-        state_path: of the run, which goes on from there if it was interrupted.
+        state_path: the run's state; an interrupted run resumes from it.
     """
     mask = config.roi.mask.model_copy(update={"op": None})
     config = config.model_copy(update={"roi": config.roi.model_copy(update={"op": roi_op, "mask": mask})})
@@ -114,10 +114,10 @@ def retrain(
 
 
 def busy_note(load: float, cores: int) -> str | None:
-    """What to say of times that are taken while other programs run.
+    """A remark on times that were measured while other programs ran.
 
     Args:
-        load: runnable threads of the machine before the comparison began, as `os.getloadavg` has it.
+        load: runnable threads on the machine before the comparison began, from `os.getloadavg`.
         cores: of the machine.
     """
     if load < 0.5 * cores:
@@ -126,13 +126,13 @@ def busy_note(load: float, cores: int) -> str | None:
 
 
 def by_operator(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each operator, in the order in which the operators came."""
+    """The runs grouped by operator, in order of first appearance."""
     return {op: [run for run in runs if run.roi_op == op] for op in dict.fromkeys(run.roi_op for run in runs)}
 
 
 def table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Rows of text under `COLUMNS`, for boxes first: the mean over each operator's runs, and ± their standard
-    deviation where there are several.
+    """Rows of text under `COLUMNS`, boxes first: the mean over each operator's runs, and ± the standard deviation if
+    there are several.
     """
     return [
         (op, kind, *_mean_figures([figures for name, figures in _rows(of_op) if name == kind]), _mean_time(of_op))
@@ -145,7 +145,7 @@ def markdown(runs: Sequence[Run], *, title: str, command: str, remark: str | Non
     """The table as a Markdown page, with the command that made it.
 
     Args:
-        remark: of something that the reader of the times should know.
+        remark: something that readers of the times should know.
     """
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *table(runs)]
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -1,4 +1,4 @@
-"""A sheet of a data set's pictures with their annotations drawn, to see at a glance whether they sit on the objects."""
+"""A sheet of a data set's pictures with their annotations, to see at a glance whether these match the objects."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CAPTION_PIXELS = 18
 
 
 def draw_sheet(datasets: Sequence[CocoDataset], *, pictures: int = 20) -> Image.Image:
-    """Some pictures of each data set, spread over it, those with objects first.
+    """Draw some pictures of each data set, evenly spread, those with objects first.
 
     Args:
-        pictures: of each set, at most.
+        pictures: maximum number per data set.
     """
     tiles = [
         _tile(sample, dataset.labels, f"{dataset.path.stem}: {sample.path.name}")
@@ -41,10 +41,10 @@ def draw_sheet(datasets: Sequence[CocoDataset], *, pictures: int = 20) -> Image.
 
 
 def write_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write it as PNG or JPEG, by the name's end.
+    """Write it as PNG or JPEG, depending on the file suffix.
 
     Raises:
-        DatasetError: another end, or it cannot be written.
+        DatasetError: the suffix is another, or the file cannot be written.
     """
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise DatasetError(f"expected a sheet named *.png or *.jpg, got {path}")
@@ -67,7 +67,7 @@ def _tile(sample: Sample, labels: Sequence[str], title: str) -> Image.Image:
     scale = TILE_PIXELS / max(height, width)
     line = max(1, round(1.5 / scale))
     for index, mask in enumerate(sample.read_masks()):
-        # Each object its own colour where there is one label, as in the server's own pictures.
+        # With a single label each object has its own colour, as in the server's pictures.
         colour = colour_of(index if len(labels) == 1 else int(sample.labels[index]) - 1)
         _draw_outline(pixels, mask.bitmap, (mask.x, mask.y), colour, line)
     picture = Image.fromarray(pixels).resize((max(1, round(width * scale)), max(1, round(height * scale))))

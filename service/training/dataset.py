@@ -1,6 +1,6 @@
 """COCO-format data sets: read, checked, and handed out as samples. Knows files and annotations; knows nothing of
-networks. Whatever ids, shapes and frames the file has, everything behind this module sees one form: images and labels
-numbered from 1, boxes (x1, y1, x2, y2) in pixels of the upright picture, masks as run lengths.
+networks. Whatever ids, shapes and frames the file has, all other code sees a single form: images and labels numbered
+from 1, boxes (x1, y1, x2, y2) in pixels of the upright picture, masks as run lengths.
 
 Shapes: K objects of one image, H x W the image.
 """
@@ -34,11 +34,11 @@ StoredFrame = Literal["auto", "upright", "stored"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObjectMask:
-    """One object's pixels, cut to where they are.
+    """One object's pixels, cropped to their bounding box.
 
     Attributes:
         bitmap: (h, w) uint8, 0 or 1.
-        x, y: where the bitmap's top left pixel lies in the image.
+        x, y: position of the bitmap's top left pixel in the image.
     """
 
     bitmap: UInt8Array
@@ -56,9 +56,9 @@ class Sample:
         digest: of the picture's file.
         boxes: (K, 4) float32 (x1, y1, x2, y2).
         labels: (K,) int64, 1-based.
-        areas: (K,) float64 in pixels, by which COCO's figures by size sort objects.
+        areas: (K,) float64 in pixels; decides the size class in COCO's figures.
         segmentations: a mask for each object; None in a set without masks.
-        crowds: regions that are no objects to learn; what is found in them, evaluation ignores.
+        crowds: regions that are not trained on; evaluation ignores detections in them.
     """
 
     image_id: int
@@ -72,10 +72,10 @@ class Sample:
     crowds: tuple[Annotation, ...] = ()
 
     def read_pixels(self) -> UInt8Array:
-        """(H, W, 3) uint8 RGB, upright: decoded as the server decodes it, so that both see the same pixels.
+        """(H, W, 3) uint8 RGB, upright: decoded like in the server, so that both see the same pixels.
 
         Raises:
-            DatasetError: the file changed after it was checked, and does not decode or has another size now.
+            DatasetError: the file changed after it was checked, and no longer decodes or has another size.
         """
         try:
             pixels = decode_image(self.path.read_bytes(), limits=PICTURE_LIMITS).pixels
@@ -128,7 +128,7 @@ class CocoDataset:
         return {name: counted[place] for place, name in enumerate(self.labels, start=1)}
 
     def summary(self) -> str:
-        """How many pictures and objects there are, in a line."""
+        """The numbers of pictures and objects, in one line."""
         counts = self.counts()
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
         empty = sum(not len(sample.labels) for sample in self.samples)
@@ -155,18 +155,18 @@ def load_coco(
     """Read and check a COCO-format annotation file and its pictures.
 
     Args:
-        path: the JSON; `PictureFinder` says where its pictures may lie.
+        path: the JSON; `PictureFinder` describes where its pictures may be.
         labels: the classes and their order; the file's own categories if None.
-        leaves_out_others: pass over annotations of categories that are no label rather than refuse them.
+        leaves_out_others: skip annotations of categories that are not labels instead of rejecting them.
         masks: `required`: an object without one is bad; `if_any`: only if others have one; `none`: they are not read.
-        drop_bad: leave bad annotations out instead of refusing the set.
+        drop_bad: leave bad annotations out instead of rejecting the data set.
         frame: what annotations of pictures that EXIF turns refer to, where no size tells: the picture as it is shown
             or as it is stored; `auto` is as in the set's other pictures, else as shown.
-        start: called with the number of pictures before they are looked at.
+        start: called with the number of pictures before they are checked.
         advance: called after every picture.
 
     Raises:
-        DatasetError: with every problem, one a line.
+        DatasetError: lists every problem, one per line.
     """
     report = DataReport(path)
     document = read_document(path)
@@ -174,7 +174,7 @@ def load_coco(
     categories = read_categories(document, report)
     _refuse_if_stopped(report, drop_bad)
     names, label_of = choose_labels(categories, document, labels, report, leaves_out_others=leaves_out_others)
-    _refuse_if_stopped(report, drop_bad)  # before every picture is looked at, which takes a while
+    _refuse_if_stopped(report, drop_bad)  # before every picture is checked, which takes a while
     files = _find_files(path, images, report)
     start(len(files))
     facts = dict(zip(files, look_at_all(list(files.values()), advance=advance), strict=True))
@@ -198,7 +198,7 @@ def _refuse_if_stopped(report: DataReport, drop_bad: bool) -> None:
 
 
 def _find_files(path: Path, images: Sequence[DeclaredImage], report: DataReport) -> dict[str, Path]:
-    """The file of each image, by its id."""
+    """The file of each image, by id."""
     finder = PictureFinder(path)
     files: dict[str, Path] = {}
     owners: dict[Path, str] = {}
@@ -220,7 +220,7 @@ def _find_files(path: Path, images: Sequence[DeclaredImage], report: DataReport)
 def _choose_frames(
     images: Sequence[DeclaredImage], facts: Mapping[str, PictureFacts], frame: StoredFrame, report: DataReport
 ) -> dict[str, Frame]:
-    """What each image's annotations refer to. An image whose size is not known has none, and stops the data set."""
+    """The frame of each image's annotations. An image of unknown size has none, and is fatal for the data set."""
     frames: dict[str, Frame] = {}
     untold: list[str] = []
     told: Counter[bool] = Counter()

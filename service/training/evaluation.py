@@ -28,11 +28,11 @@ AREAS = ("all", "small", "medium", "large")
 
 
 class Predicts(Protocol):
-    """What is evaluated: `service.inference.predictor.Predictor`, or a fake of it."""
+    """The interface of what is evaluated: `service.inference.predictor.Predictor`, or a fake."""
 
     @property
     def info(self) -> ModelInfo:
-        """Labels, thresholds, whether there are masks."""
+        """Labels, thresholds, and whether there are masks."""
 
     def predict(self, queries: Sequence[Query]) -> list[Prediction]:
         """Answer a batch."""
@@ -62,7 +62,7 @@ class AveragePrecision:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Figures of one model on one data set; `masks` is None if either has none."""
+    """Figures of one model on one data set; `masks` is None if the model or the data set has no masks."""
 
     boxes: AveragePrecision
     masks: AveragePrecision | None
@@ -87,7 +87,7 @@ def evaluate(
     """Run every picture alone through the predictor and compare with the annotations.
 
     Args:
-        predictor: a loaded model that knows the data set's labels; what it finds of others does not count.
+        predictor: a loaded model that knows the data set's labels; its detections of other labels do not count.
         dataset: what to compare with.
         max_detections: detections of one image that count (COCO's `maxDets`); the model's own limit if None.
         proposals: of the data set's pictures, for a network without an RPN; None lets it find its own.
@@ -112,14 +112,14 @@ def evaluate(
 
 
 def _labels_in(info: ModelInfo, dataset: CocoDataset) -> dict[int, int]:
-    """The data set's label of each label of the model that it has."""
+    """The data set's label for each label of the model that it contains."""
     if unknown := [name for name in dataset.labels if name not in info.labels]:
         raise DatasetError(f"{dataset.path}: {info.key} does not know the labels {', '.join(unknown)}")
     return {info.labels.index(name) + 1: place for place, name in enumerate(dataset.labels, start=1)}
 
 
 def query_of(sample: Sample, options: DetectOptions, proposals: ProposalCache | None) -> Query:
-    """The question for what is in a picture, with its proposals if there are some."""
+    """The query for a picture, with its proposals if there are any."""
     if proposals is not None:
         boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in proposals.of(sample).tolist())
         options = replace(options, proposals=boxes)
@@ -177,7 +177,7 @@ def _average_precision(
 
 
 def _indexed(dataset: CocoDataset, annotations: list[dict[str, Any]]) -> COCO:
-    """What pycocotools looks annotations up in. Its ids are from 1: it takes an annotation 0 for none at all."""
+    """The annotation index for pycocotools. Ids start at 1: pycocotools treats annotation 0 as no annotation."""
     coco = COCO()
     coco.dataset = {
         "images": [

@@ -1,4 +1,4 @@
-"""From the best checkpoint of a run to a model in the store, with its card."""
+"""Export a run's best checkpoint to the model store, with a model card."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMED_PICTURES = 16
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a run writes: `store/name/version`, and its state beside it, in a folder that the store passes over."""
+    """Where a run writes: `store/name/version`, and its state beside it, in a folder that the store ignores."""
 
     store: ModelStore
     name: str
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def state_path(self) -> Path:
-        """Where the run keeps what it needs to go on."""
+        """Where the run keeps the state that it needs to resume."""
         return self.store.root / self.name / f".training-{self.version}" / "state.pt"
 
 
@@ -53,7 +53,7 @@ def target_of(out: Path) -> Target:
     """Read `STORE/NAME/VERSION`.
 
     Raises:
-        ModelStoreError: it is not of that form, no model may be called so, or there is one already.
+        ModelStoreError: it does not have that form, the name is invalid, or the model exists already.
     """
     name = out.parent.name
     if not out.name.isdecimal() or not name:
@@ -68,13 +68,13 @@ def target_of(out: Path) -> Target:
 
 
 def check_room(target: Target, num_bytes: int) -> None:
-    """Make the run's folder, and be sure that its state can be written there.
+    """Create the run's folder, and check that its state can be written there.
 
     Args:
-        num_bytes: of the state, of which two lie there for a moment.
+        num_bytes: size of the state; two copies exist for a moment.
 
     Raises:
-        ModelStoreError: it cannot be written, or there is no room.
+        ModelStoreError: the folder cannot be written, or the disk lacks space.
     """
     folder = target.state_path.parent
     try:
@@ -91,7 +91,8 @@ def check_room(target: Target, num_bytes: int) -> None:
 
 
 def load_initial_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a stored model that fit this network: with other classes the last layers do not, and start anew.
+    """The weights of a stored model that fit this network. If the classes differ, the last layers do not fit and are
+    left out.
 
     Raises:
         ModelStoreError: the folder is not a good model, or none of its weights fits.
@@ -119,8 +120,8 @@ def export_model(
     findings: Mapping[str, Sequence[str]],
     history: History,
 ) -> StoredModel:
-    """Write the best checkpoint into the store, with a card that says what the weights reach as they are stored, and
-    with the run's losses and figures as `training.csv` and `training.svg`.
+    """Write the best checkpoint into the store, with a card that gives the figures of the stored weights, and with the
+    run's losses and figures as `training.csv` and `training.svg`.
 
     Args:
         device: where the weights are evaluated and timed.
@@ -128,10 +129,10 @@ def export_model(
         history: of the run.
 
     Raises:
-        ModelStoreError: it cannot be written, or is there already.
+        ModelStoreError: it cannot be written, or exists already.
     """
     stored_dtype: torch.dtype = getattr(torch, dtype)
-    # Half precision rounds the weights: the figures are those of the rounded ones.
+    # Half precision rounds the weights: the figures are those of the rounded weights.
     weights = {
         key: value.to(stored_dtype).float() if value.is_floating_point() else value
         for key, value in best.weights.items()
@@ -193,7 +194,7 @@ def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:
 
 
 def _figures(figures: AveragePrecision) -> dict[str, int | float]:
-    """COCO's names, for `[provenance.metrics]`; what the data set has no object for is left out."""
+    """COCO's names, for `[provenance.metrics]`; figures without any objects in the data set are left out."""
     named = {
         "AP": figures.ap,
         "AP50": figures.ap50,
@@ -268,6 +269,6 @@ def _where(device: torch.device) -> str:
 
 
 def _findings_section(findings: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the check of the data repaired and left out."""
+    """What the data check repaired and left out."""
     lines = [f"- {split}: {line}" for split, found in findings.items() for line in found]
     return ["## Data as they were taken", "", *lines, ""] if lines else []

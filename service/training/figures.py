@@ -1,5 +1,5 @@
-"""How average precision is written for people: in percent with one decimal, as COCO's tables are. `AveragePrecision`,
-JSON and `model.toml` hold the same figures as pycocotools gives them, from 0 to 1.
+"""Format average precision for people: in percent with one decimal, like COCO's tables. `AveragePrecision`, JSON and
+`model.toml` hold the same figures as pycocotools gives them, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIGURES = {
 """The attributes of `AveragePrecision` that a table shows, and the names of its columns."""
 
 NOTE = "AP in percent; small is under 32 × 32 pixels, large over 96 × 96"
-"""What a table of `FIGURES` says below itself."""
+"""The note below a table of `FIGURES`."""
 
 
 def percent(value: float) -> str:
@@ -27,7 +27,7 @@ def percent(value: float) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean with one decimal, and ± the standard deviation where there are several values; `–` for NaN."""
+    """The mean with one decimal, and ± the standard deviation if there are several values; `–` for NaN."""
     mean = statistics.fmean(values)
     if mean != mean:
         return "–"

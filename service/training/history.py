@@ -1,4 +1,4 @@
-"""What a run's losses and average precision were, step by step: as CSV, and drawn as curves in SVG."""
+"""A run's losses and average precision, step by step: as CSV, and as curves in SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
         step: the last of the steps.
         learning_rate: of that step.
         losses: means by name.
-        figures: `boxes_ap` and its like, 0 to 1, where the run was evaluated after this step.
+        figures: `boxes_ap` etc., 0 to 1, if the run was evaluated after this step.
     """
 
     step: int
@@ -40,7 +40,7 @@ class History:
         self._pending: list[Mapping[str, float]] = []
 
     def add_losses(self, losses: Mapping[str, float]) -> None:
-        """Take note of a step's losses."""
+        """Record a step's losses."""
         self._pending.append(losses)
 
     def close_row(self, *, step: int, epoch: int, learning_rate: float, evaluation: Evaluation | None = None) -> None:
@@ -53,7 +53,7 @@ class History:
         self._pending.clear()
 
     def csv(self) -> str:
-        """A line a row; a figure that was not taken is empty."""
+        """One line per row; missing figures are empty."""
         losses = list(dict.fromkeys(name for row in self.rows for name in row.losses))
         figures = list(dict.fromkeys(name for row in self.rows for name in row.figures))
         file = io.StringIO()

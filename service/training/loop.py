@@ -44,13 +44,13 @@ class TrainConfig(BaseModel):
         epochs: passes over the training pictures.
         images_per_step: pictures in one optimiser step.
         learning_rate: AdamW's, reached after `warmup_steps` and lowered along a half cosine to 1 % of it.
-        weight_decay: AdamW's, of matrices and kernels only.
-        max_gradient_norm: gradients are scaled down to this norm.
-        ema_decay: the weights that are evaluated and kept are an exponential average with this decay a step.
+        weight_decay: AdamW's, for matrices and kernels only.
+        max_gradient_norm: gradients are clipped to this norm.
+        ema_decay: decay per step of the exponential moving average of the weights, which is what is evaluated and kept.
         crop_size, scale_range, flips, colour, noise, blur: see `Augmentation`.
         precision: `bfloat16` runs convolutions and matrix products in it; losses and boxes stay float32.
         evaluate_every: epochs between evaluations on the validation split.
-        seed: of everything that is random.
+        seed: of everything random.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,7 +111,7 @@ class Best:
 
     @property
     def ap(self) -> float:
-        """What checkpoints are compared by."""
+        """The figure by which checkpoints are compared."""
         figures = self.evaluation.masks or self.evaluation.boxes
         return figures.ap
 
@@ -127,7 +127,7 @@ class Trainer:
         state_path: where the run's state is kept, so that the same call continues it.
         device: where to train.
         initial_weights: weights to start from, by name; random for the rest.
-        workers: threads that prepare pictures. They change no result.
+        workers: threads that prepare pictures. Their number does not affect results.
 
     Attributes:
         history: the losses and figures so far.
@@ -160,7 +160,7 @@ class Trainer:
             self._model.to(memory_format=torch.channels_last)
         if initial_weights is not None:
             self._model.load_state_dict(initial_weights, strict=False)
-        # Training pictures come at the scale they are served at; the transform only normalises and batches them.
+        # Training pictures are already at the serving scale; the transform only normalises and batches them.
         self._model.transform._skip_resize = True
         self._optimizer = _build_optimizer(self._model, train_config)
         self._average: Weights = {key: value.clone() for key, value in self._model.state_dict().items()}
@@ -181,17 +181,17 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps taken so far, those before an interruption included."""
+        """Steps taken so far, including those before an interruption."""
         return self._step
 
     @property
     def saved_step(self) -> int:
-        """The step from which the same call would go on."""
+        """The step from which the same call would resume."""
         return self._saved_step
 
     @property
     def state_bytes(self) -> int:
-        """Roughly what the state takes on disk: weights, their average, the best ones, and AdamW's two moments."""
+        """Approximate size of the state on disk: weights, their average, the best ones, and AdamW's two moments."""
         return 5 * sum(value.numel() * value.element_size() for value in self._average.values())
 
     def run(
@@ -205,7 +205,7 @@ class Trainer:
         """Train to the end, from the saved state if there is one.
 
         Args:
-            on_start: called with the number of steps that an earlier call took.
+            on_start: called with the number of steps taken by earlier calls.
             on_step: called after every step.
             on_evaluation: called with the epoch after every evaluation.
             save_every_steps: how often the state is written.
@@ -214,7 +214,8 @@ class Trainer:
             The best checkpoint by validation AP.
 
         Raises:
-            ServiceError: the losses are no longer finite, or the saved state is of another run or cannot be written.
+            ServiceError: the losses are no longer finite, or the saved state belongs to another run or cannot be
+                written.
         """
         self._resume()
         on_start(self._step)
@@ -330,7 +331,7 @@ class Trainer:
             torch.save(state, temporary)
             temporary.replace(self._state_path)
             self._state_path.with_name("training.csv").write_text(self.history.csv(), encoding="utf-8")
-        except (OSError, RuntimeError) as error:  # torch says a full disk by a RuntimeError of its zip writer
+        except (OSError, RuntimeError) as error:  # on a full disk torch's zip writer raises a RuntimeError
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
@@ -365,7 +366,7 @@ class Trainer:
         self.history = History([Row(**row) for row in state["history"]])
 
     def _fingerprint(self) -> dict[str, str]:
-        """What makes two runs the same one, in words that a message can name."""
+        """What identifies a run, under names that can appear in a message."""
         return {
             "network": self._model_config.model_dump_json(),
             "configuration of training": self._config.model_dump_json(),
@@ -384,8 +385,8 @@ def _digest(weights: Weights) -> str:
 
 
 def _crashes_in_channels_last(model: nn.Module) -> bool:
-    """Whether oneDNN's backward pass would write beyond its memory, as it does (torch 2.14.1) for a strided 1 x 1
-    convolution of fewer than 16 channels in that format.
+    """Whether oneDNN's backward pass would write out of bounds. In torch 2.14.1 it does so for a strided 1 x 1
+    convolution of fewer than 16 channels in channels-last format.
     """
     return any(
         isinstance(one, nn.Conv2d) and one.kernel_size == (1, 1) and one.stride != (1, 1) and one.in_channels < 16
@@ -425,7 +426,7 @@ def _target(picture: TrainingPicture, device: torch.device) -> dict[str, Tensor]
 
 
 def evaluation_info(config: ModelConfig) -> ModelInfo:
-    """What a predictor needs to know of a network that is in no store yet."""
+    """The `ModelInfo` of a network that is not in a store yet."""
     return describe(config.searching(), name="training", version=0, precision="float32", device="cpu")
 
 

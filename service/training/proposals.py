@@ -1,5 +1,5 @@
-"""Proposals for training networks that have no RPN: selective search once a picture, kept on disk. Knows
-pictures and boxes.
+"""Proposals for training networks that have no RPN: selective search runs once per picture, and the result is cached on
+disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ProposalCache:
     """Selective search's proposals of a data set's pictures.
 
     Args:
-        folder: where they are kept, below a name that says how they were searched for.
+        folder: where they are cached, in a subfolder named after the search settings.
         config: how to search.
     """
 
@@ -28,7 +28,7 @@ class ProposalCache:
         self._config = config
 
     def of(self, sample: Sample) -> Float32Array:
-        """(L, 4) in pixels of the stored image. May be called by several threads."""
+        """(L, 4) in pixels of the stored image. Thread-safe."""
         path = self._folder / f"{sample.image_id}.npy"
         if path.exists():
             kept: Float32Array = np.load(path)

@@ -1,5 +1,5 @@
 """A network's configuration fitted to a data set: the scale at which its objects are large enough, anchors of their
-sizes and shapes, and limits above its fullest picture.
+sizes and shapes, and limits that suit its fullest picture.
 
 Shapes: K objects of the whole set.
 """
@@ -19,25 +19,25 @@ from service.training.dataset import CocoDataset
 
 NUM_LEVELS = 5
 _SMALLEST_MEDIAN = 32.0
-"""Pixels of the resized picture that the middle object should have a side of: a pyramid's finest maps see every 4th."""
+"""Minimum side of the median object, in pixels of the resized picture: a pyramid's finest map has stride 4."""
 _SMALLEST_TENTH = 16.0
-"""… and that nine of ten objects should exceed."""
+"""… and the minimum side that nine of ten objects should exceed."""
 _LARGEST_SCALE = 3.0
 _MIN_SIZES = (256, 1024)
 _MAX_DETECTIONS = 1000
-# Nearer anchors propose the same boxes twice.
+# Anchors closer in size propose the same boxes twice.
 _LEAST_RATIO_OF_SIZES = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What fits the data.
+    """A configuration that fits the data.
 
     Attributes:
-        median_side: of the objects, in pixels of the pictures as they are.
-        scale: from those to the pixels of `anchors.sizes`.
-        matched: the share of objects that an anchor of some level overlaps by half, were it centred on them.
-        fullest: objects in the fullest picture.
+        median_side: of the objects, in pixels of the original pictures.
+        scale: factor from those pixels to the pixels of `anchors.sizes`.
+        matched: the share of objects that an anchor of some level would overlap by half if centred on them.
+        fullest: number of objects in the fullest picture.
     """
 
     document: dict[str, object]
@@ -47,7 +47,7 @@ class Suggestion:
     fullest: int
 
     def words(self) -> str:
-        """The reasons in a line."""
+        """The reasons in one line."""
         return (
             f"the median side of objects is {self.median_side:.0f} pixels, {self.median_side * self.scale:.0f} after "
             f"resizing; anchors overlap {100 * self.matched:.0f} % of them by half or more; the fullest picture has "
@@ -56,7 +56,7 @@ class Suggestion:
 
 
 def suggest(dataset: CocoDataset) -> Suggestion:
-    """A small network to train from scratch, with the parts that depend on the data fitted to them.
+    """A small network to train from scratch, with the data-dependent settings fitted to the data set.
 
     Raises:
         DatasetError: there are no objects.
@@ -103,7 +103,7 @@ def suggest(dataset: CocoDataset) -> Suggestion:
 
 
 def suggestion_text(suggestion: Suggestion, *, source: str) -> str:
-    """The `model.toml`, with its reasons above it."""
+    """The `model.toml`, preceded by the reasons as comments."""
     reasons = [
         f"# Fitted to {source} by `roiserve train --suggest`:",
         *(f"# {one}." for one in suggestion.words().split("; ")),
@@ -112,7 +112,7 @@ def suggestion_text(suggestion: Suggestion, *, source: str) -> str:
 
 
 def _transform(image_sizes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[int, int]:
-    """`min_size` and `max_size`: as large as the objects need, and no smaller than the pictures if these are small."""
+    """`min_size` and `max_size`: as large as the objects need, but not below the size of small pictures."""
     lengths = np.sqrt(sides.prod(axis=1))
     wanted = max(_SMALLEST_MEDIAN / np.median(lengths), _SMALLEST_TENTH / np.quantile(lengths, 0.1))
     short = float(np.median(image_sizes.min(axis=1)))
@@ -124,7 +124,7 @@ def _transform(image_sizes: NDArray[np.float64], sides: NDArray[np.float64]) -> 
 
 
 def _anchor_sides(sides: NDArray[np.float64]) -> list[int]:
-    """k-means of the logarithms of the objects' sides, begun at their quantiles, a side a level."""
+    """k-means on the logarithms of the objects' sides, starting from their quantiles; one side per level."""
     logarithms = np.log(np.maximum(sides, 1.0))
     centres = np.quantile(logarithms, (np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS)
     for _ in range(50):
@@ -135,7 +135,7 @@ def _anchor_sides(sides: NDArray[np.float64]) -> list[int]:
         if np.allclose(moved, centres):
             break
         centres = moved
-    # Objects of one size need one anchor; the others spread around it.
+    # If all objects have one size, they need one anchor; the others are spread around it.
     centres = np.sort(centres)
     middle, gap = NUM_LEVELS // 2, math.log(_LEAST_RATIO_OF_SIZES)
     for k in range(middle + 1, NUM_LEVELS):
@@ -147,7 +147,7 @@ def _anchor_sides(sides: NDArray[np.float64]) -> list[int]:
 
 
 def _ratios(sides: NDArray[np.float64]) -> list[float]:
-    """Height by width, symmetric, as training turns pictures by quarters."""
+    """Height / width, symmetric, because training rotates pictures by multiples of 90 degrees."""
     spread = float(np.exp(np.quantile(np.abs(np.log(sides[:, 1] / sides[:, 0])), 0.8)))
     return [1.0] if spread < 1.25 else [round(1 / spread, 2), 1.0, round(spread, 2)]
 

@@ -1,4 +1,4 @@
-"""Pictures of figures in SVG, written by hand so that no plotting library is needed. Lengths are in pixels."""
+"""Charts in SVG, written by hand so that no plotting library is needed. Lengths are in pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 MARGIN = 50
 PANEL_WIDTH = 640
 PANEL_HEIGHT = 200
-# Told apart by colour-blind readers too (Okabe and Ito).
+# Distinguishable for colour-blind readers too (Okabe and Ito).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 
 Points = Sequence[tuple[float, float]]
@@ -27,13 +27,13 @@ def document(parts: Sequence[str], *, width: float, height: float) -> str:
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", size: float = 12, turned: bool = False) -> str:
-    """Words at a place; `turned` reads upwards."""
+    """Text at a position; with `turned` it reads upwards."""
     turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"{turn}>{escape(words)}</text>'
 
 
 def legend(names: Sequence[str], *, y: float) -> Iterator[str]:
-    """A square of colour and a name for each, in a row."""
+    """A coloured square and a name for each, in a row."""
     x: float = MARGIN
     for index, name in enumerate(names):
         yield f'<rect x="{x:g}" y="{y - 10:g}" width="10" height="10" fill="{COLOURS[index % len(COLOURS)]}"/>'
@@ -42,7 +42,7 @@ def legend(names: Sequence[str], *, y: float) -> Iterator[str]:
 
 
 def horizontal_lines(*, bottom: float, top_value: float, title: str) -> Iterator[str]:
-    """The lines, numbers and title of the axis that goes up from 0 to `top_value`."""
+    """Grid lines, numbers and title of a vertical axis from 0 to `top_value`."""
     step = tick_step(top_value)
     for number in range(math.floor(top_value / step + 1e-9) + 1):
         y = bottom - PANEL_HEIGHT * number * step / top_value
@@ -52,13 +52,13 @@ def horizontal_lines(*, bottom: float, top_value: float, title: str) -> Iterator
 
 
 def tick_step(top_value: float) -> float:
-    """A round distance (1, 2 or 5 times a power of ten) that gives 4 to 10 lines up to a value."""
+    """A round step (1, 2 or 5 times a power of ten) that gives 4 to 10 lines up to a value."""
     power: float = 10 ** math.floor(math.log10(top_value / 4))
     return max(factor * power for factor in (1, 2, 5) if factor * power <= top_value / 4 * (1 + 1e-9))
 
 
 def axis_top(largest: float, *, at_most: float = math.inf) -> float:
-    """Where an axis ends that shows a value: the next round number."""
+    """The end of an axis that shows a value: the next round number."""
     if not largest > 0:
         return min(1.0, at_most)
     step = tick_step(largest)
@@ -73,7 +73,7 @@ class Panel:
         top: where it begins.
         last_x: where the horizontal axis ends; it begins at 0.
         values: the points of each line by name.
-        at_most: the vertical axis ends here at the latest.
+        at_most: upper limit for the end of the vertical axis.
     """
 
     top: float

@@ -1,4 +1,4 @@
-"""Published weights of a trunk (torchvision's classifiers, timm's models) as the backbone's of a detector."""
+"""Load published weights of a trunk (torchvision's classifiers, timm's models) into a detector's backbone."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from service.model_store.checkpoint import read_checkpoint
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 
-# An R-CNN keeps its trunk in the branch that sees the crops.
+# An R-CNN has its trunk in the branch that processes the crops.
 _BODIES = ("backbone.body.", "roi_heads.box_roi_pool.backbone.body.")
-_RES5 = "roi_heads.box_head."  # ResNet's layer4 where it is the box head
+_RES5 = "roi_heads.box_head."  # ResNet's layer4 if it is the box head
 _LISTED = 8
 
 
 def load_trunk_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """A trunk's weights under the names that they have in the network.
+    """A trunk's weights under their names in the detector.
 
     Args:
         path: a checkpoint, such as torchvision's `resnet50-….pth` or timm's `model.safetensors`; read without running
-            code from it. What lies behind the trunk, such as a classifier, is passed over.
-        config: the network; its backbone says which trunk is expected.
+            code from it. Anything after the trunk, such as a classifier, is skipped.
+        config: the network; its backbone determines which trunk is expected.
 
     Raises:
-        ModelStoreError: no checkpoint, or of another trunk; names the weights that are missing, of another shape, or of
-            parts that the trunk does not have.
+        ModelStoreError: not a checkpoint, or of another trunk; the message names the weights that are missing, have
+            another shape, or belong to parts that the trunk lacks.
     """
     given = {_plain(key): value for key, value in read_checkpoint(path).weights.items()}
     expected = build_model(config).state_dict()
@@ -68,7 +68,7 @@ def load_trunk_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _name_in_trunk(key: str) -> str | None:
-    """What the trunk itself calls a weight of the detector; None for a weight of another part."""
+    """The trunk's own name for a weight of the detector; None for a weight of another part."""
     for body in _BODIES:
         if key.startswith(body):
             return key.removeprefix(body)
@@ -76,10 +76,11 @@ def _name_in_trunk(key: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A weight's name with what differs between a bare trunk and one in a classifier or a list of maps evened out.
+    """A weight's name, normalised so that it is the same for a bare trunk, a classifier, and a model that returns
+    feature maps.
 
-    torchvision's MobileNet and VGG keep their trunk in `features`; timm names `stages.0` as `stages_0` where a model
-    gives its maps, and keeps some models in `model`.
+    torchvision's MobileNet and VGG keep their trunk in `features`; timm names `stages.0` as `stages_0` if a model
+    returns feature maps, and wraps some models in `model`.
     """
     for prefix in ("backbone.body.", "backbone.", "features.", "model."):
         name = name.removeprefix(prefix)
@@ -87,7 +88,7 @@ def _plain(name: str) -> str:
 
 
 def _lies_behind(name: str, names: Mapping[str, str]) -> bool:
-    """Whether it is of a numbered part behind the last one that the trunk has, as of MobileNet's last convolution."""
+    """Whether it belongs to a numbered part after the trunk's last one, such as MobileNet's last convolution."""
     first = name.split(".")[0]
     numbers = [int(one.split(".")[0]) for one in names.values() if one.split(".")[0].isdecimal()]
     return first.isdecimal() and bool(numbers) and int(first) > max(numbers)

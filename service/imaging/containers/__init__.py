@@ -1,8 +1,8 @@
-"""One file a format: read its container, not its pixels. `read_container` tells the picture's size and orientation from
-the header, and makes a copy in which only what the pixels need is left, so that a decoder meets no text, profile,
-thumbnail or later frame, which is where files hide their bombs. Knows no limits of the settings.
+"""Container readers, one file per format: they read the header, not the pixels. `read_container` gets the picture's
+size and orientation, and makes a copy that keeps only what the pixels need: no text, profiles, thumbnails or later
+frames, which is where decompression bombs hide. The configured limits are not checked here.
 
-Every step of these readers consumes bytes and all counts are bounded, so their time is linear in the body's size.
+Every step of a reader consumes bytes and all counts are bounded, so its time is linear in the size of the body.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_container(data: bytes, image_format: ImageFormat) -> Container:
     """Read the header of an image of this format; decodes nothing.
 
     Raises:
-        InvalidImageError: the bytes are not laid out as the format says, or are built to waste time.
-        UnsupportedImageError: a kind of this format that we do not read.
+        InvalidImageError: the bytes violate the format, or are built to waste time.
+        UnsupportedImageError: a variant of the format that we do not read.
     """
     return _READERS[image_format](data)

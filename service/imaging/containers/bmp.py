@@ -7,7 +7,8 @@ import struct
 from service.errors import TooLargeError
 from service.imaging.containers.container import Container
 
-# Pillow decodes run lengths in Python, up to 0.3 µs a byte and 0.1 µs a pixel, and other threads wait for it.
+# Pillow decodes run lengths in Python, at up to 0.3 µs per byte and 0.1 µs per pixel, while other threads wait for the
+# GIL.
 MAX_RLE_BYTES = 1 << 20
 MAX_RLE_PIXELS = 1 << 22
 

@@ -1,4 +1,4 @@
-"""What every reader of a container returns."""
+"""The result of every container reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Container:
         image_size: (height, width) in pixels as stored, before orientation is applied.
         pixel_data: a valid file of the same format that holds the first picture and nothing else.
         orientation: EXIF orientation, 1 to 8; 1 is upright.
-        num_passes: how often a decoder goes over all pixels: the scans of a progressive JPEG, else 1.
+        num_passes: how many times a decoder visits all pixels: the scans of a progressive JPEG, else 1.
     """
 
     image_size: tuple[int, int]

@@ -1,5 +1,5 @@
-"""The directory of a TIFF file, which EXIF also is: a list of tags, each with a type, a count and a value or an offset.
-Classic TIFF has 32-bit offsets and entries of 12 bytes, BigTIFF 64-bit offsets and entries of 20.
+"""The directory of a TIFF file (EXIF uses the same structure): a list of tags, each with a type, a count and a value or
+an offset. Classic TIFF has 32-bit offsets and entries of 12 bytes, BigTIFF 64-bit offsets and entries of 20.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_ENTRIES = 4096
 
 _HEADERS = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 _BYTES_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-# Signed ones and offsets, too: decoders read them where the format asks for an unsigned number.
+# Signed types and offsets too: decoders accept them where the format requires an unsigned number.
 _INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 
 
@@ -23,10 +23,10 @@ class Entry:
     """One tag.
 
     Attributes:
-        raw: the whole entry as it stands in the file, 12 or 20 bytes.
-        value_type: TIFF's number of the type; unknown ones have no size.
+        raw: the whole entry as stored in the file, 12 or 20 bytes.
+        value_type: TIFF's type number; unknown types have no size.
         count: how many values.
-        value_offset: where in the file they are.
+        value_offset: where the values are in the file.
     """
 
     raw: bytes
@@ -47,8 +47,8 @@ class Directory:
     Attributes:
         data: the whole file.
         byte_order: `<` or `>`, as `struct` writes it.
-        is_big: BigTIFF.
-        entries: by tag; of a repeated tag the first.
+        is_big: whether it is BigTIFF.
+        entries: by tag; the first if a tag is repeated.
     """
 
     data: bytes
@@ -76,7 +76,7 @@ class Directory:
         return values[0] if values else None
 
     def entry_of(self, tag: int, value: int) -> bytes:
-        """An entry of one 32-bit value, as bytes."""
+        """An entry with one 32-bit value, as bytes."""
         if self.is_big:
             return struct.pack(f"{self.byte_order}HHQII", tag, 4, 1, value & 0xFFFFFFFF, 0)
         return struct.pack(f"{self.byte_order}HHII", tag, 4, 1, value & 0xFFFFFFFF)
@@ -98,7 +98,7 @@ def read_directory(data: bytes) -> Directory:
 
     Raises:
         InvalidImageError: not a TIFF header, or too many entries.
-        struct.error: the data end within the directory.
+        struct.error: the data ends within the directory.
     """
     if data[:4] not in _HEADERS:
         raise InvalidImageError("the data do not begin with a TIFF header")

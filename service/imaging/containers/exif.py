@@ -1,7 +1,6 @@
-"""EXIF orientation, the only metadata that changes where a pixel is. EXIF is a TIFF directory; only its first is read.
-
-Read here and not with Pillow, whose reader copies the value of every tag, and 65,535 tags may each point at the same
-megabytes. Orientation that stands in XMP only is ignored, as browsers and OpenCV do.
+"""EXIF orientation, the only metadata that changes where a pixel is. EXIF is a TIFF file; only its first directory is
+read. Pillow's reader is not used because it copies the value of every tag, and 65,535 tags may each point at the same
+megabytes. An orientation given only in XMP is ignored, as in browsers and OpenCV.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ ORIENTATION_TAG = 0x0112
 def read_orientation(exif: bytes) -> int:
     """The orientation in an EXIF block (from its byte-order mark on), 1 to 8.
 
-    Broken EXIF, a string or a number that means nothing is no reason to refuse a picture: all are 1, upright.
+    Broken EXIF, a string or a meaningless number is no reason to reject a picture: all count as 1, upright.
     """
     try:
         orientation = read_directory(exif).integer(ORIENTATION_TAG)

@@ -1,5 +1,5 @@
-"""GIF: a screen, then extensions and frames. Only the first frame is kept, with its transparency; comments, further
-frames and the way in which frames replace each other are left out.
+"""GIF: a screen, then extensions and frames. Only the first frame is decoded, with its transparency; the comments
+before it and its disposal method are left out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 from service.errors import InvalidImageError
 from service.imaging.containers.container import Container
 
-# Before the first frame; embedded XMP of several hundred KiB fits.
+# Before the first frame. Embedded XMP of several hundred KiB fits.
 MAX_EXTENSION_BLOCKS = 65_536
 
 _EXTENSION, _FRAME = 0x21, 0x2C
@@ -37,7 +37,7 @@ def read_gif(data: bytes) -> Container:
     if data[position] != _FRAME:
         raise InvalidImageError("the GIF data hold no picture")
     left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, position + 1)
-    # A frame may reach beyond the screen; browsers and Pillow enlarge the screen then.
+    # A frame may extend beyond the screen; browsers and Pillow then enlarge the screen.
     image_size = max(height, top + frame_height), max(width, left + frame_width)
     return Container(image_size, data[:screen_end] + graphic_control + data[position:])
 

@@ -1,8 +1,8 @@
 """JPEG (ITU T.81): a row of segments, each a marker and a length, and after each "start of scan" the coded data.
 
-Two attacks live here. Any number of `FF` fill bytes may stand before a marker, and a decoder takes up to 2 µs for each;
-we leave them out. And a progressive file may repeat scans: each scan of a few bytes goes over all the pixels again, so
-scans are counted.
+Two attacks are blocked here. Any number of `FF` fill bytes may precede a marker, and a decoder takes up to 2 µs for
+each: they are removed. And a progressive file may repeat scans of a few bytes, each of which makes the decoder visit
+all pixels again: scans are counted.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from service.imaging.containers.exif import read_orientation
 
 # The usual encoders write up to 10 scans, the most eager optimisers about 20.
 MAX_SCANS = 32
-# Each scan beyond the usual ten goes over all pixels again, at up to 5 ns a pixel: one second for all of them.
+# Each scan beyond the usual ten visits all pixels again, at up to 5 ns per pixel. This allows one second for all of
+# them.
 USUAL_SCANS = 10
 USUAL_SCANS_OF_INK = 18  # of four components
 MAX_EXTRA_SCAN_PIXELS = 200_000_000
-# Metadata come in segments of at most 64 KiB, so large ones need some hundreds.
+# Metadata comes in segments of at most 64 KiB, so large metadata needs several hundred.
 MAX_SEGMENTS = 4096
 
 _SOI = b"\xff\xd8"
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
-# Besides: Huffman, arithmetic and quantisation tables, restart interval, what JFIF and Adobe say about the colours.
+# Besides: Huffman, arithmetic and quantisation tables, the restart interval, and the colour information of JFIF and
+# Adobe.
 _NEEDED = _FRAME_HEADERS | {_SOS, _EOI, 0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
 
 _FILL = re.compile(rb"\xff\xff+")
@@ -44,7 +46,7 @@ def read_jpeg(data: bytes) -> Container:
     orientation = 1
     has_exif = False
     num_scans = num_components = 0
-    # Views, so that what may be megabytes is copied once, where all of them are joined.
+    # Views, so that possibly megabytes of data are copied only once, when they are joined.
     view = memoryview(data)
     kept: list[bytes | memoryview] = [_SOI]
     for marker, start, end, has_fill in _segments(data):
@@ -56,7 +58,7 @@ def read_jpeg(data: bytes) -> Container:
         elif marker == _SOS:
             num_scans += 1
         elif marker == _APP1 and not has_exif and data.startswith(b"Exif\0\0", start + 2):
-            has_exif = True  # the first counts, as in browsers: a file may hold thousands
+            has_exif = True  # only the first counts, as in browsers: a file may hold thousands
             orientation = read_orientation(data[start + 8 : end])
         if has_fill:
             kept += (b"\xff", _FILL.sub(b"\xff", view[start - 1 : end]))
@@ -69,11 +71,11 @@ def read_jpeg(data: bytes) -> Container:
 
 
 def check_scans(num_scans: int, num_pixels: int, num_components: int = 3) -> None:
-    """Bound how often a decoder goes over a picture.
+    """Limit how many times a decoder visits the pixels of a picture.
 
     Raises:
         InvalidImageError: more scans than any encoder writes.
-        TooLargeError: more than the usual ones, for so many pixels.
+        TooLargeError: more scans than usual, for this many pixels.
     """
     if num_scans > MAX_SCANS:
         raise InvalidImageError(f"the JPEG data hold {num_scans} scans; we read up to {MAX_SCANS}")
@@ -85,13 +87,13 @@ def check_scans(num_scans: int, num_pixels: int, num_components: int = 3) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a JPEG asks of a decoder.
+    """The work that a JPEG costs a decoder.
 
     Attributes:
-        num_scans: how often it goes over the pixels.
-        num_pixels: of the largest frame header; 0 if there is none.
+        num_scans: how many times it visits the pixels.
+        num_pixels: from the largest frame header; 0 if there is none.
         num_components: likewise; 3 for colours, 4 for ink.
-        fill_bytes: that stand before markers.
+        fill_bytes: how many precede markers.
     """
 
     num_scans: int
@@ -101,10 +103,10 @@ class Work:
 
 
 def count_work(data: bytes) -> Work:
-    """Look through a JPEG, or tables for one, that lies within another file.
+    """Measure a JPEG, or tables for one, embedded in another file.
 
     Raises:
-        InvalidImageError: a segment that does not end, or too many.
+        InvalidImageError: an unfinished segment, or too many segments.
     """
     num_scans = num_pixels = num_components = length = 0
     for marker, start, end, _ in _segments(data):
@@ -118,14 +120,14 @@ def count_work(data: bytes) -> Work:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes) until the image ends; a
-    scan with its coded data.
+    """Yield (marker, where its length begins, where it ends, whether to look for fill bytes) until the image ends. A
+    scan includes its coded data.
     """
     position = len(_SOI)
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(data, position)
         if found is None:
-            return  # without an end marker pixels may be missing; the decoder will see
+            return  # without an end marker pixels may be missing; the decoder will notice
         marker, position = data[found.end() - 1], found.end()
         if marker == _EOI:
             yield marker, position, position, False
@@ -144,10 +146,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:
 
 
 def _end_of_scan(data: bytes, start: int, coded: int) -> tuple[int, bool]:
-    """Where a scan ends whose coded data begin at `coded`, and whether there may be fill bytes from `start` on.
+    """Where a scan ends (its coded data begins at `coded`), and whether there may be fill bytes from `start` on.
 
-    Nearly always the first thing that is not of the scan is the next marker: then one look at these bytes, which are
-    most of the file, tells both.
+    Nearly always the next marker directly follows the scan's data: then one pass over these bytes, most of the file,
+    answers both.
     """
     first = _NOT_OF_SCAN.search(data, start)
     if first is not None and first.start() >= coded and data[first.end() - 1] != 0xFF:

@@ -1,8 +1,8 @@
 """PNG: a row of chunks, each with a length, a type and a CRC.
 
-Left out are texts and profiles (compressed, so they may be bombs), animation, and everything else that is not needed
-for the picture. The image data are joined into one chunk, for Pillow spends long on a million tiny ones. Pillow does
-not look at the CRC of image data; we do.
+Texts and profiles (compressed, so they may be bombs), animation and everything else that the picture does not need are
+left out. The image data is joined into one chunk, because Pillow is slow with a million tiny ones. Pillow does not
+check the CRC of image data; this reader does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from service.errors import InvalidImageError
 from service.imaging.containers.container import Container
 from service.imaging.containers.exif import read_orientation
 
-# libpng writes 8 KiB a chunk, so this is room for 800 MB.
+# libpng writes 8 KiB per chunk, so this is enough for 800 MB.
 MAX_CHUNKS = 100_000
 
 MAX_EXPANSION = 2
@@ -34,7 +34,7 @@ def read_png(data: bytes) -> Container:
     position = len(_SIGNATURE)
     for _ in range(MAX_CHUNKS):
         if position == len(data):
-            break  # no end chunk; whether pixels are missing the decoder will see
+            break  # no end chunk; the decoder will notice if pixels are missing
         length, kind = struct.unpack_from(">I4s", data, position)
         start, end = position + 8, position + 8 + length
         if end + 4 > len(data):
@@ -71,7 +71,7 @@ def read_png(data: bytes) -> Container:
 
 
 def _check_length(coded_bytes: int, header: bytes) -> None:
-    """Refuse image data that can only be blocks without pixels; deflate makes noise hardly longer than it is."""
+    """Reject image data so long that it must contain empty blocks: deflate hardly expands even noise."""
     width, height, depth, colour = struct.unpack_from(">IIBB", header)
     row_bytes = width * depth * _SAMPLES.get(colour, 4) // 8 + 2
     decoded_bytes = 2 * height * row_bytes  # interlaced ones have more rows and filter bytes

@@ -1,9 +1,9 @@
 """TIFF: directories of tags that point anywhere in the file. The first picture is kept by writing a new directory at
-the end, with only the tags that its pixels need, and pointing the header at it. So Pillow reads no second directory,
-no EXIF, and copies no value of a tag that nobody asked for (65,535 tags may each point at the same megabytes).
+the end, with only the tags that its pixels need, and pointing the header at it. Pillow then reads no second directory
+and no EXIF, and copies no values of unneeded tags (65,535 tags may each point at the same megabytes).
 
-A decoder's work is bounded before it starts: strips and tiles may hardly reach beyond the picture, no byte of the file
-may be decoded twice, and a JPEG in a strip is held to the same bounds as a JPEG file.
+A decoder's work is limited before it starts: strips and tiles may extend only slightly beyond the picture, no byte of
+the file may be decoded twice, and a JPEG in a strip has the same limits as a JPEG file.
 """
 
 from __future__ import annotations
@@ -17,40 +17,42 @@ from service.imaging.containers.directory import Directory, read_directory
 from service.imaging.containers.exif import read_orientation
 from service.imaging.containers.jpeg import check_scans, count_work
 
-# One strip a row is legal and common, in each of three planes. Pillow makes an object of every strip.
+# One strip per row is legal and common, in each of three planes. Pillow creates an object for every strip.
 MAX_STRIPS = 65_536
-# Each has a decoder of its own to set up, tens of microseconds. Writers make strips of 8 rows at least.
+# Each needs its own decoder, which takes tens of microseconds to set up. Writers make strips of at least 8 rows.
 MAX_JPEG_STRIPS = 8_192
 # A tile may be larger than the picture, and the decoder allocates it whole.
 MAX_TILE_PIXELS = 1 << 24
-# LZW of noise takes 1.5 bytes for one, fax of a chequered picture 4.5. More can only be codes that make no pixels.
+# LZW expands noise by 1.5, and fax coding expands a chequered picture by 4.5. More can only be codes that produce no
+# pixels.
 MAX_EXPANSION = 6
 _FREE_BYTES = 1 << 20
 _MAX_JPEG_TABLES_BYTES = 1 << 16
-# libjpeg takes 0.3 µs for a fill byte; a file of our own would leave them out, but here lengths stand in a directory.
+# libjpeg takes 0.3 µs per fill byte. Unlike in a JPEG file they can't be removed, because the directory holds the
+# lengths.
 MAX_FILL_BYTES = 1 << 16
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS, _PLANES = 256, 257, 258, 259, 277, 278, 284
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 322, 323, 324, 325
 _JPEG_TABLES = 347
-# Tags of one number. A decoder would read all that the count announces, and warn.
+# Tags with a single value. A decoder would read as many as the count says, and warn.
 _SINGLE_TAGS = frozenset(
     {_WIDTH, _HEIGHT, _COMPRESSION, 262, 266, _SAMPLES, _ROWS, _PLANES, 292, 293, 317, _TILE_WIDTH, _TILE_HEIGHT, 531}
 )
-# Besides: bits per sample, palette, extra samples, sample format, JPEG tables, and how YCbCr is to be read.
+# Besides: bits per sample, palette, extra samples, sample format, JPEG tables, and the interpretation of YCbCr.
 _NEEDED_TAGS = _SINGLE_TAGS | {
     *(_BITS, _STRIP_OFFSETS, _STRIP_BYTES, 320, _TILE_OFFSETS, _TILE_BYTES, 338, 339, _JPEG_TABLES, 529, 530, 532),
 }
 _JPEG = 7
-# None, CCITT, LZW, JPEG, deflate, PackBits, Zstandard. Not LZMA, with which a file may ask for gigabytes of memory.
+# None, CCITT, LZW, JPEG, deflate, PackBits, Zstandard. Not LZMA, because a file can make it allocate gigabytes.
 _COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 50000)
-# Pillow reads nothing beyond, and libtiff would allocate what these ask for.
+# Pillow reads nothing beyond these, and libtiff would allocate whatever the file asks for.
 _MAX_SAMPLES, _MAX_BITS = 8, 64
 _SEPARATE_PLANES = 2
 
 
 def read_tiff(data: bytes) -> Container:
-    """Read size and orientation from the first directory, and bound what its tags ask a decoder to do."""
+    """Read size and orientation from the first directory, and limit the work that its tags cause a decoder."""
     directory = read_directory(data)
     image_size = _required(directory, _HEIGHT), _required(directory, _WIDTH)
     compression = _integer(directory, _COMPRESSION, 1)
@@ -70,7 +72,9 @@ def _required(directory: Directory, tag: int) -> int:
 
 
 def _integer(directory: Directory, tag: int, default: int) -> int:
-    """A decoder may understand a type that we do not, so only a tag that is missing has its default."""
+    """The value of a tag, or the default if the tag is missing. A tag of another type is an error, since a decoder may
+    still understand it.
+    """
     value = directory.integer(tag)
     if value is None and tag in directory.entries:
         raise InvalidImageError(f"TIFF tag {tag} holds no integer")
@@ -79,13 +83,13 @@ def _integer(directory: Directory, tag: int, default: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a picture is cut into strips or tiles.
+    """How a picture is divided into strips or tiles.
 
     Attributes:
         segment_pixels: width times height of each.
-        count: how many a decoder may go through, of all planes.
+        count: how many a decoder may visit, in all planes.
         offsets, byte_counts: the tags that say where they are.
-        pixel_bits: of all samples of a pixel that lie in one segment.
+        pixel_bits: bits of all samples of a pixel in one segment.
     """
 
     segment_pixels: int
@@ -100,7 +104,7 @@ def _layout(directory: Directory, image_size: tuple[int, int]) -> _Layout:
     """Read the layout.
 
     Raises:
-        TooLargeError: too many strips or tiles, or such that reach far beyond the picture.
+        TooLargeError: too many strips or tiles, or some extend far beyond the picture.
     """
     height, width = image_size
     samples, bits = _integer(directory, _SAMPLES, 1), _integer(directory, _BITS, 1)
@@ -119,7 +123,7 @@ def _layout(directory: Directory, image_size: tuple[int, int]) -> _Layout:
         raise TooLargeError(f"a tile of the TIFF is over {MAX_TILE_PIXELS} pixels")
     planes = samples if _integer(directory, _PLANES, 1) == _SEPARATE_PLANES else 1
     offsets, byte_counts = (_TILE_OFFSETS, _TILE_BYTES) if is_tiled else (_STRIP_OFFSETS, _STRIP_BYTES)
-    # libtiff goes by the picture's size, Pillow, for what is not compressed, by the number of offsets.
+    # libtiff goes by the picture's size; for uncompressed data, Pillow goes by the number of offsets.
     needed = planes * -(-height // tile_height) * -(-width // tile_width)
     listed = directory.entries[offsets].count if offsets in directory.entries else 0
     count = max(needed, listed)
@@ -135,11 +139,11 @@ def _layout(directory: Directory, image_size: tuple[int, int]) -> _Layout:
 
 
 def _check_work(directory: Directory, layout: _Layout, image_size: tuple[int, int], compression: int) -> int:
-    """Bound what the strips or tiles ask for; returns how often a decoder goes over all pixels, rounded up.
+    """Limit the cost of the strips or tiles. Returns how many times a decoder visits all pixels, rounded up.
 
     Raises:
-        InvalidImageError: they are nowhere, overlap, or hold more than their pixels can need.
-        TooLargeError: the JPEGs in them are costly.
+        InvalidImageError: they have no offsets, overlap, or hold more data than their pixels can need.
+        TooLargeError: the JPEGs in them are too costly.
     """
     for tag in (layout.offsets, layout.byte_counts):
         if tag in directory.entries and directory.entries[tag].count > MAX_STRIPS:
@@ -148,10 +152,10 @@ def _check_work(directory: Directory, layout: _Layout, image_size: tuple[int, in
     if not offsets:
         raise InvalidImageError("the TIFF does not say where its strips or tiles are")
     if not byte_counts and layout.count > 1:
-        # libtiff would take the rest of the file for each.
+        # libtiff would use the rest of the file for each.
         raise InvalidImageError(f"the TIFF has {layout.count} strips or tiles and does not say how long they are")
     num_bytes = sum(byte_counts)
-    # But for one: some writers give the last strip, which is shorter, the length of the others.
+    # Ignoring one: some writers give the last, shorter strip the length of the others.
     if layout.count > 1 and num_bytes - max(byte_counts, default=0) > len(directory.data):
         raise InvalidImageError(
             f"the strips or tiles of the TIFF overlap: {num_bytes} bytes in {len(directory.data)} bytes of data"
@@ -201,7 +205,7 @@ def _check_jpegs(
 
 
 def _first_picture(directory: Directory) -> bytes:
-    """The file with a new directory of the needed tags at its end."""
+    """The file with a new directory at its end that has only the needed tags."""
     needed = [(tag, entry) for tag, entry in sorted(directory.entries.items()) if tag in _NEEDED_TAGS]
     if sum(entry.value_bytes for tag, entry in needed if tag not in _SINGLE_TAGS) > len(directory.data):
         raise InvalidImageError("the tags of the TIFF are larger than its data")

@@ -1,4 +1,6 @@
-"""WebP: a RIFF file of chunks. The size is needed before the decoder is opened, as opening allocates two canvases."""
+"""WebP: a RIFF file of chunks. The size is needed before the decoder is opened, because opening it allocates two
+canvases.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from service.errors import InvalidImageError
 from service.imaging.containers.container import Container
 from service.imaging.containers.exif import read_orientation
 
-# An animation has one or two chunks a frame.
+# An animation has one or two chunks per frame.
 MAX_CHUNKS = 10_000
 
 _FIRST_CHUNK = 12

@@ -1,3 +1,3 @@
-"""Engines: ways to run a network's convolutional parts (`service/modeling/parts.py`), a file each. Which one runs a
-model is chosen in `choosing.py`; what lies between the parts is the same code for all.
+"""Engines: ways to run a network's convolutional parts (`service/modeling/parts.py`), one per file. `choosing.py` picks
+the engine for a model; the code between the parts is the same for every engine.
 """

@@ -1,4 +1,4 @@
-"""Which engine runs a network, and putting it in place."""
+"""Choose the engine that runs a network, and install it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Placed:
 
     Attributes:
         engine: `eager`, `compiled` or `openvino`.
-        half: what cast its weights to half precision; None for float32 and for `openvino`, which keeps weights of its
-            own.
-        find_problem: to be called once a batch has run: why the engine does not do what its name says; None if it does.
+        half: casts the weights to half precision; None for float32 and for `openvino`, which has its own copy of the
+            weights.
+        find_problem: call it after a batch has run; returns why the engine is not doing what its name says, or None if
+            it is.
     """
 
     engine: str
@@ -47,7 +48,7 @@ def put_engine(
     key: str,
     cache_dir: Path | None,
 ) -> Placed:
-    """Let an engine run the network's parts, in place.
+    """Replace the network's parts by an engine's, in place.
 
     Args:
         model: loaded, in evaluation mode, on its device. It can no longer be trained.
@@ -58,10 +59,10 @@ def put_engine(
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
 
     Returns:
-        What runs it now: with `auto`, `eager` where the fastest cannot.
+        The engine now in use. `auto` falls back to `eager` if the fastest engine cannot run this model.
 
     Raises:
-        ServiceError: the engine is not there, or not for this device and precision.
+        ServiceError: the engine is not installed, or does not support this device and precision.
         ModelStoreError: see `HalfNetwork`.
     """
     chosen = device.fastest_engine if engine == "auto" else engine
@@ -90,8 +91,8 @@ def put_engine(
 
 
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
-    """Put the engine in place; returns why it cannot be, None if it is."""
-    # Imported here: an extra, that need not be installed.
+    """Install the engine. Returns the reason if that is impossible, else None."""
+    # Imported here: an optional extra that may not be installed.
     from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
     if precision == "bfloat16" and not has_bfloat16():
@@ -107,8 +108,8 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
 
 
 def keep_kernels(cache_dir: Path | None) -> None:
-    """Have Triton keep its kernels where the engines keep what they compile, unless a variable of its own names another
-    place; to be called before the first is launched.
+    """Make Triton cache its kernels beside the engines' compiled code, unless `TRITON_CACHE_DIR` names another folder.
+    Call this before the first kernel is launched.
     """
     folder = _cache_folder(cache_dir)
     if folder is not None:
@@ -116,7 +117,7 @@ def keep_kernels(cache_dir: Path | None) -> None:
 
 
 def _cache_folder(cache_dir: Path | None) -> Path | None:
-    """The folder that a setting means, the user's cache folder if it is None; None if there is no home folder."""
+    """The configured folder, or the user's cache folder if the setting is None; None if there is no home folder."""
     try:
         return cache_dir or Path.home() / ".cache" / "roiserve"
     except RuntimeError:
@@ -130,7 +131,7 @@ def _why_uncompiled(network: CompiledNetwork) -> str | None:
 
 
 def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str) -> str | None:
-    """Why an engine cannot run, in a sentence that says what to do; None if it can."""
+    """Why an engine cannot run, as a message that says what to do; None if it can."""
     if engine == "openvino":
         if importlib.util.find_spec("openvino") is None:
             return "engine 'openvino' is not installed: pip install openvino"

@@ -1,8 +1,8 @@
 """The `compiled` engine: a network's convolutional parts by `torch.compile`.
 
-A part is compiled for all sizes of pictures and all numbers of patches at once, and once more for a single picture:
-torch makes a constant of a length of 1. That is done while the predictor warms up; what comes later and does not fit
-(a feature map one cell wide) runs uncompiled.
+Each part is compiled once for all image sizes and patch counts, and once more for a single image, because torch treats
+a length of 1 as a constant. Both happen while the predictor warms up. Later inputs that fit neither (a feature map one
+cell wide) run uncompiled.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Backend = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _PATCHES = 128
-"""Numbers of patches are rounded up to multiples of this, so that one patch needs no code of its own."""
+"""Patch counts are rounded up to a multiple of this, so that a single patch needs no separate compilation."""
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Have torch keep what it compiles in a folder, unless a variable of its own names another."""
+    """Make torch cache compiled code in a folder, unless `TORCHINDUCTOR_CACHE_DIR` names another one."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # torch sets the variable itself, to a folder below /tmp, as soon as some of its modules are imported.
@@ -39,15 +39,15 @@ def keep_compiled_code(folder: Path) -> None:
 
 
 class CompiledNetwork:
-    """The parts of one network. Each compiles itself when it meets a shape that its code does not fit.
+    """The parts of one network. Each part recompiles when it meets a shape that its code does not cover.
 
     Args:
         model: in evaluation mode, on its device.
-        backend: of `torch.compile`.
+        backend: passed to `torch.compile`.
     """
 
     def __init__(self, model: GeneralizedRCNN, *, backend: str | Backend = "inductor") -> None:
-        # Imported here: it takes a second, which other engines need not wait for.
+        # Imported here: it takes a second, and the other engines don't need it.
         from torch._dynamo.backends.registry import lookup_backend
 
         self._backend = cast(Backend, lookup_backend(backend))
@@ -80,7 +80,7 @@ class CompiledNetwork:
         }
 
     def parts(self) -> Parts:
-        """What runs each part."""
+        """The functions that run each part."""
         return Parts(
             trunk=self.run_trunk,
             backbone=self.run_backbone,
@@ -90,7 +90,7 @@ class CompiledNetwork:
 
     @property
     def uncompiled(self) -> list[str]:
-        """The parts that every batch needs and that nothing was compiled for; to be asked after a batch."""
+        """Parts that every batch needs but that were never compiled. Read it after a batch."""
         return sorted(self._needed - self._compilations.keys())
 
     def run_trunk(self, batch: Tensor) -> TrunkOutput:
@@ -113,29 +113,29 @@ class CompiledNetwork:
     def _compiled(self, part: str, function: Function) -> Function:
         backend, compilations = self._backend, self._compilations
 
-        # Knows nothing of the network, for dynamo never lets go of a backend.
+        # Must not reference the network: dynamo never releases a backend.
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
             run = backend(graph, inputs)
             compilations[part] += 1
             return run
 
-        # dynamo keeps what it compiled by code object, and compiles no more for one that has `recompile_limit` entries.
-        # The same function of every network would share one. With an object of its own, each network has its own
-        # entries, and they go when it goes.
+        # dynamo caches compiled code per code object, and stops compiling for one that has `recompile_limit` entries.
+        # All networks would share the code object of this function, so each gets its own copy; its cache entries are
+        # freed with the network.
         code = function.__code__.replace()
         own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
         return cast(Function, torch.compile(own, backend=compile_graph))
 
 
 def _filled_up(rows: Tensor) -> Tensor:
-    """The rows and zeros behind them."""
+    """The rows, padded with zero rows to a multiple of `_PATCHES`."""
     missing = -len(rows) % _PATCHES
     filled = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
     return _of_any_size(filled, 0)
 
 
 def _of_any_size(values: Tensor, *dimensions: int) -> Tensor:
-    """Channels last, whatever it was, and so marked that code for it fits all lengths of these dimensions."""
+    """The values in channels-last memory, with these dimensions marked as dynamic for the compiler."""
     if values.ndim == 4:
         values = values.contiguous(memory_format=torch.channels_last)
     torch._dynamo.maybe_mark_dynamic(values, list(dimensions))

@@ -1,5 +1,5 @@
-"""Rewrite a network that will only be served: the same function in fewer passes over memory. What is rewritten can no
-longer be trained, nor its weights loaded.
+"""Rewrite a network for serving only: the same function in fewer passes over memory. A rewritten network can no longer
+be trained, and weights can no longer be loaded into it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torchvision.ops import FrozenBatchNorm2d
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 
-# In these a norm behind a convolution in the list of parts is also behind it when they run.
+# In these modules the order of the children is the order in which they run: a norm listed after a convolution follows
+# it.
 _RUN_IN_ORDER = (nn.Sequential, BasicBlock, Bottleneck, IntermediateLayerGetter)
 
 
 def fold(model: GeneralizedRCNN) -> None:
-    """Fold what can be folded, in place, and let nothing ask for gradients. The network is in evaluation mode."""
+    """Fold what can be folded, in place, and switch off gradients. The network must be in evaluation mode."""
     fold_norms(model)
     flatten_channels_last(model)
     model.requires_grad_(False)
@@ -31,7 +32,7 @@ def fold(model: GeneralizedRCNN) -> None:
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> None:
-    """Multiply batch norms, which are fixed outside training, into the convolutions before them."""
+    """Fold batch norms, which are constant outside training, into the convolutions before them."""
     for module in model.modules():
         if isinstance(module, _RUN_IN_ORDER):
             for (name, convolution), (next_name, norm) in pairwise(list(module.named_children())):
@@ -44,7 +45,7 @@ def fold_norms(model: nn.Module) -> None:
 
 def _with_norm(convolution: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     weight, bias = convolution.weight, convolution.bias
-    # In float64, so that each number is rounded once.
+    # In float64, so that each value is rounded only once.
     values = {name: value.double() for name, value in norm.state_dict().items()}
     scale = values["weight"] / (values["running_var"] + cast(float, norm.eps)).sqrt()
     shift = values["bias"] - values["running_mean"] * scale
@@ -58,7 +59,7 @@ def _with_norm(convolution: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
 
 @torch.no_grad()
 def flatten_channels_last(model: GeneralizedRCNN) -> None:
-    """Let the box head flatten its patches in the order that channels-last memory has, in which that is no work."""
+    """Make the box head flatten its patches in channels-last order, which needs no copy."""
     heads = model.roi_heads
     head, pooler = heads.box_head, heads.box_roi_pool
     if not isinstance(pooler, RoIPooler) or not isinstance(pooler.output_size, int):
@@ -75,20 +76,20 @@ def flatten_channels_last(model: GeneralizedRCNN) -> None:
 
 
 def _reorder_inputs(layer: nn.Module, places: int) -> None:
-    """From channel by channel to place by place."""
+    """Reorder the input weights from channel-major to position-major."""
     assert isinstance(layer, nn.Linear)
     by_channel = layer.weight.unflatten(1, (-1, places))
     layer.weight = nn.Parameter(by_channel.transpose(1, 2).flatten(start_dim=1))
 
 
 class _PlaceByPlace(nn.Module):
-    """Give a module that flattens its input the channels of a place side by side."""
+    """Wrap a module that flattens its input, so that it sees the channels of each position side by side."""
 
     def __init__(self, flattens: nn.Module) -> None:
         super().__init__()
         self.flattens = flattens
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, C, S, S) -> what the module makes of (R, S, S, C)."""
+        """(R, C, S, S) -> the module's output for (R, S, S, C)."""
         result: Tensor = self.flattens(x.permute(0, 2, 3, 1))
         return result

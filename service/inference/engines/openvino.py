@@ -1,8 +1,8 @@
-"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Compiled parts are kept on
-disk, so that the next start need not compile; nothing else is written, and nothing is sent.
+"""The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Compiled parts are cached on
+disk for the next start; nothing else is written, and nothing is sent over the network.
 
-Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and gives feature maps channels last, as the kernels of
-`ops` have them, and works on the memory of the tensors themselves.
+Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and returns feature maps channels last, like the kernels
+of `ops`, and shares the tensors' memory instead of copying.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from service.modeling.poolers import RoIPooler
 logger = logging.getLogger(__name__)
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
-"""By OpenVINO's names. Left to itself it takes bfloat16 wherever the processor has it."""
+"""OpenVINO's names. Without a hint it uses bfloat16 wherever the processor supports it."""
 
 _FORMAT = 1
-"""To be raised when a part takes or gives something else than before, so that older files are not read."""
+"""Increase this when the inputs or outputs of a part change, so that older files are not read."""
 _DIGEST_BYTES = 32
 _PACKAGES = ("roiserve", "openvino", "torch", "torchvision", "timm")
-"""What a part is made of and by."""
+"""Packages whose versions affect a compiled part."""
 _EXAMPLE_SIDE = 128
-# Patches that a head takes at a time: about as many as the processor's caches hold with all that is made of them. The
-# box head of a thousand runs a tenth faster so, the mask head of a hundred a little.
+# Patches per call of a head: about as many as fit in the processor's caches together with the activations. This makes
+# the box head a tenth faster on a thousand patches, and the mask head slightly faster on a hundred.
 _BOX_PATCHES = 500
 _MASK_PATCHES = 25
 
@@ -51,7 +51,7 @@ Shape = Sequence[int]
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16. OpenVINO would otherwise run in float32 without a word."""
+    """Whether the processor multiplies in bfloat16. If it does not, OpenVINO silently runs in float32."""
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -59,7 +59,7 @@ class OpenVinoNetwork:
     """The parts of one network.
 
     Args:
-        model: in evaluation mode, on the CPU, in float32; it stays as it is.
+        model: in evaluation mode, on the CPU, in float32; it is not changed.
         key: names its weights and configuration.
         precision: one of `PRECISION_HINTS`.
         cache_dir: where compiled parts are kept; made if missing.
@@ -123,7 +123,7 @@ class OpenVinoNetwork:
 
     @cached_property
     def _backbone(self) -> _Compiled:
-        """Compiled for the first batch that needs it: most servers see none."""
+        """Compiled for the first batch that needs it: most servers never get one."""
         return self._compiler.compile("backbone", _Backbone(self._model), [self._picture_shape])
 
     @cached_property
@@ -162,7 +162,7 @@ class _Backbone(nn.Module):
 
 
 class _Patches(nn.Module):
-    """A head that takes its patches channels last, and whatever else it takes."""
+    """A head whose patches come channels last; its other inputs are passed on unchanged."""
 
     def __init__(self, head: object) -> None:
         super().__init__()
@@ -181,13 +181,15 @@ class _Compiled:
         self._outputs = range(len(compiled.outputs))
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """The outputs lie in OpenVINO's own memory, until the next call."""
+        """Run the part. The outputs lie in OpenVINO's memory and are valid until the next call."""
         shared = [openvino.Tensor(one.contiguous().numpy(), shared_memory=True) for one in inputs]
         self._request.infer(shared, share_inputs=True, share_outputs=True)
         return [torch.from_numpy(self._request.get_output_tensor(index).data) for index in self._outputs]
 
     def in_chunks(self, rows: int, *inputs: Tensor) -> list[Tensor]:
-        """As a call, with so many rows of the inputs at a time; more than these give outputs of their own memory."""
+        """Like a call, but on at most `rows` rows at a time. With more than one chunk, the outputs get memory of their
+        own.
+        """
         count = len(inputs[0])
         if count <= rows:
             return self(*inputs)
@@ -201,7 +203,7 @@ class _Compiled:
 
 
 class _Compiler:
-    """Compiles parts, or finds them compiled on disk: each in a file that begins with the SHA-256 of the rest."""
+    """Compiles parts, or loads them from disk. Each is cached in a file that begins with the SHA-256 of the rest."""
 
     def __init__(self, *, key: str, precision: str, cache_dir: Path) -> None:
         self._core = openvino.Core()
@@ -218,7 +220,7 @@ class _Compiler:
         self._key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
 
     def compile(self, part: str, module: nn.Module, shapes: Sequence[Shape]) -> _Compiled:
-        """Compile a module for inputs of these shapes, -1 for any length; the inputs behind the first are int64.
+        """Compile a module for inputs of these shapes, -1 for any length; all inputs after the first are int64.
 
         Raises:
             RuntimeError: OpenVINO cannot express it.
@@ -233,7 +235,7 @@ class _Compiler:
         return _Compiled(compiled)
 
     def _read(self, file: Path) -> Any:
-        """The compiled part in a file; None if there is none, or none that is whole."""
+        """The compiled part in a file; None if the file is missing, damaged or unreadable."""
         try:
             data = np.fromfile(file, np.uint8)
         except OSError:
@@ -243,7 +245,7 @@ class _Compiler:
             logger.warning("compiled part is damaged, compiling anew", extra={"fields": {"file": str(file)}})
             return None
         try:
-            # A copy, for OpenVINO keeps using its memory.
+            # A copy: OpenVINO keeps using its memory.
             return self._core.import_model(openvino.Tensor(blob), "CPU", self._config)
         except RuntimeError as error:
             fields = {"file": str(file), "reason": str(error)}
@@ -252,7 +254,7 @@ class _Compiler:
 
 
 def _versions() -> list[str | None]:
-    """Of all `_PACKAGES`; None for an extra that is not there."""
+    """Versions of all `_PACKAGES`; None for an extra that is not installed."""
     found: list[str | None] = []
     for name in _PACKAGES:
         try:
@@ -263,7 +265,7 @@ def _versions() -> list[str | None]:
 
 
 def _write(file: Path, blob: bytes) -> None:
-    """Under another name first, so that no other process reads half of it."""
+    """Write under a temporary name first, so that no other process reads a partial file."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -281,9 +283,9 @@ def _converted(module: nn.Module, shapes: Sequence[Shape]) -> Any:
         for shape, dtype in zip(shapes, (torch.float32, torch.int64), strict=False)
     ]
     with warnings.catch_warnings(), torch.no_grad():
-        # torch says that its tracing is old, and, of sizes that are not fixed, that they may be.
+        # torch warns that tracing is deprecated, and that dynamic sizes may be recorded as constants.
         warnings.simplefilter("ignore")
-        # Not by `openvino.convert_model`, which sends a message to its makers.
+        # Not `openvino.convert_model`, which sends telemetry.
         decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(examples))
         frontend = FrontEndManager().load_by_framework("pytorch")
         converted = frontend.convert(frontend.load(decoder))

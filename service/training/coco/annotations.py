@@ -1,4 +1,4 @@
-"""The rows of `annotations`: each understood, or named as bad.
+"""Read the rows of `annotations`; each is either understood or reported as bad.
 
 Shapes: boxes are (x1, y1, x2, y2) in pixels of the upright picture, H x W the picture.
 """
@@ -24,7 +24,7 @@ from service.training.coco.segmentations import (
 from service.training.coco.values import Ids, id_of, number_of
 
 BOX_TOLERANCE_PIXELS = 1.0
-"""A box may reach this far outside its image: rounding in common tools."""
+"""A box may reach this far outside its image: common tools round."""
 Masks = Literal["required", "if_any", "none"]
 Box = tuple[float, float, float, float]
 
@@ -36,7 +36,7 @@ class Annotation:
     Attributes:
         label: from 1.
         box: (x1, y1, x2, y2) in pixels of the upright picture, within it.
-        area: in pixels, by which COCO's figures by size sort it.
+        area: in pixels; decides the size class in COCO's figures.
         rle: its mask; None in a set without masks.
     """
 
@@ -56,13 +56,13 @@ class AnnotationReader:
 
     Args:
         images: the ids of all images.
-        frames: of the images by their ids; the annotations of one that has none are passed over.
-        label_of: for the id of each category its label, None where its annotations do not count.
+        frames: of the images, by id; annotations of an image without a frame are skipped.
+        label_of: the label of each category id, None if its annotations do not count.
         masks: whether every object needs one; `if_any`: whether any has one.
         report: where findings go.
 
     Attributes:
-        has_masks: whether the objects that were read have masks.
+        has_masks: whether the objects read so far have masks.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class AnnotationReader:
         self._boxes = self._fractions = self._corners = self._misfits = 0
 
     def read(self, rows: Sequence[Any], *, drops_bad: bool) -> dict[str, list[Annotation]]:
-        """The good annotations by their pictures' ids; the bad ones go into the report.
+        """The good annotations by image id; the bad ones go into the report.
 
         Args:
-            drops_bad: whether bad ones are left out, so that ids which are used twice are mended as far as they can.
+            drops_bad: whether to leave bad annotations out; duplicate ids are then repaired where possible.
         """
         self.has_masks = self._masks == "required" or (self._masks == "if_any" and any(map(_has_segmentation, rows)))
         found: dict[str, list[Annotation]] = {key: [] for key in self._frames}
@@ -115,10 +115,10 @@ class AnnotationReader:
         return found
 
     def _is_copy(self, row: Mapping[str, Any], first: object, drops_bad: bool) -> bool:
-        """Whether the row only repeats the one that had its id before it.
+        """Whether the row is identical to an earlier row with the same id.
 
         Raises:
-            _BadAnnotation: ids are used twice, and nobody said that bad annotations may go.
+            _BadAnnotation: the id is a duplicate, and bad annotations may not be dropped.
         """
         if not drops_bad:
             raise _BadAnnotation("the id is used more than once")
@@ -150,7 +150,7 @@ class AnnotationReader:
         if rle is None and self.has_masks:
             self._report.repaired["crowd regions without a mask, taken as their boxes"] += 1
             rle = rectangle(box, frame.upright_size)
-        assert category is not None  # or it would be a problem
+        assert category is not None  # otherwise it would be a problem
         label = self._label_of[category]
         assert label is not None
         area = self._area(row, box, rle)
@@ -170,7 +170,7 @@ class AnnotationReader:
         return number == 1
 
     def _mask(self, row: Mapping[str, Any], frame: Frame, is_needed: bool, problems: list[str]) -> Rle | None:
-        """The mask if it is needed, or if box or area have to be taken from it."""
+        """The mask, if it is needed itself, or to derive the box or the area."""
         segmentation = row.get("segmentation")
         is_used = self.has_masks or _is_missing(row.get("bbox")) or not _is_area(row.get("area"))
         if not is_used or not (is_needed or is_there(segmentation)):
@@ -186,7 +186,7 @@ class AnnotationReader:
         return rle
 
     def _box(self, row: Mapping[str, Any], frame: Frame, rle: Rle | None, problems: list[str]) -> Box | None:
-        """The box in the upright picture, cut at its edges."""
+        """The box in the upright picture, clipped to it."""
         written = row.get("bbox")
         if _is_missing(written) and rle is not None:
             self._report.repaired["annotations without a bbox, taken from the mask"] += 1
@@ -220,7 +220,7 @@ class AnnotationReader:
     def _area(self, row: Mapping[str, Any], box: Box, rle: Rle | None) -> float:
         written = row.get("area")
         x1, y1, x2, y2 = box
-        # A mask lies in its box, so a greater area is a mistake; COCO would pass over the object, with 1e10 and more.
+        # A mask lies within its box, so a larger area is a mistake; with 1e10 or more COCO would ignore the object.
         largest = 1.05 * (x2 - x1 + 2) * (y2 - y1 + 2)
         number = number_of(written)
         if number is not None and 0 < number <= largest:
@@ -229,7 +229,7 @@ class AnnotationReader:
         return area_of(rle) if rle is not None else (x2 - x1) * (y2 - y1)
 
     def _look_at(self, box: Sequence[float], image_size: tuple[int, int], area: float | None) -> None:
-        """Count what only all boxes together betray: another unit, another order of numbers."""
+        """Collect evidence that only all boxes together can give: a different unit, a different order of numbers."""
         x, y, width, height = box
         self._boxes += 1
         self._fractions += min(image_size) > 8 and max(map(abs, box)) <= 1
@@ -237,7 +237,7 @@ class AnnotationReader:
         are_corners = -slack <= x < width <= image_size[1] + slack and -slack <= y < height <= image_size[0] + slack
         fits = x + width <= image_size[1] + slack and y + height <= image_size[0] + slack
         if are_corners and area is not None and fits:
-            # Both readings lie within the picture; the area tells which one was meant.
+            # Both interpretations lie within the picture; the area shows which one was meant.
             are_corners = abs(area - (width - x) * (height - y)) < 0.01 * area < abs(area - width * height)
             self._corners += are_corners
         elif are_corners:
@@ -259,7 +259,7 @@ class AnnotationReader:
 
 
 def _has_segmentation(row: object) -> bool:
-    """Whether it is an object with a mask; crowds often have one where objects have none."""
+    """Whether it is an object with a mask. Crowds don't count: they often have masks even if objects have none."""
     return isinstance(row, dict) and not _is_truthy(row.get("iscrowd")) and is_there(row.get("segmentation"))
 
 
@@ -268,7 +268,7 @@ def _is_truthy(value: object) -> bool:
 
 
 def _is_missing(box: object) -> bool:
-    """Whether there is no box, or the zeros that some tools write in its place."""
+    """Whether there is no box, or only the zeros that some tools write instead."""
     return box is None or box == [] or box == [0, 0, 0, 0]
 
 

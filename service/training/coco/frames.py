@@ -1,4 +1,4 @@
-"""From the frame of a picture as it is stored to the upright one that it is shown, served and learned in.
+"""Convert coordinates from a picture as stored to the upright picture that is shown, served and trained on.
 
 Shapes: H x W the stored picture, P points.
 """
@@ -31,7 +31,7 @@ class Frame:
 
     Attributes:
         stored_size: (height, width) of the picture that was annotated.
-        orientation: EXIF's, 1 to 8, that has still to be applied to the coordinates; 1 where they are upright.
+        orientation: EXIF's, 1 to 8, still to be applied to the coordinates; 1 if they are upright already.
     """
 
     stored_size: tuple[int, int]
@@ -39,7 +39,7 @@ class Frame:
 
     @property
     def is_upright(self) -> bool:
-        """Whether nothing has to be turned."""
+        """Whether no rotation or mirroring is needed."""
         return self.orientation == 1
 
     @property
@@ -49,7 +49,7 @@ class Frame:
         return (width, height) if _TURNS[self.orientation][0] else (height, width)
 
     def turned_points(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(P, 2) x, y of the stored picture as those of the upright one."""
+        """(P, 2) x, y in the stored picture -> x, y in the upright one."""
         swaps, mirrors_x, mirrors_y = _TURNS[self.orientation]
         height, width = self.upright_size
         x, y = (points[:, 1], points[:, 0]) if swaps else (points[:, 0], points[:, 1])

@@ -1,5 +1,5 @@
-"""The pictures of a data set: finding the file that an annotation file means, and looking at every one before it is
-needed, in threads.
+"""The pictures of a data set: find the files that an annotation file refers to, and check each one in advance, in
+threads.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from service.imaging.decode import ImageLimits, decode_image
 from service.imaging.formats import sniff_format
 
 PICTURE_LIMITS = ImageLimits(max_image_pixels=500_000_000)
-"""Wide: a data set is its owner's, not a stranger's."""
+"""Generous: unlike requests, data sets are trusted."""
 _MAX_INDEXED_FILES = 5_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFacts:
-    """What a picture's file says of itself.
+    """Facts read from a picture's file.
 
     Attributes:
         stored_size: (height, width) in pixels, before EXIF's orientation is applied.
@@ -43,30 +43,30 @@ class PictureFacts:
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """(height, width) as it is shown."""
+        """(height, width) as shown."""
         height, width = self.stored_size
         return (width, height) if self.orientation >= 5 else (height, width)
 
 
 def look_at(path: Path) -> PictureFacts:
-    """Read and decode a picture, as training and evaluation will. Never raises but for our own mistakes."""
+    """Read and decode a picture, as training and evaluation will. Raises only on bugs of our own."""
     try:
         data = path.read_bytes()
         container = read_container(data, sniff_format(data))
-        # The header alone would let pass what is cut off or damaged behind it.
+        # The header alone would not reveal truncation or damage further on.
         decode_image(data, limits=PICTURE_LIMITS)
     except OSError as error:
         return PictureFacts(problem=f"cannot be read: {error.strerror}")
     except (InvalidRequestError, OutOfMemoryError) as error:
         return PictureFacts(problem=str(error))
-    except Exception as error:  # a reader of containers fails on broken data in many ways
+    except Exception as error:  # container readers fail on broken data in many ways
         return PictureFacts(problem=f"is damaged: {error}")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     return PictureFacts(container.image_size, container.orientation, digest)
 
 
 def look_at_all(paths: Sequence[Path], *, advance: Callable[[], None] = lambda: None) -> list[PictureFacts]:
-    """`look_at` for each path, in their order, by one thread a core.
+    """`look_at` for each path, in order, with one thread per core.
 
     Args:
         advance: called after every picture.
@@ -80,10 +80,11 @@ def look_at_all(paths: Sequence[Path], *, advance: Callable[[], None] = lambda: 
 
 
 class PictureFinder:
-    """Finds the files that `file_name` means, as other tools and other machines wrote it.
+    """Finds the files that `file_name` refers to, even if written by other tools or on other machines.
 
-    Looks in `images/` beside the annotation file, beside it, in `images/` beside its folder, and in the folder beside
-    its folder that it is named after, as in COCO (`annotations/instances_val2017.json`, `val2017/`).
+    Looks in `images/` beside the annotation file, beside the file itself, in `images/` beside its folder, and in the
+    sibling of its folder named like the end of the file's name, as in COCO (`annotations/instances_val2017.json`,
+    `val2017/`).
     """
 
     def __init__(self, annotation_file: Path) -> None:
@@ -92,11 +93,11 @@ class PictureFinder:
         self.roots = [one for one in (folder / "images", folder, folder.parent / "images", named) if one.is_dir()]
 
     def find(self, file_name: str) -> tuple[Path, bool] | None:
-        """The file, and whether its name had to be read otherwise than it stands; None if there is no such file."""
+        """The file, and whether its name had to be interpreted; None if there is no such file."""
         for name in (file_name, file_name.replace("\\", "/"), unquote(file_name).replace("\\", "/")):
             if path := self._file(name):
                 return path, name != file_name
-        # A path of another machine, or of another folder: the longest end of it that is here.
+        # A path from another machine or folder: use its longest suffix that exists here.
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         for start in range(len(parts)):
             tail = "/".join(parts[start:])
@@ -107,12 +108,12 @@ class PictureFinder:
     def _file(self, name: str) -> Path | None:
         try:
             return next((path for root in self.roots if (path := root / name).is_file()), None)
-        except (OSError, ValueError):  # a name of a thousand letters, or with a zero in it
+        except (OSError, ValueError):  # an overlong name, or one with a NUL
             return None
 
     @cached_property
     def _by_folded_name(self) -> dict[str, Path | None]:
-        """Every file by its path below a root, with case and Unicode's forms evened out; None where several fit."""
+        """Every file by its path below a root, with case and Unicode forms normalised; None if ambiguous."""
         index: dict[str, Path | None] = {}
         for path, root in self._walk():
             key = _folded(path.relative_to(root).as_posix())

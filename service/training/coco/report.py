@@ -1,6 +1,4 @@
-"""What the check of a data set found: what stops it, which annotations are bad, what was repaired and what is worth
-knowing.
-"""
+"""The result of checking a data set: fatal problems, bad annotations, repairs, and notes."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_LISTED = 50
-"""Problems of a kind that a report names one by one."""
+"""How many problems of one kind a report lists individually."""
 
 
 @dataclass(slots=True, eq=False)
@@ -19,11 +17,11 @@ class DataReport:
 
     Attributes:
         path: the annotation file.
-        stopping: what has to be mended before the data can be used.
-        bad: what is wrong with single annotations, which can be left out.
-        repaired: how often something was understood otherwise than it stands.
+        stopping: what must be fixed before the data can be used.
+        bad: problems of single annotations, which can be left out.
+        repaired: how often something was interpreted differently from what is written.
         left_out: how many annotations do not count, by reason.
-        notes: what is no problem, but good to know.
+        notes: things that are no problem, but good to know.
     """
 
     path: Path
@@ -34,7 +32,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """A line for everything that was repaired or left out, and the notes; none for a file without a fault."""
+        """A line for everything that was repaired or left out, and the notes; none for a flawless file."""
         return [
             *(f"repaired: {count} {what}" for what, count in self.repaired.items()),
             *(f"left out: {count} {what}" for what, count in self.left_out.items()),
@@ -42,7 +40,7 @@ class DataReport:
         ]
 
     def refusal(self, *, drops_bad: bool) -> str:
-        """The message of a refused data set: what stops it first, then what could be left out.
+        """The error message for a rejected data set: fatal problems first, then those that could be left out.
 
         Args:
             drops_bad: whether bad annotations are left out anyway.

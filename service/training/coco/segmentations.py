@@ -1,5 +1,5 @@
-"""Segmentations in every shape that tools write, made into one: COCO's compressed run lengths. pycocotools draws the
-polygons, so that a mask has the pixels that COCO's own evaluation gives it.
+"""Convert segmentations in all the forms that tools write to one: COCO's compressed run lengths. pycocotools rasterises
+the polygons, so that a mask has the same pixels as in COCO's own evaluation.
 
 Shapes: H x W the image.
 """
@@ -23,7 +23,7 @@ _NOT_DECODED = "expected COCO's run lengths in 'counts', got some that do not de
 
 
 class Rle(TypedDict):
-    """One binary mask as pycocotools keeps it: `size` is [height, width], `counts` are compressed run lengths."""
+    """One binary mask in pycocotools' form: `size` is [height, width], `counts` are compressed run lengths."""
 
     size: list[int]
     counts: bytes
@@ -34,7 +34,7 @@ class BadSegmentation(ValueError):
 
 
 def is_there(segmentation: object) -> bool:
-    """Whether there is anything in it, good or bad: null, `[]`, `[[]]`, `{}` and an empty text are nothing."""
+    """Whether there is any content, valid or not: null, `[]`, `[[]]`, `{}` and an empty text are nothing."""
     return next(_parts(segmentation), None) is not None
 
 
@@ -45,11 +45,11 @@ def read_segmentation(segmentation: object, frame: Frame) -> tuple[Rle, int]:
     compressed or plain counts; or one RLE.
 
     Args:
-        segmentation: as it stands in the file.
-        frame: the picture that it was drawn on, and how that is turned.
+        segmentation: as written in the file.
+        frame: the picture that it was drawn on, and its orientation.
 
     Returns:
-        The mask in the upright picture, with at least one pixel, and the number of bad parts that were passed over.
+        The mask in the upright picture, with at least one pixel, and the number of bad parts that were skipped.
 
     Raises:
         BadSegmentation: no part is good.
@@ -89,9 +89,9 @@ def area_of(rle: Rle) -> float:
 
 
 def _parts(value: object, depth: int = 0) -> Iterator[Any]:
-    """Polygons as flat lists and RLEs as mappings, one by one; what is neither comes as it is."""
+    """Yield polygons as flat lists and RLEs as mappings; anything else is yielded unchanged."""
     if isinstance(value, str) and depth == 0 and value.lstrip()[:1] in ("[", "{"):
-        # A column of a table that was written as JSON.
+        # A table column that was written as JSON.
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -119,7 +119,7 @@ def _is_point(item: object) -> bool:
 def _from_polygon(part: object, frame: Frame) -> Rle:
     points = _points(part)
     height, width = frame.stored_size
-    # Further away a point is a mistake, and drawing a line to it would take memory without end.
+    # A point further away is a mistake, and drawing a line to it would take unlimited memory.
     if np.abs(points).max() > 2 * max(height, width):
         raise BadSegmentation(f"a polygon's point lies far outside its image of {width} x {height}")
     upright_height, upright_width = frame.upright_size
@@ -174,9 +174,11 @@ def _counts(counts: object) -> list[int]:
 
 
 def _decompressed(text: str) -> list[int]:
-    """The run lengths that COCO's `rleToString` wrote: five bits a character, each less the one two before.
+    """The run lengths that COCO's `rleToString` wrote: five bits per character, each length minus the one two before
+    it.
 
-    pycocotools reads on beyond the text's end, and makes pixels of whatever lies in memory where lengths are missing.
+    Done here because pycocotools reads beyond the end of the text, and turns arbitrary memory into pixels if lengths
+    are missing.
     """
     counts: list[int] = []
     value, shift = 0, 0

@@ -22,7 +22,7 @@ class DeclaredImage:
 
     Attributes:
         key: its id, by `id_of`.
-        size: (height, width) in pixels; None where it is not said.
+        size: (height, width) in pixels; None if not given.
     """
 
     key: str
@@ -43,7 +43,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
     """The JSON of a COCO annotation file, in UTF-8 or UTF-16, with a byte order mark or without.
 
     Raises:
-        DatasetError: it cannot be read, is no JSON, or lacks one of COCO's three tables.
+        DatasetError: it cannot be read, is not JSON, or lacks one of COCO's three tables.
     """
     try:
         raw = json.loads(path.read_bytes())
@@ -61,7 +61,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
 
 
 def read_images(document: Mapping[str, Any], report: DataReport) -> list[DeclaredImage]:
-    """The rows of `images` that can be understood; the others stop the data set."""
+    """The valid rows of `images`; the others are fatal for the data set."""
     if not document["images"]:
         report.stopping.append("expected at least one image, got none")
     images = []
@@ -92,7 +92,7 @@ def _declared_size(row: Mapping[str, Any], report: DataReport) -> tuple[int, int
 
 
 def read_categories(document: Mapping[str, Any], report: DataReport) -> list[Category]:
-    """The rows of `categories` that can be understood, by their ids; the others stop the data set."""
+    """The valid rows of `categories`, by id; the others are fatal for the data set."""
     categories = []
     for place, row in enumerate(document["categories"]):
         key = id_of(row.get("id")) if isinstance(row, dict) else None
@@ -120,14 +120,14 @@ def choose_labels(
     *,
     leaves_out_others: bool,
 ) -> tuple[tuple[str, ...], dict[str, int | None]]:
-    """Which label each category is.
+    """Map each category to a label.
 
     Args:
-        labels: the labels and their order; the file's own categories by their ids if None.
-        leaves_out_others: whether categories that are no label are passed over rather than refused.
+        labels: the labels and their order; if None, the file's own categories in order of their ids.
+        leaves_out_others: whether categories that are not labels are skipped instead of rejected.
 
     Returns:
-        The labels, and for the id of each category its label from 1, or None where its annotations do not count.
+        The labels, and for each category id its label (from 1), or None if its annotations do not count.
     """
     ids = Ids(category.key for category in categories)
     references = (row.get("category_id") for row in document["annotations"] if isinstance(row, dict))
@@ -163,7 +163,9 @@ def choose_labels(
 def _only_groups(
     category: Category, categories: Sequence[Category], used: Counter[str], labels: Sequence[str] | None
 ) -> bool:
-    """Whether no annotation uses it, and it is no label: Roboflow's category 0, whose name is the others' group."""
+    """Whether no annotation uses it and it is not a label: like Roboflow's category 0, which only names the others'
+    group.
+    """
     if used[category.key]:
         return False
     others = [other for other in categories if other is not category]

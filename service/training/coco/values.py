@@ -1,4 +1,4 @@
-"""Single values of a COCO file: numbers and ids in the forms that JSON allows and people write."""
+"""Single values of a COCO file: numbers and ids in the forms that occur in practice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def number_of(value: object) -> float | None:
-    """A finite number, also one that was written as a text; None for anything else, truth values among it."""
+    """A finite number, possibly written as a string; None for anything else, including booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -18,13 +18,13 @@ def number_of(value: object) -> float | None:
 
 
 def whole_number_of(value: object) -> int | None:
-    """A whole number above 0, also as `640.0` or as a text; None for anything else."""
+    """A whole number above 0, possibly written as `640.0` or as a string; None for anything else."""
     number = number_of(value)
     return int(number) if number is not None and number > 0 and number.is_integer() else None
 
 
 def id_of(value: object) -> str | None:
-    """An id as a text to compare it by: 7, 7.0 and "7" are one id. None for what is neither number nor text."""
+    """An id as a string for comparison: 7, 7.0 and "7" are the same id. None for anything but numbers and strings."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -37,12 +37,12 @@ def id_of(value: object) -> str | None:
 
 
 def sort_key(key: str) -> tuple[bool, int, str]:
-    """Numbers by their value, then texts by their letters."""
+    """Sort key: numbers by value, then strings alphabetically."""
     return (False, int(key), key) if _is_decimal(key) else (True, 0, key)
 
 
 class Ids:
-    """The ids of one table, to look references up in.
+    """The ids of one table, for looking up references.
 
     Args:
         keys: of the table's rows, by `id_of`.
@@ -50,14 +50,14 @@ class Ids:
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = frozenset(keys)
-        # A reference 139 means the id "000000000139", if there is no 139 and nothing else it could mean.
+        # A reference 139 means the id "000000000139" if there is no 139 and no other candidate.
         self._padded: dict[int, str | None] = {}
         for key in self._keys:
             if _is_decimal(key):
                 self._padded[int(key)] = None if int(key) in self._padded else key
 
     def find(self, reference: object) -> str | None:
-        """The id that is meant; None if there is no such id."""
+        """The id that a reference means; None if there is none."""
         key = id_of(reference)
         if key is None or key in self._keys:
             return key

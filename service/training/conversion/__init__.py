@@ -1,1 +1,3 @@
-"""Data sets in other tools' layouts into ours: YOLO, Pascal VOC, LabelMe, CVAT, and COCO files in others' folders."""
+"""Convert data sets from other tools' layouts to ours: YOLO, Pascal VOC, LabelMe, CVAT, and COCO files in others'
+folders.
+"""

@@ -1,4 +1,4 @@
-"""COCO files in other tools' folders, read by our own reader, for the one folder that is ours."""
+"""Read COCO files in other tools' folder layouts, with our own reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all converters make of their files, and how it is written as COCO files and a folder of pictures."""
+"""The common result of all converters, and how to write it as COCO files and a folder of pictures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Shape:
     Attributes:
         label: its category's name.
         box: (x1, y1, x2, y2) in pixels.
-        segmentation: as COCO has it, polygons or an RLE; None where there is but a box.
-        where: the file and line that it comes from, for messages.
-        area: in pixels, where the source says it; else the mask's, or the box's, is written.
+        segmentation: as in COCO, polygons or an RLE; None if there is only a box.
+        where: the file and line it comes from, for messages.
+        area: in pixels, if the source gives it; otherwise the area of the mask, or of the box, is written.
     """
 
     label: str
@@ -44,8 +44,8 @@ class Scene:
     """A picture with its objects.
 
     Attributes:
-        split: `train`, `val` or `test`; empty where the source does not say.
-        name: by which the picture is known in its set.
+        split: `train`, `val` or `test`; empty if the source does not say.
+        name: identifies the picture in its data set.
     """
 
     picture: Path
@@ -67,7 +67,7 @@ def polygon_shape(label: str, points: Sequence[float], where: str) -> Shape:
 
 
 def plain_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """Pycocotools' RLE as JSON can hold it."""
+    """Pycocotools' RLE in a form that JSON can hold."""
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
@@ -77,7 +77,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def split_up(scenes: Iterable[Scene], *, val_share: float) -> None:
-    """Give those pictures a split whose source says none: by a hash of the name, so that it stays when more come."""
+    """Assign a split to pictures without one, by a hash of the name, so that it is stable when pictures are added."""
     for scene in scenes:
         if not scene.split:
             number = int.from_bytes(hashlib.sha256(scene.name.encode()).digest()[:4], "big")
@@ -85,18 +85,18 @@ def split_up(scenes: Iterable[Scene], *, val_share: float) -> None:
 
 
 def write_scenes(scenes: Sequence[Scene], labels: Sequence[str], target: Path, *, links: bool) -> Mapping[str, int]:
-    """Write `train.json` and its like, and `images/`.
+    """Write `train.json` etc., and `images/`.
 
     Args:
         labels: the categories, in the order of their ids.
         target: a folder that does not exist yet, or is empty.
-        links: link to the pictures rather than copy them.
+        links: link to the pictures instead of copying them.
 
     Returns:
         The number of pictures in each split.
 
     Raises:
-        DatasetError: pictures that cannot be read, two of one name in a split, or a folder that cannot be written.
+        DatasetError: a picture cannot be read, two in a split have the same name, or the folder cannot be written.
     """
     facts = look_at_all([scene.picture for scene in scenes])
     if broken := [f"{one.picture}: {fact.problem}" for one, fact in zip(scenes, facts, strict=True) if fact.problem]:

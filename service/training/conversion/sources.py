@@ -1,4 +1,4 @@
-"""Reads data sets in other tools' layouts: which layout a folder has, and its pictures with their objects."""
+"""Read data sets in other tools' layouts: detect a folder's layout, and read its pictures with their objects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layout_of(source: Path) -> Layout:
     """The layout of a folder or file.
 
     Raises:
-        DatasetError: none that we read.
+        DatasetError: not a layout that we read.
     """
     if not source.exists():
         raise DatasetError(f"{source}: no such file or folder")
@@ -62,7 +62,7 @@ def read_source(source: Path, layout: Layout) -> Read:
     """The pictures with their objects, and the categories in the order of their ids.
 
     Raises:
-        DatasetError: a file that is not as the layout has it; names file and line.
+        DatasetError: a file violates the layout; the message names file and line.
     """
     readers: dict[str, Callable[[Path], Read]] = {
         "yolo": _read_yolo,
@@ -99,7 +99,7 @@ def coco_files(source: Path) -> dict[str, Path]:
 
 
 def _first_files(folder: Path, most: int = 2000) -> list[Path]:
-    """Files at most three folders deep that are no pictures, a few of each folder; what lies nearest comes first."""
+    """Non-picture files at most three folders deep, a few from each folder; the nearest come first."""
     found: list[Path] = []
     for path, folders, files in os.walk(folder):
         if len(Path(path).relative_to(folder).parts) >= 3:
@@ -136,8 +136,8 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _read_yolo(source: Path) -> Read:
-    """`data.yaml` names the classes and the splits' folders; `labels/x.txt` has a line an object: class, then the box's
-    centre and size or a polygon, in fractions of the picture.
+    """`data.yaml` names the classes and the splits' folders; `labels/x.txt` has one line per object: class, then the
+    box's centre and size or a polygon, in fractions of the picture.
     """
     config = next(
         (path for path in _first_files(source) if path.suffix in (".yaml", ".yml") and "names" in _yaml(path)), None
@@ -186,7 +186,7 @@ def _yolo_splits(root: Path, config: Path | None) -> dict[str, list[Path]]:
 
 
 def _yolo_place(base: Path, root: Path, entry: str) -> Path | None:
-    """The folder or list that an entry means: Roboflow writes `../train/images` for a folder beside `data.yaml`."""
+    """The folder or list that an entry refers to: Roboflow writes `../train/images` for a folder beside `data.yaml`."""
     tail = "/".join(part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", ".."))
     return next((one for one in (base / entry, root / entry, root / tail) if one.exists()), None)
 
@@ -223,7 +223,7 @@ def _yolo_shapes(picture: Path, names: Sequence[str]) -> Iterator[Shape]:
         if not all(-0.01 <= value <= 1.01 for value in values):
             raise DatasetError(f"{where}: expected fractions of the picture, 0 to 1, got {line[:80]!r}")
         label = names[int(kind)]
-        if len(values) in (4, 5):  # a fifth one is a score
+        if len(values) in (4, 5):  # a fifth number is a score
             x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
             yield Shape(label, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), where=where)
         else:
@@ -232,7 +232,7 @@ def _yolo_shapes(picture: Path, names: Sequence[str]) -> Iterator[Shape]:
 
 
 def _read_voc(source: Path) -> Read:
-    """`Annotations/x.xml` a picture, and perhaps `ImageSets/Main/train.txt` and `val.txt`."""
+    """One `Annotations/x.xml` per picture, and perhaps `ImageSets/Main/train.txt` and `val.txt`."""
     splits = {
         line.split()[0]: split
         for split in ("train", "val", "test")
@@ -260,12 +260,12 @@ def _voc_shape(element: ElementTree.Element, path: Path) -> Shape:
     if not label or box is None:
         raise DatasetError(f"{path}: expected an <object> with <name> and <bndbox>")
     x1, y1, x2, y2 = (number_in(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
-    # VOC counts pixels from 1, and its last one is part of the box.
+    # VOC counts pixels from 1, and the last pixel belongs to the box.
     return Shape(label, (x1 - 1, y1 - 1, x2, y2), where=str(path))
 
 
 def _read_labelme(source: Path) -> Read:
-    """A JSON file a picture, beside it."""
+    """One JSON file per picture, beside it."""
     scenes: list[Scene] = []
     for path in sorted(source.rglob("*.json")):
         document = _json(path)
@@ -282,7 +282,7 @@ def _read_labelme(source: Path) -> Read:
 
 
 def _labelme_shapes(document: Mapping[str, Any], path: Path) -> list[Shape]:
-    """Shapes of one group and label are parts of one object."""
+    """Shapes with the same group and label are parts of one object."""
     shapes: dict[object, Shape] = {}
     for number, row in enumerate(document["shapes"]):
         where = f"{path}, shape {number + 1}"

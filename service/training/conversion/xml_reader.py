@@ -1,4 +1,4 @@
-"""XML without its dangers: a file that declares a document type, and with it entities, is refused unread."""
+"""Safe XML: a file that declares a document type, and could therefore define entities, is rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_xml(path: Path) -> ElementTree.Element:
     """The root element of a file.
 
     Raises:
-        DatasetError: it cannot be read, is no XML, declares a document type, or nests without end.
+        DatasetError: it cannot be read, is not XML, declares a document type, or is nested too deeply.
     """
     builder = ElementTree.TreeBuilder()
     depth = 0
@@ -51,7 +51,7 @@ def read_xml(path: Path) -> ElementTree.Element:
 
 
 def number_in(element: ElementTree.Element, name: str, path: Path) -> float:
-    """The number in a child of that name, or in an attribute.
+    """The number in the child or attribute with this name.
 
     Raises:
         DatasetError: there is none.
