@@ -16,7 +16,7 @@ _UNMEASURED_SECONDS = 0.3
 # How many jobs may be under way on that guess alone, however short their deadlines are.
 _UNMEASURED_JOBS = 8
 # A job is accepted if it needs at most this share of the time it has: sizes and speeds vary.
-SAFETY = 0.75
+SAFETY = 0.6
 
 
 class Backlog:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
+from service.batching.backlog import SAFETY
 from service.batching.queue import UNMEASURED_RETRY_AFTER_SECONDS, Entry, Priority, RequestQueue
 from service.errors import NotReadyError, OverloadedError
 
@@ -246,17 +247,17 @@ class TestDeadlines:
         admit(queue, "a1", cost=4)
         queue.take(now=0)
         admit(queue, "a2", cost=6)
-        # At 1: 3 seconds of the batch that runs, 6 and 2 of what waits; of 15 seconds 11.25 are used at most.
-        admit(queue, "a3", cost=2, at=1, deadline=16)
-        with pytest.raises(OverloadedError, match=r"with 2 images waiting it would take 13.0 s, too late .* in 15.0 s"):
-            admit(queue, "a4", cost=2, at=1, deadline=16)
+        # At 1: 3 seconds of the batch that runs, 6 and 2 of what waits; of 20 seconds 12 are used at most.
+        admit(queue, "a3", cost=2, at=1, deadline=21)
+        with pytest.raises(OverloadedError, match=r"with 2 images waiting it would take 13.0 s, too late .* in 20.0 s"):
+            admit(queue, "a4", cost=2, at=1, deadline=21)
 
     def test_it_is_told_when_a_new_try_may_do_better(self) -> None:
         queue = self.measured()
         admit(queue, "a1", cost=20)
         with pytest.raises(OverloadedError) as refusal:
             admit(queue, "a2", cost=4, deadline=8)
-        assert refusal.value.retry_after_seconds == pytest.approx(24 - 0.75 * 8)
+        assert refusal.value.retry_after_seconds == pytest.approx(24 - SAFETY * 8)
 
     def test_free_device_tries_and_so_does_one_that_was_never_measured(self) -> None:
         admit(self.measured(), "a1", cost=100, deadline=1)
@@ -276,8 +277,8 @@ class TestDeadlines:
         admit(queue, "a1", cost=100, priority=BULK)
         admit(queue, "a2", cost=8)
         with pytest.raises(OverloadedError, match=r"20\.0 s"):  # of 16 pixels, and 4 of bulk
-            admit(queue, "a3", cost=8, deadline=26)
-        admit(queue, "a3", cost=8, deadline=27)
+            admit(queue, "a3", cost=8, deadline=33)
+        admit(queue, "a3", cost=8, deadline=34)
         with pytest.raises(OverloadedError, match=r"117\.0 s"):
             admit(queue, "a4", cost=1, deadline=155, priority=BULK)
 
@@ -303,7 +304,7 @@ class TestDeadlines:
                 admit(queue, "a", cost=cost, at=now, deadline=now + seconds_left)
             except OverloadedError:
                 assert not is_alone
-                assert needed > 0.75 * seconds_left
+                assert needed > SAFETY * seconds_left
             else:
                 assert is_alone or needed <= seconds_left
             if is_alone:
