@@ -155,6 +155,6 @@ def test_model_that_proposes_nothing_itself_is_given_proposals_or_refuses() -> N
 
 
 def test_a_part_that_cannot_be_drawn_is_named_once() -> None:
-    with pytest.raises(InvalidRequestError, match=r"^option 'draw': 'foo' is none of boxes, masks") as refused:
+    with pytest.raises(InvalidRequestError, match=r"^option 'draw': 'foo' is not one of boxes, masks") as refused:
         merge_options(AnnotateParameters(), Upload([], json={"draw": "masks,foo"}))
     assert str(refused.value).count("'foo'") == 1
