@@ -28,6 +28,18 @@ if ! [ -e $triton/installed ] && [ -x .venv/bin/python ]; then
 	fi
 fi
 
+# Without what it depends on, half a gigabyte: the tests load one file of it.
+sdk=.tools/label-studio-sdk
+if ! [ -e $sdk/installed ] && [ -x .venv/bin/python ]; then
+	echo "Installing for the tests: label-studio-sdk"
+	rm -rf $sdk
+	if timeout 300 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $sdk 'label-studio-sdk==2.1.2'; then
+		touch $sdk/installed
+	else
+		rm -rf $sdk
+	fi
+fi
+
 missing=""
 command -v chromium >/dev/null || missing="$missing chromium"
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing="$missing prometheus"

@@ -56,16 +56,13 @@ def encode_outlines(
         three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
     """
     runs = find_runs(masks, boxes, image_size, threshold)
-    return [
-        sorted(map(_simplified, outlines), key=_area, reverse=True) for outlines in _trace(runs, with_holes=False)
-    ]
+    return [sorted(map(_simplified, outlines), key=_area, reverse=True) for outlines in _trace(runs, with_holes=False)]
 
 
 def _simplified(outline: Int64Array) -> list[int]:
     corners = outline.astype(np.int32).reshape(-1, 2)
     fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True)
-    kept: list[int] = (fewer if len(fewer) >= 3 else corners).ravel().tolist()
-    return kept
+    return [int(one) for one in (fewer if len(fewer) >= 3 else corners).ravel()]
 
 
 def _area(outline: list[int]) -> float:
