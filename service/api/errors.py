@@ -90,6 +90,12 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     code = "unsupported_media_type"
 
 
+class ImageNotFetchedError(InvalidRequestError):
+    """An image that a task names by its address could not be had."""
+
+    code = "image_not_fetched"
+
+
 class MissingKeyError(InvalidRequestError):
     """API keys are configured and the request has none."""
 

@@ -15,8 +15,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from service.api.errors import ImageNotFetchedError
 from service.batching.held_bytes import Holding
-from service.errors import DeadlineExceededError, InvalidRequestError, TooLargeError
+from service.errors import DeadlineExceededError, TooLargeError
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -31,12 +32,6 @@ _CHUNK_BYTES = 256 * 1024
 _MAX_TOKEN_BYTES = 64 * 1024
 # Label Studio's tokens for access are valid for five minutes.
 _TOKEN_SECONDS = 60.0
-
-
-class ImageNotFetchedError(InvalidRequestError):
-    """An image that a task names by its address could not be had."""
-
-    code = "image_not_fetched"
 
 
 class LabelStudioImages:

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from service.api.label_studio_images import ImageNotFetchedError, LabelStudioImages, label_studio_images
+from service.api.errors import ImageNotFetchedError
+from service.api.label_studio_images import LabelStudioImages, label_studio_images
 from service.batching.held_bytes import HeldBytes, Holding
 from service.errors import DeadlineExceededError, OverloadedError, TooLargeError
 from service.settings import Settings
