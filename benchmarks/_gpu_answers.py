@@ -29,6 +29,7 @@ from benchmarks._measure import Cell, matrix_products, megabytes
 from service.devices import choose_device
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
+from service.metrics import Observed
 from service.modeling.config import RoIConfig, TransformConfig
 from service.modeling.poolers import RoIPooler
 from service.modeling.transform import Transform
@@ -215,6 +216,7 @@ def _suppressed(device: str, per_image: int, num_classes: int) -> tuple[Tensor, 
         num_images=images,
         num_classes=num_classes,
         iou_thresh=0.5,
+        largest_group=per_image,
     )
     ours, theirs = torch.zeros(len(boxes)), torch.zeros(len(boxes))
     for index, rows in enumerate(kept.up_to([per_image] * images)):
@@ -353,7 +355,7 @@ def unload(bench: Bench) -> None:
             models=("blood-cells",),
             engine_cache_dir=bench.cache_dir,
         )
-        detector = LocalDetector(settings, stored_predictors, lambda name, labels, value: None)
+        detector = LocalDetector(settings, stored_predictors, _nobody_notes)
         await detector.start()
         try:
             note("before", detector.memory())
@@ -372,6 +374,10 @@ def unload(bench: Bench) -> None:
     bench.table("Memory of the device when a second model comes and goes", ["step", "device", "kind", "MB"], rows)
     if bench.device == "cuda" and left[-1] - left[0] > KEPT_BYTES:
         bench.problems.append(f"each unloaded model leaves memory behind: {left} bytes are reserved after the rounds")
+
+
+def _nobody_notes(name: Observed, labels: Sequence[str], value: float, trace_id: str | None = None) -> None:
+    """An `Observe`."""
 
 
 def _job(model: str) -> Job:

@@ -248,6 +248,7 @@ def _suppressions(bench: Bench, images: int, each: int, classes: int) -> Sides:
             num_images=images,
             num_classes=classes,
             iou_thresh=0.7,
+            largest_group=each,
         )
 
     def theirs() -> object:
