@@ -162,7 +162,7 @@ class Ask:
 
         async def run_one(source: Source) -> tuple[Answer, Progress]:
             nonlocal size
-            progress = Progress("decode") if is_bulk else self.record.progress
+            progress = Progress("decode", trace_id=self.record.trace_id) if is_bulk else self.record.progress
             answer = await self.run(order, source, progress, is_bulk=is_bulk)
             size += len(answer.encoded)
             if size > self.state.settings.max_answer_bytes:

@@ -246,7 +246,7 @@ class _Predictions:
             return []
 
     async def _predict(self, task: Task, *, is_bulk: bool) -> bytes:
-        progress = Progress("fetch") if is_bulk else self._ask.record.progress
+        progress = Progress("fetch", trace_id=self._ask.record.trace_id) if is_bulk else self._ask.record.progress
         progress.enter("fetch")
         image, held_bytes = await self._fetch(task)
         try:
