@@ -261,10 +261,12 @@ class Progress:
         stage: the current stage.
         stage_seconds: time in seconds by stage, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
+        trace_id: of the trace that it belongs to; None if it belongs to none.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, *, trace_id: str | None = None) -> None:
         self.stage = stage
+        self.trace_id = trace_id
         self.stage_seconds: dict[str, float] = {}
         self.batch_id = ""
         self.started_at = self._entered_at = time.monotonic()

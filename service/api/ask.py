@@ -127,7 +127,7 @@ class Ask:
 
         async def run_one(source: Source) -> tuple[Answer, Progress]:
             nonlocal size
-            progress = Progress("decode") if is_bulk else self.record.progress
+            progress = Progress("decode", trace_id=self.record.trace_id) if is_bulk else self.record.progress
             job = Job(
                 model=info.key,
                 source=source,
