@@ -77,8 +77,8 @@ def test_it_works_without_the_packages_of_the_server(live: Live, wheel: Path, tm
         pytest.skip("the environment for the client is not installed: tests/install_tools.sh")
     (tmp_path / "a.png").write_bytes(picture())
     site = tmp_path / "site"
-    flags = ["--quiet", "--no-index", "--no-deps", "--target", site]
-    subprocess.run([BARE, "-m", "pip", "install", *flags, wheel], check=True)
+    flags = ["--quiet", "--no-index", "--no-deps", "--target", str(site)]
+    subprocess.run([str(BARE), "-m", "pip", "install", *flags, str(wheel)], check=True)
     run = subprocess.run(
         [BARE, "-c", PROGRAM, live.url, tmp_path / "a.png"],
         env={"PYTHONPATH": str(site), "NO_PROXY": "*"},
