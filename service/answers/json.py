@@ -71,7 +71,7 @@ class JsonEncoder(Encoder):
             for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
         ]
         if self._masks != "none" and part.masks is not None:
-            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size)
+            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size, style=info.mask_style)
             for detection, mask in zip(found, masks, strict=True):
                 detection["mask"] = mask
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)

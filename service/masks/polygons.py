@@ -13,13 +13,18 @@ import numpy as np
 
 from service.jit import compiled
 from service.masks._runs import Int32Array, find_runs
-from service.structures import Float32Array, Int64Array
+from service.structures import Float32Array, Int64Array, MaskStyle
 
 
 def encode_polygons(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[list[list[float]]]:
-    """Outline the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
+    """Outline the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
 
     Parts that share no pixel edge become separate polygons. A hole is joined to the outline around it by a vertical cut
     of zero width. Filling the polygons with `pycocotools` restores exactly the same pixels (IoU 1).
@@ -29,6 +34,7 @@ def encode_polygons(
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width).
         threshold: above 0, at most 1.
+        style: whose `paste_masks_in_image` to follow.
 
     Returns:
         Each object's polygons, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least four corners,
@@ -37,7 +43,7 @@ def encode_polygons(
     Raises:
         ValueError: other shapes, or a box that is not finite.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys)
     flat = corners.tolist()
     polygons = [flat[start:end] for start, end in pairwise([0, *ends.tolist()])]
