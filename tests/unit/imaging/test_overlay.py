@@ -212,9 +212,7 @@ def test_only_the_parts_that_are_asked_for_are_drawn() -> None:
     assert masks[100:300, 100:300].all()
     assert masks.sum() == 200 * 200
     captions: list[list[DrawnPart]] = [["labels"], ["scores"], ["labels", "scores"]]
-    widths = [
-        changed(draw(image, objects, ["cell", "b"], parts=parts), image)[:100].sum() for parts in captions
-    ]
+    widths = [changed(draw(image, objects, ["cell", "b"], parts=parts), image)[:100].sum() for parts in captions]
     assert 0 < widths[0] < widths[2] > widths[1] > 0
 
 
