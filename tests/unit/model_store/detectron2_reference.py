@@ -266,9 +266,11 @@ def _proposals(
         deltas = deltas.permute(2, 3, 0, 1).reshape(-1, 4)
         best, indices = logits.topk(min(len(logits), pre_nms_topk))
         decoded = _applied(deltas, _anchors(height, width, stride, sides), (1, 1, 1, 1))
-        boxes.append(_clipped(decoded[indices], image_size))
-        scores.append(best)
-        levels.append(torch.full_like(indices, level))
+        clipped = _clipped(decoded[indices], image_size)
+        nonempty = (clipped[:, 2:] > clipped[:, :2]).all(dim=1)  # padding has anchors, too
+        boxes.append(clipped[nonempty])
+        scores.append(best[nonempty])
+        levels.append(torch.full_like(indices, level)[nonempty])
     keep = batched_nms(torch.cat(boxes), torch.cat(scores), torch.cat(levels), 0.7)[:post_nms_topk]
     return torch.cat(boxes)[keep]
 
