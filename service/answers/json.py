@@ -27,11 +27,11 @@ MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
 
 # A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
 # thread.
-_SIDES_PER_PART_PIXELS = 20_000
+_SIDES_PER_PART_PIXELS = 5_000
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
 # A PNG of a large image takes a tenth of a millisecond, however small its mask is.
-_MOST_MASKS_PER_PART = 64
+_MOST_MASKS_PER_PART = 16
 
 
 class JsonEncoder(Encoder):
