@@ -20,6 +20,7 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+AnnotatorMasks = Literal["label_studio", "cvat"]
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
@@ -338,9 +339,11 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, with masks in one of several formats."""
+    """An answer as our JSON, with masks in one of several formats, or in one from which `api` makes an annotation
+    tool's regions.
+    """
 
-    masks: MaskFormat = "none"
+    masks: MaskFormat | AnnotatorMasks = "none"
 
 
 @dataclass(frozen=True, slots=True)
