@@ -49,7 +49,7 @@ export async function listModels(wait) {
 /** Find the objects in an encoded picture. Returns the answer and the milliseconds from sending to having it. */
 export async function detect(blob, options, wait) {
   let sentAt = 0;
-  const response = await ask("v1/detect", options, { method: "POST", body: blob }, wait, () => {
+  const response = await ask("v1/detect", options, post(blob), wait, () => {
     sentAt = performance.now();
   });
   const answer = await response.json();
@@ -59,7 +59,13 @@ export async function detect(blob, options, wait) {
 /** A picture as the server reads it, with nothing drawn into it: no score is above 1. */
 export async function readPicture(blob, model, wait) {
   const options = [["model", model], ["score_thresh", "1"], ["format", "png"]];
-  return (await ask("v1/annotate", options, { method: "POST", body: blob }, wait)).blob();
+  return (await ask("v1/annotate", options, post(blob), wait)).blob();
+}
+
+/** The server goes by the bytes, but refuses bodies that call themselves something else than pictures. */
+function post(blob) {
+  const type = blob.type.startsWith("image/") ? blob.type : "application/octet-stream";
+  return { method: "POST", body: blob, headers: { "Content-Type": type } };
 }
 
 /** A file of the page. */
@@ -72,7 +78,7 @@ export async function fetchFile(path) {
 async function ask(path, options, init, { signal, onWait }, onSend = () => {}) {
   for (let tries = 1; ; tries++) {
     const key = getKey();
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const headers = { ...init.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     onSend();
     const response = await send(addressOf(path, options), { ...init, headers, signal });
     if (response.ok) return response;

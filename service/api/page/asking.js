@@ -16,6 +16,7 @@ const LEAST_SCORE = 0.05;
 const USUAL_SCORE = 0.5;
 // For copies of pictures that are too large. Networks see them smaller still.
 const COPY_PIXELS = 2048;
+const LEAST_COPY_PIXELS = 256;
 
 let running = null;  // of the requests under way, to stop them
 
@@ -164,12 +165,20 @@ function showProblem(error, again) {
 
 async function sendCopy(longestSide, type) {
   const copy = await copyOf(state.picture, longestSide, type);
+  if (copy && longestSide > LEAST_COPY_PIXELS && !fits(copy)) {
+    await sendCopy(Math.min(longestSide, COPY_PIXELS) / 2, type);
+    return;
+  }
   if (copy) {
     await open(copy);
     return;
   }
   const title = "This browser cannot read the picture either";
   showNotice({ title, text: "Save it as JPEG or PNG with another program.", actions: [["Close", hideNotice]] });
+}
+
+function fits({ blob, size: [width, height] }) {
+  return blob.size <= Number(server.maxBodyBytes) && width * height <= Number(server.maxImagePixels);
 }
 
 function askForKey(title, again) {

@@ -50,8 +50,8 @@ export class PictureView {
   /**
    * What to draw over the picture.
    *
-   * scene: {objects, current, opacity, masks, boxes, names}, where names is null for as many as do not hide the picture;
-   * for a difference also `pairs` of shown objects {a, b}, either of which may be null.
+   * scene: {objects, current, opacity, masks, boxes, names}; names is null for captions unless they hide the picture.
+   * For a difference also `pairs` of shown objects {a, b}, either of which may be null.
    */
   setScene(scene) {
     const before = this.#scene?.objects ?? [];

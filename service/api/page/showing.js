@@ -62,7 +62,11 @@ export function tellCount() {
   const count = shownOf("a").length;
   const all = state.a.objects.length;
   const limit = all === chosenModel().max_detections ? `; the model gives its best ${all} at most` : "";
-  tell(`${count} ${count === 1 ? "object" : "objects"} above ${state.options.score.toFixed(2)}${limit}`);
+  tell(`${counted(count)} above ${state.options.score.toFixed(2)}${limit}`);
+}
+
+function counted(count) {
+  return count === 1 ? "1 object" : `${count} objects`;
 }
 
 /** Everything that depends on the options. */
@@ -86,7 +90,7 @@ function drawScene() {
   const objects = differing?.map(({ a, b }) => a ?? b) ?? shownOf(isShowing("b") ? "b" : "a");
   const current = partnerOf(state.current);
   const scene = { objects, current, opacity, masks, boxes: showsBoxes(), names, pairs: differing };
-  byId("picture").ariaLabel = `${state.picture.name} with ${objects.length} objects`;
+  byId("picture").ariaLabel = `${state.picture.name} with ${counted(objects.length)}`;
   view.setScene(scene);
 }
 

@@ -88,7 +88,7 @@ export async function copyOf({ blob, name }, longestSide, type) {
   const size = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(scale * side)));
   const copy = await encode(bitmap, ...size, type);
   bitmap.close();
-  return { blob: copy, name: `${name.replace(/\.[^.]*$/, "")}.${type === "image/png" ? "png" : "jpg"}` };
+  return { blob: copy, size, name: `${name.replace(/\.[^.]*$/, "")}.${type === "image/png" ? "png" : "jpg"}` };
 }
 
 function encode(source, width, height, type) {
