@@ -20,6 +20,7 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+AnnotatorMasks = Literal["label_studio", "cvat"]
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
@@ -261,10 +262,12 @@ class Progress:
         stage: the current stage.
         stage_seconds: time in seconds by stage, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
+        trace_id: of the trace that it belongs to; None if it belongs to none.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, *, trace_id: str | None = None) -> None:
         self.stage = stage
+        self.trace_id = trace_id
         self.stage_seconds: dict[str, float] = {}
         self.batch_id = ""
         self.started_at = self._entered_at = time.monotonic()
@@ -336,9 +339,11 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, with masks in one of several formats."""
+    """An answer as our JSON, with masks in one of several formats, or in one from which `api` makes an annotation
+    tool's regions.
+    """
 
-    masks: MaskFormat = "none"
+    masks: MaskFormat | AnnotatorMasks = "none"
 
 
 @dataclass(frozen=True, slots=True)

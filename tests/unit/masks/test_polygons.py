@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from service.masks.polygons import encode_polygons
+from service.masks.polygons import encode_outlines, encode_polygons
 from service.masks.rle import encode_rle
 from service.structures import UInt8Array
 from tests.unit.masks.cases import drawn, objects
@@ -96,3 +96,28 @@ def test_filling_gives_back_any_pattern_and_areas_add_up(pixels: list[str]) -> N
     """Checkerboards, combs, holes in holes: the area shows that holes are inside their polygons, not beside them."""
     polygons = outline(*pixels)
     assert sum(map(signed_area, polygons)) == sum(row.count("#") for row in pixels)
+
+
+def test_outline_of_a_slope_has_no_steps_and_its_hole_is_filled() -> None:
+    [[outline]] = encode_outlines(
+        *drawn(["#.......", "##......", "###.....", "#.##....", "#####...", "######.."] + ["#######."] * 2)
+    )
+    assert len(outline) <= 10
+    assert signed_area([float(one) for one in outline]) >= 31
+
+
+@pytest.mark.parametrize("image_size", [(120, 160), (37, 211), (400, 300)])
+def test_outlines_have_fewer_corners_and_lie_close_to_the_mask(image_size: tuple[int, int]) -> None:
+    masks, boxes = objects(5, image_size)
+    for exact, outlines in zip(
+        encode_polygons(masks, boxes, image_size), encode_outlines(masks, boxes, image_size), strict=True
+    ):
+        assert len(outlines) == len(exact)  # an island in a hole is an outline, too
+        assert sum(map(len, outlines)) <= sum(map(len, exact))
+        for outline in outlines:
+            assert len(outline) >= 6
+            corners = np.array(outline).reshape(-1, 2)
+            edges = np.concatenate([np.array(polygon).reshape(-1, 2) for polygon in exact])
+            assert all(np.abs(edges - corner).sum(axis=1).min() == 0 for corner in corners)  # chosen among its corners
+        areas = [abs(signed_area([float(one) for one in outline])) for outline in outlines]
+        assert areas == sorted(areas, reverse=True)
