@@ -55,10 +55,10 @@ class RoboflowEncoder(ArrayEncoder):
             else:
                 # Clients drop the masks of all objects if one has none, so an empty mask is still a mask.
                 found[index]["points"] = []
-                found[index]["rle"] = _empty_mask(image, part[index : index + 1])
+                found[index]["rle"] = _empty_mask(image, part[index : index + 1], info)
         return found
 
 
-def _empty_mask(image: Image, one: Detections) -> object:
+def _empty_mask(image: Image, one: Detections, info: ModelInfo) -> object:
     assert one.masks is not None
-    return encode_rle(one.masks, one.boxes, image.size)[0]
+    return encode_rle(one.masks, one.boxes, image.size, style=info.mask_style)[0]
