@@ -13,6 +13,7 @@ import orjson
 
 from service.answers.encoder import Encoder
 from service.errors import AnswerTooLargeError
+from service.masks.bitmap import encode_bitmaps
 from service.masks.brush import encode_brush
 from service.masks.png import encode_crops, encode_png, smallest_png
 from service.masks.polygons import encode_outlines, encode_polygons
@@ -26,12 +27,19 @@ def _label_studio(masks: Float32Array, boxes: Float32Array, image_size: tuple[in
     return [{"outlines": outline, "brush": brush} for outline, brush in zip(outlines, brushes, strict=True)]
 
 
+def _cvat(masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int]) -> Sequence[object]:
+    """Of each mask its bitmap and its `outlines`."""
+    outlines, bitmaps = encode_outlines(masks, boxes, image_size), encode_bitmaps(masks, boxes, image_size)
+    return [{"outlines": outline, **bitmap} for outline, bitmap in zip(outlines, bitmaps, strict=True)]
+
+
 MASK_ENCODERS: Mapping[MaskFormat | AnnotatorMasks, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
     "polygons": encode_polygons,
     "png": encode_png,
     "crop": encode_crops,
     "label_studio": _label_studio,
+    "cvat": _cvat,
 }
 
 # A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
