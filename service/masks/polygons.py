@@ -14,16 +14,21 @@ import numpy as np
 
 from service.jit import compiled
 from service.masks._runs import ColumnRuns, Int32Array, find_runs
-from service.structures import Float32Array, Int64Array
+from service.structures import Float32Array, Int64Array, MaskStyle
 
 # How far a simplified outline may lie from the edges of the pixels: enough to leave out the steps of a slope.
 _TOLERANCE_PIXELS = 1.0
 
 
 def encode_polygons(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[list[list[float]]]:
-    """Outline the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
+    """Outline the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
 
     Parts that share no pixel edge become separate polygons. A hole is joined to the outline around it by a vertical cut
     of zero width. Filling the polygons with `pycocotools` restores exactly the same pixels (IoU 1).
@@ -33,6 +38,7 @@ def encode_polygons(
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width).
         threshold: above 0, at most 1.
+        style: whose `paste_masks_in_image` to follow.
 
     Returns:
         Each object's polygons, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least four corners,
@@ -41,12 +47,17 @@ def encode_polygons(
     Raises:
         ValueError: other shapes, or a box that is not finite.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     return [[polygon.tolist() for polygon in polygons] for polygons in _trace(runs, with_holes=True)]
 
 
 def encode_outlines(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[list[list[int]]]:
     """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. Arguments and
     errors are as in `encode_polygons`.
@@ -55,7 +66,7 @@ def encode_outlines(
         Each object's outlines, the largest first, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least
         three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     return [sorted(map(_simplified, outlines), key=_area, reverse=True) for outlines in _trace(runs, with_holes=False)]
 
 

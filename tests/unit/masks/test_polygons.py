@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from pycocotools import mask as coco
 
 from service.masks.polygons import encode_outlines, encode_polygons
 from service.masks.rle import encode_rle
-from service.structures import UInt8Array
+from service.structures import MaskStyle, UInt8Array
 from tests.unit.masks.cases import drawn, objects
 
 
@@ -76,12 +78,13 @@ def test_no_detections_give_no_polygons() -> None:
     assert encode_polygons(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (480, 640)) == []
 
 
+@pytest.mark.parametrize("style", get_args(MaskStyle))
 @pytest.mark.parametrize("image_size", [(120, 160), (37, 211), (1, 1), (1, 3000), (3000, 1)])
-def test_filling_gives_back_the_mask(image_size: tuple[int, int]) -> None:
+def test_filling_gives_back_the_mask(image_size: tuple[int, int], style: MaskStyle) -> None:
     for seed in range(4):
         masks, boxes = objects(seed, image_size)
-        decoded = coco.decode(encode_rle(masks, boxes, image_size))
-        for index, polygons in enumerate(encode_polygons(masks, boxes, image_size)):
+        decoded = coco.decode(encode_rle(masks, boxes, image_size, style=style))
+        for index, polygons in enumerate(encode_polygons(masks, boxes, image_size, style=style)):
             assert np.array_equal(filled(polygons, image_size), decoded[:, :, index])
             assert all(len(polygon) >= 8 and signed_area(polygon) > 0 for polygon in polygons)
 
