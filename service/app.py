@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
 
 from service.api import (
+    cvat,
     detect,
     docs,
     health,
@@ -127,6 +128,7 @@ def create_app(
         roboflow.probes,
         roboflow.router,
         label_studio.router,
+        cvat.router,
         predict.probes,
         predict.router,
     ]

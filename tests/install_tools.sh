@@ -64,6 +64,18 @@ if ! [ -e $sdk/installed ] && [ -x .venv/bin/python ]; then
 	fi
 fi
 
+cvat=.tools/cvat-sdk
+if ! [ -e $cvat/installed ] && [ -x .venv/bin/python ]; then
+	echo "Installing for the tests: cvat-sdk"
+	rm -rf $cvat
+	if .venv/bin/python -m venv $cvat &&
+		timeout 300 $cvat/bin/python -m pip install --quiet --disable-pip-version-check 'cvat-sdk[masks]==2.80.0'; then
+		touch $cvat/installed
+	else
+		rm -rf $cvat
+	fi
+fi
+
 client=.tools/client
 if ! [ -e $client/installed ] && [ -x .venv/bin/python ]; then
 	echo "Installing for the tests: an environment with what the Python client needs and nothing else"

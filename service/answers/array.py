@@ -14,6 +14,7 @@ import orjson
 
 from service.answers.encoder import Encoder
 from service.errors import AnswerTooLargeError
+from service.masks.bitmap import encode_bitmaps
 from service.masks.brush import encode_brush
 from service.masks.png import encode_crops, encode_png, smallest_png
 from service.masks.polygons import encode_outlines, encode_polygons
@@ -30,12 +31,22 @@ def _label_studio(
     return [{"outlines": outline, "brush": brush} for outline, brush in zip(outlines, brushes, strict=True)]
 
 
+def _cvat(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
+) -> Sequence[object]:
+    """Of each mask its bitmap and its `outlines`."""
+    outlines = encode_outlines(masks, boxes, image_size, style=style)
+    bitmaps = encode_bitmaps(masks, boxes, image_size, style=style)
+    return [{"outlines": outline, **bitmap} for outline, bitmap in zip(outlines, bitmaps, strict=True)]
+
+
 MASK_ENCODERS: Mapping[MaskFormat | AnnotatorMasks, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
     "polygons": encode_polygons,
     "png": encode_png,
     "crop": encode_crops,
     "label_studio": _label_studio,
+    "cvat": _cvat,
 }
 
 # A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a

@@ -142,7 +142,7 @@ MAX_MISTAKES = 3
 # A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
 # Protocols whose clients look for an error's text under the key `error`, and those that look under `message`.
-_PLAIN_PREFIXES = ("/v2", "/hf/", "/label-studio/", "/invocations")
+_PLAIN_PREFIXES = ("/v2", "/hf/", "/label-studio/", "/api/function", "/invocations")
 _PLAIN_SUFFIX = ":predict"
 _MESSAGE_PREFIX = "/roboflow/"
 # Errors that reject a request before any work is done on it.
