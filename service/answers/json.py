@@ -30,9 +30,12 @@ def _label_studio(
     return [{"outlines": outline, "brush": brush} for outline, brush in zip(outlines, brushes, strict=True)]
 
 
-def _cvat(masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int]) -> Sequence[object]:
+def _cvat(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
+) -> Sequence[object]:
     """Of each mask its bitmap and its `outlines`."""
-    outlines, bitmaps = encode_outlines(masks, boxes, image_size), encode_bitmaps(masks, boxes, image_size)
+    outlines = encode_outlines(masks, boxes, image_size, style=style)
+    bitmaps = encode_bitmaps(masks, boxes, image_size, style=style)
     return [{"outlines": outline, **bitmap} for outline, bitmap in zip(outlines, bitmaps, strict=True)]
 
 
