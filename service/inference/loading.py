@@ -181,6 +181,7 @@ def describe(
         device=device,
         roi_ops=interchangeable_ops(config),
         needs_proposals=config.needs_proposals,
+        mask_style=config.masks.style,
     )
 
 

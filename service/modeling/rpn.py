@@ -21,7 +21,7 @@ from service.ops.nms import best_of_each_image
 
 Size = tuple[int, int]
 _MOST_ANCHOR_BYTES = 1 << 28
-"""Anchors of the batch sizes used last are cached up to this; a batch of 1088 x 800 pixels has 4.6 MB of them, so that
+"""Anchors of the batch sizes used last are cached up to this; a batch of 1088 x 800 pixels has 3.5 MB of them, so that
 the sizes of all aspect ratios fit.
 """
 
