@@ -91,9 +91,7 @@ def put_engine(
         model.parts = half.wrapped(model.parts or model.own_parts())
     if network is None:
         return Placed(chosen, half)
-    return Placed(
-        chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled
-    )
+    return Placed(chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled)
 
 
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:

@@ -172,15 +172,14 @@ def test_anchors_of_more_sizes_than_a_server_sees_are_laid_once(monkeypatch: pyt
         return anchors
 
     def use(width: int) -> Tensor:
-        return rpn.lay_anchors((64, 32 * width), [(16, 8 * width), (8, 4 * width)] + GRIDS[2:], torch.device("cpu"))
+        return rpn.lay_anchors((64, 32 * width), [(16, 8 * width), (8, 4 * width), *GRIDS[2:]], torch.device("cpu"))
 
     monkeypatch.setattr(generator, "grid_anchors", grid_anchors)
     first = [use(width) for width in range(1, 41)]
     assert all(use(width) is one for width, one in zip(range(1, 41), first, strict=True))
     assert len(laid) == 40
     # Beyond the limit the sizes that were not used for longest go.
-    monkeypatch.setattr(modeling_rpn, "_MOST_ANCHOR_BYTES", first[-1].nbytes + first[-2].nbytes)
-    use(50)
-    use(40)
-    use(50)
-    assert len(laid) == 42
+    monkeypatch.setattr(modeling_rpn, "_MOST_ANCHOR_BYTES", 3 * first[-1].nbytes)
+    for width, expected in [(50, 41), (40, 41), (50, 41), (1, 42)]:
+        use(width)
+        assert len(laid) == expected
