@@ -20,6 +20,7 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+RoboflowMasks = Literal["points", "rle", "none"]
 MaskStyle = Literal["torchvision", "detectron2"]
 """Whose `paste_masks_in_image` decides which pixels a small mask covers."""
 AnnotatorMasks = Literal["label_studio", "cvat"]
@@ -386,7 +387,29 @@ class Tensors:
     """An answer as named arrays, see `answers/tensors.py`."""
 
 
-Form = Json | Drawing | Tensors
+@dataclass(frozen=True, slots=True)
+class Coco:
+    """An answer as COCO results, which `pycocotools` evaluates.
+
+    Attributes:
+        image_id: of the image, in the data set that it belongs to.
+        with_masks: whether results have a segmentation.
+        category_ids: the data set's category for each of the model's labels, in order; None for the label's own id.
+    """
+
+    image_id: int | str
+    with_masks: bool = False
+    category_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roboflow:
+    """An answer as the `predictions` of Roboflow's inference server, with masks as points or run lengths."""
+
+    masks: RoboflowMasks = "none"
+
+
+Form = Json | Drawing | Tensors | Coco | Roboflow
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

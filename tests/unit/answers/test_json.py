@@ -10,8 +10,9 @@ import orjson
 import pytest
 
 from service.answers import encode, encoder_for
+from service.answers.array import MASK_ENCODERS
 from service.answers.encoder import never
-from service.answers.json import MASK_ENCODERS, JsonEncoder
+from service.answers.json import JsonEncoder
 from service.errors import AnswerTooLargeError
 from service.structures import AnnotatorMasks, Detections, Image, Json, MaskFormat, MaskStyle
 from tests.fakes import FAKE_INFO
