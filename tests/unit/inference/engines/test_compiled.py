@@ -126,7 +126,8 @@ class LimitedBackend(Backend):
     """Makes code that holds for fewer than five pictures, as a compiler may."""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        sizes: list[Any] = [value for value in inputs if not isinstance(value, torch.Tensor)]
+        values: list[Any] = list(inputs)  # among them sizes
+        sizes = [value for value in values if isinstance(value, torch.SymInt)]
         for size in sizes:
             if 1 < int(size.node.hint) < 5:
                 assert size < 5  # adds a guard
