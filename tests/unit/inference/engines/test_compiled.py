@@ -127,7 +127,7 @@ class LimitedBackend(Backend):
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         values: list[Any] = list(inputs)  # among them sizes
-        sizes = [value for value in values if isinstance(value, torch.SymInt)]
+        sizes: list[Any] = [value for value in values if isinstance(value, torch.SymInt)]
         for size in sizes:
             if 1 < int(size.node.hint) < 5:
                 assert size < 5  # adds a guard
