@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.structures import Answer, Intensity, ModelInfo, Progress, Verification
+from service.structures import Answer, Intensity, MaskStyle, ModelInfo, Progress, Verification
 
 
 class ImageFrame(BaseModel):
@@ -88,6 +88,14 @@ class PlainProblem(BaseModel):
     request_id: str
 
 
+class MessageProblem(BaseModel):
+    """An error, for Roboflow's clients."""
+
+    message: str = Field(description="What was expected and what came.")
+    code: str = Field(description="A stable word for programs.")
+    request_id: str
+
+
 class ImageProblem(BaseModel):
     """Why one image of several has no answer."""
 
@@ -135,6 +143,9 @@ class ModelDescription(BaseModel):
     score_thresh: float
     max_detections: int
     has_masks: bool
+    mask_style: MaskStyle | None = Field(
+        description="Whose paste_masks_in_image turns its small masks into pixels. Null for a model without masks."
+    )
     engine: str
     precision: str
     device: str
@@ -189,6 +200,7 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
     return {name: getattr(info, name) for name in ModelDescription.model_fields if name not in ("default", "ready")} | {
         "default": is_default,
         "ready": True,
+        "mask_style": info.mask_style if info.has_masks else None,
         "verification": None if info.verification is None else verification_document(info.verification),
     }
 

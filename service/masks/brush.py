@@ -13,7 +13,7 @@ import numpy as np
 from service.jit import compiled
 from service.masks._row_runs import row_runs
 from service.masks._runs import Int32Array, find_runs
-from service.structures import Float32Array, Int64Array, UInt8Array
+from service.structures import Float32Array, Int64Array, MaskStyle, UInt8Array
 
 _MAX_PIXELS = 2**30 - 1
 # What Label Studio itself writes.
@@ -22,9 +22,14 @@ _LONGEST_RUN = 2**16
 
 
 def encode_brush(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[UInt8Array]:
-    """Encode the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`; arguments as in
+    """Encode the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`; arguments as in
     `rle.encode_rle`.
 
     Returns:
@@ -36,7 +41,7 @@ def encode_brush(
     height, width = image_size
     if height * width > _MAX_PIXELS:
         raise ValueError(f"expected an image of at most {_MAX_PIXELS} pixels, got {height} x {width}")
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     encoded = []
     for index in range(len(runs)):
         mask = row_runs(runs, index)

@@ -116,6 +116,7 @@ def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, pro
     changes them. Tables that the network does not use are left out.
     """
     unused = {"proposals"} if config.has_rpn else {"anchors", "rpn"}
+    unused |= set() if config.has_masks else {"masks"}
     document = config.model_dump(include=set(ModelConfig.model_fields) - unused)
     document |= {"weights": weights.model_dump(), "provenance": provenance.model_dump()}
     path.write_text(write_toml(_without_empty_tables(document)), encoding="utf-8")
