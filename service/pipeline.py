@@ -122,6 +122,8 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     observe("batch_padding_ratio", (model,), predictions[0].padding_ratio)
     if predictions[0].overflowed:
         observe("overflowed_batches", (model,), 1)
+    if predictions[0].uncompiled:
+        observe("uncompiled_batches", (model,), 1)
     return predictions
 
 

@@ -185,6 +185,7 @@ class Prediction:
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
         overflowed: whether the batch was rerun in float32, since its numbers overflowed half precision.
+        uncompiled: whether a part of the network ran uncompiled, although the engine is `compiled`.
     """
 
     detections: Detections
@@ -192,6 +193,7 @@ class Prediction:
     batch_size: int
     padding_ratio: float = 0.0
     overflowed: bool = False
+    uncompiled: bool = False
 
 
 NOT_FINITE = 1e9
