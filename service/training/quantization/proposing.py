@@ -24,7 +24,11 @@ _STAYS_FLOAT = ("self.rpn_head.cls_logits.", "self.rpn_head.bbox_pred.", "self.h
 # By part: what the conversion calls the network's modules, and what they are called in its state.
 _PREFIXES: Mapping[Part, Mapping[str, str]] = {
     "trunk": {"self.backbone.": "backbone.", "self.rpn_head.": "rpn.head."},
-    "box_head": {"self.head.head.": "roi_heads.box_head."},
+    # `folding.py` wraps a head that flattens patches, whose weights are then in another order, row by row.
+    "box_head": {
+        "self.head.head.flattens.": "roi_heads.box_head.",
+        "self.head.head.": "roi_heads.box_head.",
+    },
     "mask_head": {"self.head.head.": "roi_heads.mask_head."},
 }
 
