@@ -60,7 +60,7 @@ format: setup ## Bring the code into the form that `make check` expects
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-BENCH ?= $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCH ?= $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py)))
 bench: setup ## Run the benchmarks, all or BENCH='ops serve'; results in build/benchmarks (ARGS= goes to each)
 	@failed=; for name in $(BENCH); do \
 		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" $(ARGS) || failed="$$failed $$name"; \

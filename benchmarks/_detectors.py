@@ -105,9 +105,14 @@ def torchvision_twin(stored: StoredModel) -> GeneralizedRCNN:
 
 
 def our_predictor(
-    stored: StoredModel, engine: str = "auto", *, device: str = "cpu", precision: str = "auto"
+    stored: StoredModel,
+    engine: str = "auto",
+    *,
+    device: str = "cpu",
+    precision: str = "auto",
+    cache_dir: Path | None = None,
 ) -> Predictor:
-    predictor = load_predictor(stored, device=device, engine=engine, precision=precision)
+    predictor = load_predictor(stored, device=device, engine=engine, precision=precision, cache_dir=cache_dir)
     predictor.warm_up()
     return predictor
 

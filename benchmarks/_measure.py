@@ -163,7 +163,7 @@ def matrix_products(
     a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
     product = torch.empty_like(a)
     products: dict[str, Callable[[], object]] = {"torch": lambda: torch.mm(a, b, out=product)}
-    if device == "cpu" and importlib.util.find_spec("openvino") is not None:
+    if device == "cpu" and dtype == torch.float32 and importlib.util.find_spec("openvino") is not None:
         products["openvino"] = _product_by_openvino(a, b)
     return {name: until_done(one, device) for name, one in products.items()}, 2 * side**3
 

@@ -41,6 +41,11 @@ class Query:
     legend: str = ""
     needs_trouble: bool = False
 
+    @property
+    def has_exemplars(self) -> bool:
+        """Whether points in the panel may name the trace of a request: of latencies they do."""
+        return "duration_seconds_bucket" in self.expression
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
@@ -437,6 +442,7 @@ def _panel(panel: Panel, *, id: int, place: dict[str, int]) -> dict[str, Any]:
                 "format": "table" if is_table else "heatmap" if is_heatmap else "time_series",
                 "instant": is_table,
                 "range": not is_table,
+                **({"exemplar": True} if query.has_exemplars else {}),
             }
             for index, query in enumerate(panel.queries)
         ],

@@ -27,13 +27,19 @@ _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detections", "overflowed_batches"]
+Observation = tuple[Observed, Sequence[str], float, str | None]
+"""The arguments of an `Observe`, on their way to another process."""
 
 
 class Observe(Protocol):
     """Takes a device worker's observations, into the metrics or to the process that holds them."""
 
-    def __call__(self, name: Observed, labels: Sequence[str], value: float) -> None:
-        """Count a value in the histogram, or add it to the counter, that `Metrics` calls by this name."""
+    def __call__(self, name: Observed, labels: Sequence[str], value: float, trace_id: str | None = None) -> None:
+        """Count a value in the histogram, or add it to the counter, that `Metrics` calls by this name.
+
+        Args:
+            trace_id: of a request that the value is from, to become the exemplar of the histogram's bucket.
+        """
 
 
 class Metrics:
@@ -187,19 +193,24 @@ class Metrics:
         for name in () if info.verification is None else info.verification.values:
             self.model_verification.remove(info.key, name)
 
-    def observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
+    def observe(self, name: Observed, labels: Sequence[str], value: float, trace_id: str | None = None) -> None:
         """See `Observe`."""
         metric: Histogram | Counter = getattr(self, name)
         if isinstance(metric, Counter):
             metric.labels(*labels).inc(value)
         else:
-            metric.labels(*labels).observe(value)
+            metric.labels(*labels).observe(value, exemplar_of(trace_id))
 
     def set_device_memory(self, sizes: Mapping[tuple[str, str], float]) -> None:
         """Replace the memory of all devices: bytes by device and kind."""
         self.device_memory.clear()
         for labels, size in sizes.items():
             self.device_memory.labels(*labels).set(size)
+
+
+def exemplar_of(trace_id: str | None) -> dict[str, str] | None:
+    """An observation's exemplar: the request's trace, if it has one."""
+    return None if trace_id is None else {"trace_id": trace_id}
 
 
 def _info_labels(info: ModelInfo) -> tuple[object, ...]:

@@ -114,8 +114,9 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
             at_risk.enter_context(work.progress.at_risk("inference"))
         predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
+    trace_id = next((work.progress.trace_id for work in batch if work.progress.trace_id), None)
     for stage, seconds in predictions[0].stage_seconds.items():
-        observe("stage_duration", (stage, model), seconds)
+        observe("stage_duration", (stage, model), seconds, trace_id)
     observe("batch_size", (model,), len(batch))
     observe("batch_padding_ratio", (model,), predictions[0].padding_ratio)
     if predictions[0].overflowed:
@@ -219,7 +220,8 @@ class Pipeline:
             encoded = await self._encode(job, image, prediction.detections, holding)
         job.progress.enter("respond")
         for stage in ("decode", "queue", "encode"):
-            self._observe("stage_duration", (stage, job.model), job.progress.stage_seconds[stage])
+            seconds = job.progress.stage_seconds[stage]
+            self._observe("stage_duration", (stage, job.model), seconds, job.progress.trace_id)
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
         return Answer(

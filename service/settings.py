@@ -240,6 +240,18 @@ class Settings(BaseSettings):
         "Unset: no limit.",
     )
 
+    label_studio_url: str | None = Field(
+        None,
+        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$",
+        description="The Label Studio whose tasks name images by address, such as http://label-studio:8080: only from "
+        "there does the server fetch any. Unset, none.",
+    )
+    label_studio_api_key: SecretStr | None = Field(
+        None,
+        description="A user's access token for that Label Studio, from the page Account & Settings. Best set as a "
+        "variable, since other users of the machine can see flags.",
+    )
+
     drain_delay_seconds: float = Field(
         0.0,
         ge=0,
@@ -338,9 +350,8 @@ class Settings(BaseSettings):
 
     def without_keys(self) -> Settings:
         """The same settings for a process that has no use for secrets."""
-        return self.model_copy(
-            update={"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
-        )
+        secrets = {"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
+        return self.model_copy(update=secrets | {"label_studio_api_key": None})
 
 
 def split_at_commas(text: str) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+MaskStyle = Literal["torchvision", "detectron2"]
+"""Whose `paste_masks_in_image` decides which pixels a small mask covers."""
+AnnotatorMasks = Literal["label_studio", "cvat"]
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
@@ -107,7 +110,8 @@ class Detections:
         boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels, 0 <= x1 < x2 <= W.
         labels: (D,) int64 class ids, 1-based; 0, the background, never occurs.
         scores: (D,) float32, 0 to 1.
-        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked for.
+        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box in the model's
+            `mask_style`; None if not asked for.
         extras: further outputs for each detection, by name: (D, ...) arrays.
     """
 
@@ -148,6 +152,21 @@ class Detections:
         own = {"boxes", "labels", "scores", "masks"}
         extras = {name: values for name, values in arrays.items() if name not in own}
         return cls(arrays["boxes"], arrays["labels"], arrays["scores"], arrays.get("masks"), extras)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PastedMask:
+    """One object's pixels.
+
+    Attributes:
+        x, y: the rectangle's first pixel in the image.
+        pixels: (height, width) of the smallest rectangle that holds the mask, 1 inside it and 0 around it; (0, 0) if
+            the mask covers no pixel.
+    """
+
+    x: int
+    y: int
+    pixels: UInt8Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,6 +247,7 @@ class ModelInfo:
         needs_proposals: whether every request must bring proposals.
         verification: of its engine and precision; None for `eager` in float32, which is the reference, and until the
             model has warmed up.
+        mask_style: how its masks are spread over their boxes.
     """
 
     name: str
@@ -245,6 +265,7 @@ class ModelInfo:
     roi_ops: tuple[str, ...] = ()
     needs_proposals: bool = False
     verification: Verification | None = None
+    mask_style: MaskStyle = "torchvision"
 
     @property
     def key(self) -> str:
@@ -261,10 +282,12 @@ class Progress:
         stage: the current stage.
         stage_seconds: time in seconds by stage, for the stages that it has left.
         started_at: when it entered its first stage, in seconds of `time.monotonic`.
+        trace_id: of the trace that it belongs to; None if it belongs to none.
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, *, trace_id: str | None = None) -> None:
         self.stage = stage
+        self.trace_id = trace_id
         self.stage_seconds: dict[str, float] = {}
         self.batch_id = ""
         self.started_at = self._entered_at = time.monotonic()
@@ -336,9 +359,11 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, with masks in one of several formats."""
+    """An answer as our JSON, with masks in one of several formats, or in one from which `api` makes an annotation
+    tool's regions.
+    """
 
-    masks: MaskFormat = "none"
+    masks: MaskFormat | AnnotatorMasks = "none"
 
 
 @dataclass(frozen=True, slots=True)

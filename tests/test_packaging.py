@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyOptions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -169,6 +170,15 @@ def test_compose_starts_the_service_without_being_told_a_profile() -> None:
         if defaults["COMPOSE_PROFILES"] in service.get("profiles", ["cpu"])
     }
     assert starts == {"roiserve", "prometheus", "grafana"}
+
+
+def test_compose_file_is_what_the_specification_accepts() -> None:
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "docker-compose.yml").read_text())
+    read = PyOptions(apply_merge=True).from_yaml
+    assert read(text).service_names() == list(COMPOSE["services"])
+    for right, wrong in (("read_only:", "readonly:"), ("cap_drop: [ALL]", "cap_drop: ALL"), ("memory:", "memry:")):
+        with pytest.raises(ValueError):
+            read(text.replace(right, wrong))
 
 
 def test_compose_bounds_and_confines_every_service() -> None:

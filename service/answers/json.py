@@ -13,25 +13,45 @@ import orjson
 
 from service.answers.encoder import Encoder
 from service.errors import AnswerTooLargeError
+from service.masks.bitmap import encode_bitmaps
+from service.masks.brush import encode_brush
 from service.masks.png import encode_crops, encode_png, smallest_png
-from service.masks.polygons import encode_polygons
+from service.masks.polygons import encode_outlines, encode_polygons
 from service.masks.rle import encode_rle
-from service.structures import Detections, Image, Json, MaskFormat, ModelInfo
+from service.structures import AnnotatorMasks, Detections, Float32Array, Image, Json, MaskFormat, MaskStyle, ModelInfo
 
-MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
+
+def _label_studio(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
+) -> Sequence[object]:
+    """Of each mask its `outlines` and the bytes of its `brush`: a project may want either, or both."""
+    outlines = encode_outlines(masks, boxes, image_size, style=style)
+    brushes = encode_brush(masks, boxes, image_size, style=style)
+    return [{"outlines": outline, "brush": brush} for outline, brush in zip(outlines, brushes, strict=True)]
+
+
+def _cvat(masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int]) -> Sequence[object]:
+    """Of each mask its bitmap and its `outlines`."""
+    outlines, bitmaps = encode_outlines(masks, boxes, image_size), encode_bitmaps(masks, boxes, image_size)
+    return [{"outlines": outline, **bitmap} for outline, bitmap in zip(outlines, bitmaps, strict=True)]
+
+
+MASK_ENCODERS: Mapping[MaskFormat | AnnotatorMasks, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
     "polygons": encode_polygons,
     "png": encode_png,
     "crop": encode_crops,
+    "label_studio": _label_studio,
+    "cvat": _cvat,
 }
 
 # A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
 # thread.
-_SIDES_PER_PART_PIXELS = 20_000
+_SIDES_PER_PART_PIXELS = 5_000
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
 # A PNG of a large image takes a tenth of a millisecond, however small its mask is.
-_MOST_MASKS_PER_PART = 64
+_MOST_MASKS_PER_PART = 16
 
 
 class JsonEncoder(Encoder):
@@ -71,7 +91,7 @@ class JsonEncoder(Encoder):
             for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
         ]
         if self._masks != "none" and part.masks is not None:
-            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size)
+            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size, style=info.mask_style)
             for detection, mask in zip(found, masks, strict=True):
                 detection["mask"] = mask
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)

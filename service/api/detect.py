@@ -148,18 +148,20 @@ async def detect_batch(
         raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")
     if not order.images:
         raise InvalidRequestError("expected multipart fields 'image', got none")
-    results = await while_connected(request, _answer_each(state, order))
+    results = await while_connected(request, _answer_each(state, order, record.trace_id))
     record.notes["images"] = len(results)
     return json_response({"request_id": record.request_id, "results": results})
 
 
-async def _answer_each(state: ApiState, order: _Order[DetectParameters]) -> list[dict[str, object]]:
+async def _answer_each(
+    state: ApiState, order: _Order[DetectParameters], trace_id: str | None
+) -> list[dict[str, object]]:
     """A document for each image, in order. An unexpected error in one of them cancels all the others."""
     max_bytes, size = state.settings.max_answer_bytes, 0
 
     async def answer_one(image: bytes) -> dict[str, object]:
         nonlocal size
-        progress = Progress("decode")
+        progress = Progress("decode", trace_id=trace_id)
         job = order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True)
         try:
             answer = await state.admission.run(job)

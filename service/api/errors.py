@@ -90,6 +90,12 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     code = "unsupported_media_type"
 
 
+class ImageNotFetchedError(InvalidRequestError):
+    """An image that a task names by its address could not be had."""
+
+    code = "image_not_fetched"
+
+
 class MissingKeyError(InvalidRequestError):
     """API keys are configured and the request has none."""
 
@@ -136,7 +142,7 @@ MAX_MISTAKES = 3
 # A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
 # Protocols whose clients look for an error's text under the key `error`.
-_PLAIN_PREFIXES = ("/v2", "/hf/", "/invocations")
+_PLAIN_PREFIXES = ("/v2", "/hf/", "/label-studio/", "/api/function", "/invocations")
 _PLAIN_SUFFIX = ":predict"
 # Errors that reject a request before any work is done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from service.api import health, metrics
 from service.api.errors import add_error_handlers
 from service.api.middleware import RequestMiddleware
+from service.api.protocol import BoundedProtocol
 from service.api.state import ApiState
 
 
@@ -31,6 +32,7 @@ async def management_server(state: ApiState) -> AsyncIterator[None]:
         port=state.settings.admin_port,
         lifespan="off",
         ws="none",
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

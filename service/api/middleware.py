@@ -24,6 +24,7 @@ from service.api.state import ApiState, Lifecycle, Phase
 from service.batching.held_bytes import Holding
 from service.errors import NotReadyError, OverloadedError, ServiceError
 from service.logs import request_id_context
+from service.metrics import exemplar_of
 from service.structures import Progress
 from service.tracing import Outcome, TraceParent, trace_id_of
 
@@ -69,12 +70,15 @@ class RequestRecord:
     holding: Holding
     parent: TraceParent | None = None
     span: Span | None = None
-    progress: Progress = field(default_factory=lambda: Progress("body"))
+    progress: Progress = field(init=False)
     notes: dict[str, object] = field(default_factory=dict)
     status: int | None = None
     batch_id: str | None = None
     caller: str | None = None
     resources: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.progress = Progress("body", trace_id=self.trace_id)
 
     @property
     def trace_id(self) -> str | None:
@@ -169,8 +173,7 @@ class RequestMiddleware:
         status = record.status or _CLIENT_CLOSED_REQUEST
         self._state.metrics.requests.labels(route, status).inc()
         trace_id = record.trace_id
-        exemplar = None if trace_id is None else {"trace_id": trace_id}
-        self._state.metrics.request_duration.labels(route).observe(record.seconds, exemplar)
+        self._state.metrics.request_duration.labels(route).observe(record.seconds, exemplar_of(trace_id))
         if self._state.tracer is not None and record.span is not None:
             outcome = Outcome(scope["method"], path, route, status, record.request_id, record.notes, record.batch_id)
             self._state.tracer.end(record.span, record.progress, outcome)

@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.structures import Answer, Intensity, ModelInfo, Progress, Verification
+from service.structures import Answer, Intensity, MaskStyle, ModelInfo, Progress, Verification
 
 
 class ImageFrame(BaseModel):
@@ -135,6 +135,9 @@ class ModelDescription(BaseModel):
     score_thresh: float
     max_detections: int
     has_masks: bool
+    mask_style: MaskStyle | None = Field(
+        description="Whose paste_masks_in_image turns its small masks into pixels. Null for a model without masks."
+    )
     engine: str
     precision: str
     device: str
@@ -189,6 +192,7 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
     return {name: getattr(info, name) for name in ModelDescription.model_fields if name not in ("default", "ready")} | {
         "default": is_default,
         "ready": True,
+        "mask_style": info.mask_style if info.has_masks else None,
         "verification": None if info.verification is None else verification_document(info.verification),
     }
 

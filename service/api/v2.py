@@ -116,6 +116,7 @@ async def show_config(name: Name, state: State, version: str | None = None) -> R
     info = _find(state, name, version)
     kinds = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
     outputs = [{"name": one, "data_type": kinds[kind], "dims": dims} for one, (kind, dims) in _outputs_of(info).items()]
+    parameters = {"labels": ",".join(info.labels)} | ({"mask_style": info.mask_style} if info.has_masks else {})
     return json_response(
         {
             "name": info.name,
@@ -123,7 +124,7 @@ async def show_config(name: Name, state: State, version: str | None = None) -> R
             "max_batch_size": 0,
             "input": [{"name": "image", "data_type": "TYPE_STRING", "dims": [-1]}],
             "output": outputs,
-            "parameters": {"labels": {"string_value": ",".join(info.labels)}},
+            "parameters": {name: {"string_value": value} for name, value in parameters.items()},
         }
     )
 

@@ -130,8 +130,8 @@ class ClusterDetector:
 
     def _settle(self, job: Job, reply: Reply) -> Answer:
         self._keep(reply.state)
-        for name, labels, value in reply.observations:
-            self._metrics.observe(name, labels, value)
+        for observation in reply.observations:
+            self._metrics.observe(*observation)
         job.progress.enter("respond")
         job.progress.stage_seconds |= reply.stage_seconds
         if isinstance(reply.outcome, Answer):

@@ -8,11 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.metrics import Observed
+from service.metrics import Observation
 from service.structures import Answer, Job, ModelInfo, Progress
 from service.workers.channel import Header
-
-Observation = tuple[Observed, Sequence[str], float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +54,7 @@ class Request:
     def unpacked(self) -> Job:
         """The job on this machine's clock, with times starting now."""
         deadline = time.monotonic() + self.seconds_left
-        return replace(self.job, deadline=deadline, progress=Progress("received"))
+        return replace(self.job, deadline=deadline, progress=Progress("received", trace_id=self.job.progress.trace_id))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from service.cluster.messages import Observation, Reply, Request, State
+from service.cluster.messages import Reply, Request, State
 from service.errors import NotReadyError, ServiceError
 from service.logs import configure_logging, request_id_context
-from service.metrics import Metrics, Observed
+from service.metrics import Metrics, Observation, Observed
 from service.settings import Settings
 from service.structures import ModelInfo
 from service.workers.channel import error_to
@@ -86,8 +86,8 @@ class _Relay(Metrics):
         super().__init__(CollectorRegistry())
         self._observations: deque[Observation] = deque(maxlen=100_000)
 
-    def observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
-        self._observations.append((name, tuple(labels), value))
+    def observe(self, name: Observed, labels: Sequence[str], value: float, trace_id: str | None = None) -> None:
+        self._observations.append((name, tuple(labels), value, trace_id))
 
     def take(self) -> Sequence[Observation]:
         """The observations since the last call."""

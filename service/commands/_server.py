@@ -17,10 +17,10 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.descriptors import raise_limit
+from service.api.protocol import BoundedProtocol
 from service.api.state import ApiState, Phase
-from service.commands._descriptors import raise_limit
 from service.commands._preflight import check_address
-from service.commands._protocol import BoundedProtocol
 from service.errors import ServiceError
 
 logger = logging.getLogger(__name__)

@@ -194,6 +194,7 @@ def describe(
         device=device,
         roi_ops=interchangeable_ops(config),
         needs_proposals=config.needs_proposals,
+        mask_style=config.masks.style,
     )
 
 

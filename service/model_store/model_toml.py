@@ -167,6 +167,7 @@ def write_model_toml(
     changes them. Tables that the network does not use are left out.
     """
     unused = {"proposals"} if config.has_rpn else {"anchors", "rpn"}
+    unused |= set() if config.has_masks else {"masks"}
     document = config.model_dump(include=set(ModelConfig.model_fields) - unused)
     document |= {"weights": weights.model_dump()}
     if int8 is not None:

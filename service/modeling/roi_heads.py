@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import roi_heads
 
+from service.devices import device_of
 from service.modeling.box_regression import decode_boxes
 from service.modeling.parts import BoxBranch, BoxHead, MaskBranch, MaskHead
 from service.modeling.per_image import image_indices, to_device
 from service.modeling.poolers import RoIPooler
-from service.ops.nms import best_of_each_image
+from service.ops.nms import best_of_each_image, rounded_down
 
 MIN_BOX_SIDE = 1e-2
 """Pixels; smaller boxes are dropped, as torchvision does."""
@@ -146,35 +147,21 @@ class RoIHeads(roi_heads.RoIHeads):
         ]
         groups = labels.masked_fill(to_device(agnostic, torch.bool, device)[images], 0) if any(agnostic) else labels
         valid = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1)
-        kept: dict[int, Tensor] = {}
-        for thresh, members in self._by_nms_thresh(selections).items():
-            of_thresh = valid
-            if len(members) < len(selections):
-                of_thresh = (
-                    valid
-                    & to_device([index in members for index in range(len(selections))], torch.bool, device)[images]
-                )
-            best = best_of_each_image(
-                boxes,
-                scores,
-                images=images,
-                classes=groups,
-                valid=of_thresh,
-                num_images=len(selections),
-                num_classes=num_classes,
-                iou_thresh=thresh,
-            ).up_to([one.detections_per_img for one in selections])
-            kept |= {index: best[index] for index in members}
-        return [
-            BoxDetections(boxes[one], labels[one], scores[one]) for one in (kept[index] for index in range(len(kept)))
-        ]
-
-    def _by_nms_thresh(self, selections: Sequence[Selection]) -> dict[float, list[int]]:
-        """The images of the batch grouped by NMS threshold; usually all share one."""
-        groups: dict[float, list[int]] = {}
-        for index, one in enumerate(selections):
-            groups.setdefault(self.nms_thresh if one.nms_thresh is None else one.nms_thresh, []).append(index)
-        return groups
+        iou_threshs = rounded_down(
+            [self.nms_thresh if one.nms_thresh is None else one.nms_thresh for one in selections]
+        )
+        kept = best_of_each_image(
+            boxes,
+            scores,
+            images=images,
+            classes=groups,
+            valid=valid,
+            num_images=len(selections),
+            num_classes=num_classes,
+            iou_thresh=device_of(device).upload(torch.from_numpy(iou_threshs)),
+            largest_group=max(map(len, proposals)) * (num_classes if any(agnostic) else 1),
+        ).up_to([one.detections_per_img for one in selections])
+        return [BoxDetections(boxes[one], labels[one], scores[one]) for one in kept]
 
 
 def _wanted(selections: Sequence[Selection], num_classes: int, device: torch.device) -> Tensor:

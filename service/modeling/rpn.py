@@ -80,6 +80,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             num_images=len(image_sizes),
             num_classes=len(grid_sizes),
             iou_thresh=self.nms_thresh,
+            largest_group=self.pre_nms_top_n(),
         )
         if device_of(boxes.device).runs_ahead:
             rows, exist = kept.table(min(self.post_nms_top_n(), places.shape[1]))

@@ -1,8 +1,8 @@
-"""CUDA kernels in Triton: non-maximum suppression, and RoI Align over all feature levels at once. Triton comes with
-PyTorch on Linux; import this module only if Triton and a GPU are present. Nothing here synchronizes with the device, so
-bad boxes are made harmless instead of being rejected.
+"""RoI Align on CUDA, over all feature levels at once, in Triton. Triton comes with PyTorch on Linux; import this module
+only if Triton and a GPU are present. Nothing here synchronizes with the device, so bad boxes are made harmless instead
+of being rejected.
 
-Shapes: N images, K boxes of the whole batch, G groups, C channels, L levels, H x W cells of a level, S x S output
+Shapes: N images, K boxes of the whole batch, C channels, L levels, H x W cells of a level, S x S output
 size. A cell is one element of a feature map, `1 / scale` image pixels wide.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -18,65 +17,8 @@ from torch import Tensor
 
 from service.devices import device_of
 
-_BOXES_AT_ONCE = 1024
 _MAX_SIDES = 4
 """Boxes are clamped to this many times the extent of the image: the cost of adaptive sampling grows with their area."""
-
-
-def suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """Which boxes to keep. They come group by group, best first within each group.
-
-    Args:
-        boxes: (K, 4) float32.
-        starts: (G + 1,) int64, where each group starts; boxes after the last group belong to none and are dropped.
-        iou_thresh: overlap above which the worse box is dropped.
-
-    Returns:
-        (K,) bool.
-    """
-    keep = torch.zeros(len(boxes), dtype=torch.int8, device=boxes.device)
-    grid = (len(starts) - 1,)
-    _suppress[grid](
-        boxes.contiguous(), starts, keep, _rounded_down(iou_thresh), at_once=_BOXES_AT_ONCE, enable_fp_fusion=False
-    )
-    return keep.bool()
-
-
-def _rounded_down(value: float) -> float:
-    """The largest float32 not above `value`. No float32 lies between the two, so a float32 comparison gives the same
-    result.
-    """
-    rounded = np.float32(value)
-    return float(np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as all of Triton
-def _suppress(boxes, starts, keep, iou_thresh, at_once: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own
-    group = tl.program_id(0)
-    start, end = tl.load(starts + group), tl.load(starts + group + 1)
-    lanes = tl.arange(0, at_once)
-    for first in range(start, end, at_once):
-        tl.store(keep + first + lanes, 1, mask=first + lanes < end)
-    for best in range(start, end):
-        # All threads of this program read what the others wrote.
-        tl.debug_barrier()
-        if tl.load(keep + best) != 0:
-            x1, y1 = tl.load(boxes + 4 * best), tl.load(boxes + 4 * best + 1)
-            x2, y2 = tl.load(boxes + 4 * best + 2), tl.load(boxes + 4 * best + 3)
-            area = (x2 - x1) * (y2 - y1)
-            for first in range(best + 1, end, at_once):
-                others = first + lanes
-                inside = others < end
-                other_x1 = tl.load(boxes + 4 * others, mask=inside, other=0.0)
-                other_y1 = tl.load(boxes + 4 * others + 1, mask=inside, other=0.0)
-                other_x2 = tl.load(boxes + 4 * others + 2, mask=inside, other=0.0)
-                other_y2 = tl.load(boxes + 4 * others + 3, mask=inside, other=0.0)
-                width = tl.maximum(tl.minimum(x2, other_x2) - tl.maximum(x1, other_x1), 0.0)
-                height = tl.maximum(tl.minimum(y2, other_y2) - tl.maximum(y1, other_y1), 0.0)
-                overlap = width * height
-                other_area = (other_x2 - other_x1) * (other_y2 - other_y1)
-                iou = tl.div_rn(overlap, area + other_area - overlap)
-                tl.store(keep + others, 0, mask=inside & (iou > iou_thresh))
 
 
 def multi_scale_roi_align(
@@ -156,29 +98,49 @@ def _roi_align(  # type: ignore[no-untyped-def]  # Triton's own
     bin_width, bin_height = (x2 - x1) / size, (y2 - y1) / size
     if offset == 0.0:
         bin_width, bin_height = tl.maximum(x2 - x1, 1.0) / size, tl.maximum(y2 - y1, 1.0) / size
-    if samples > 0:
-        rows, columns = samples, samples
-    else:
-        rows, columns = tl.ceil(bin_height).to(tl.int32), tl.ceil(bin_width).to(tl.int32)
     lanes = tl.arange(0, at_once)
     inside = lanes < channels
     first_cell += image * height * width
     sums = tl.zeros((at_once,), tl.float32)
-    for y_sample in range(rows):
-        y = y1 + row * bin_height + (y_sample + 0.5) * bin_height / rows
-        for x_sample in range(columns):
-            x = x1 + column * bin_width + (x_sample + 0.5) * bin_width / columns
-            if (y >= -1.0) & (y <= height) & (x >= -1.0) & (x <= width):
-                y_near, x_near = tl.maximum(y, 0.0), tl.maximum(x, 0.0)
-                top, left = tl.minimum(y_near.to(tl.int64), height - 1), tl.minimum(x_near.to(tl.int64), width - 1)
-                bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
-                # On the last row and column there is no cell beyond.
-                down, beside = tl.minimum(y_near - top, 1.0), tl.minimum(x_near - left, 1.0)
-                upper = cells + (first_cell + top * width) * channels
-                lower = cells + (first_cell + bottom * width) * channels
-                sums += (1 - down) * (1 - beside) * tl.load(upper + left * channels + lanes, mask=inside, other=0.0)
-                sums += (1 - down) * beside * tl.load(upper + right * channels + lanes, mask=inside, other=0.0)
-                sums += down * (1 - beside) * tl.load(lower + left * channels + lanes, mask=inside, other=0.0)
-                sums += down * beside * tl.load(lower + right * channels + lanes, mask=inside, other=0.0)
+    if samples > 0:
+        rows, columns = samples, samples
+        for y_sample in range(samples):
+            y = y1 + row * bin_height + (y_sample + 0.5) * bin_height / samples
+            for x_sample in range(samples):
+                x = x1 + column * bin_width + (x_sample + 0.5) * bin_width / samples
+                sums += _sample(cells, first_cell, y, x, height, width, channels, lanes, inside)
+    else:
+        rows, columns = tl.ceil(bin_height).to(tl.int32), tl.ceil(bin_width).to(tl.int32)
+        # `while`, since the interpreter of Triton 3.6 cannot count to a tensor with newer versions of NumPy.
+        y_sample = 0
+        while y_sample < rows:
+            y = y1 + row * bin_height + (y_sample + 0.5) * bin_height / rows
+            x_sample = 0
+            while x_sample < columns:
+                x = x1 + column * bin_width + (x_sample + 0.5) * bin_width / columns
+                sums += _sample(cells, first_cell, y, x, height, width, channels, lanes, inside)
+                x_sample += 1
+            y_sample += 1
     mean = sums / tl.maximum(rows * columns, 1)
     tl.store(pooled + program * channels + lanes, mean.to(pooled.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sample(  # type: ignore[no-untyped-def]  # Triton's own
+    cells, first_cell, y, x, height, width, channels, lanes, inside
+):
+    """One bilinear sample, all channels; 0 beyond the map."""
+    sample = tl.zeros_like(lanes).to(tl.float32)
+    if (y >= -1.0) & (y <= height) & (x >= -1.0) & (x <= width):
+        y_near, x_near = tl.maximum(y, 0.0), tl.maximum(x, 0.0)
+        top, left = tl.minimum(y_near.to(tl.int64), height - 1), tl.minimum(x_near.to(tl.int64), width - 1)
+        bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
+        # On the last row and column there is no cell beyond.
+        down, beside = tl.minimum(y_near - top, 1.0), tl.minimum(x_near - left, 1.0)
+        upper = cells + (first_cell + top * width) * channels
+        lower = cells + (first_cell + bottom * width) * channels
+        sample += (1 - down) * (1 - beside) * tl.load(upper + left * channels + lanes, mask=inside, other=0.0)
+        sample += (1 - down) * beside * tl.load(upper + right * channels + lanes, mask=inside, other=0.0)
+        sample += down * (1 - beside) * tl.load(lower + left * channels + lanes, mask=inside, other=0.0)
+        sample += down * beside * tl.load(lower + right * channels + lanes, mask=inside, other=0.0)
+    return sample

@@ -5,8 +5,10 @@ Shapes: K boxes of the whole batch, N images, G groups (the classes of every ima
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.devices import device_of
+from service.errors import first_line
 from service.jit import compiled
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -62,7 +67,8 @@ def best_of_each_image(
     valid: Tensor,
     num_images: int,
     num_classes: int,
-    iou_thresh: float,
+    iou_thresh: float | Tensor,
+    largest_group: int,
 ) -> Kept:
     """In each image, suppress boxes that overlap a better box of their class, like `torchvision.ops.batched_nms`.
 
@@ -74,23 +80,56 @@ def best_of_each_image(
         valid: (K,) bool; the others are ignored.
         num_images: N.
         num_classes: see `classes`.
-        iou_thresh: overlap above which the worse box is dropped.
+        iou_thresh: overlap above which the worse box is dropped; or (N,) float32, one for each image, `rounded_down`.
+        largest_group: no class of an image has more boxes than this.
     """
     if not len(boxes):
         return Kept(images, images.new_zeros(num_images + 1))
+    if not isinstance(iou_thresh, Tensor):
+        iou_thresh = boxes.new_full((num_images,), float(rounded_down([iou_thresh])[0]))
     by_score = scores.sort(stable=True, descending=True).indices
     moved = _move_classes_apart(boxes, images, classes, valid, num_images)
-    order, starts = _group(images * num_classes + classes, valid, by_score, num_images * num_classes)
+    grouped = _group(images * num_classes + classes, valid, by_score, num_images * num_classes)
     keep = torch.zeros_like(valid)
-    keep[order] = _suppress(moved[order], starts, iou_thresh)
-    return Kept(*_group(images, keep, by_score, num_images))
+    keep[grouped.order] = _suppress(
+        moved[grouped.order],
+        grouped.groups,
+        grouped.starts,
+        iou_thresh.unsqueeze(1).expand(-1, num_classes).flatten(),
+        min(largest_group, len(boxes)),
+    )
+    of_images = _group(images, keep, by_score, num_images)
+    return Kept(of_images.order, of_images.starts)
 
 
-def _group(groups: Tensor, members: Tensor, by_score: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The boxes group by group, best first, with non-members after all groups; and (G + 1,) where each group starts."""
+def rounded_down(values: Sequence[float]) -> Floats:
+    """The largest float32 not above each value. No float32 lies between the two, so a float32 comparison gives the same
+    result as torchvision's in float64.
+    """
+    exact = np.asarray(values, np.float64)
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grouped:
+    """Boxes group by group, best first, with those of no group at the end.
+
+    Attributes:
+        order: (K,) int64 indices of the boxes.
+        groups: (K,) int64, the group of each in this order; G for none.
+        starts: (G + 1,) int64, where each group starts.
+    """
+
+    order: Tensor
+    groups: Tensor
+    starts: Tensor
+
+
+def _group(groups: Tensor, members: Tensor, by_score: Tensor, num_groups: int) -> _Grouped:
     in_order = groups.masked_fill(~members, num_groups)[by_score].sort(stable=True)
     starts = torch.searchsorted(in_order.values, torch.arange(num_groups + 1, device=groups.device))
-    return by_score[in_order.indices], starts
+    return _Grouped(by_score[in_order.indices], in_order.values, starts)
 
 
 def _move_classes_apart(boxes: Tensor, images: Tensor, classes: Tensor, valid: Tensor, num_images: int) -> Tensor:
@@ -103,33 +142,80 @@ def _move_classes_apart(boxes: Tensor, images: Tensor, classes: Tensor, valid: T
     return boxes + (classes.to(boxes.dtype) * steps[images]).unsqueeze(1)
 
 
-def _suppress(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """(K,) bool: which boxes to keep. They come group by group, best first."""
+def _suppress(boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int) -> Tensor:
+    """Which boxes to keep.
+
+    Args:
+        boxes: (K, 4) float32, group by group, best first.
+        groups: (K,) int64, the group of each; G for none, which comes last and is dropped.
+        starts: (G + 1,) int64, where each group starts.
+        iou_threshs: (G,) float32, see `rounded_down`.
+        largest: no group has more boxes than this.
+
+    Returns:
+        (K,) bool.
+    """
     kernels = device_of(boxes.device).kernels
     if kernels == "numba":
-        return _suppress_by_numba(boxes, starts, iou_thresh)
-    if kernels == "triton":
-        # Imported here: Triton comes with PyTorch for CUDA on Linux only.
-        from service.ops import _cuda_kernels
-
-        return _cuda_kernels.suppress(boxes, starts, iou_thresh)
-    return _suppress_by_torchvision(boxes, starts, iou_thresh)
+        return _suppress_by_numba(boxes, groups, starts, iou_threshs, largest)
+    if kernels == "triton" and _triton_suppresses_alike(boxes.device):
+        return _suppress_by_triton(boxes, groups, starts, iou_threshs, largest)
+    return _suppress_by_torchvision(boxes, groups, starts, iou_threshs, largest)
 
 
-def _suppress_by_numba(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
+def _suppress_by_triton(boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int) -> Tensor:
+    """See `_suppress`."""
+    # Imported here: Triton comes with PyTorch for CUDA on Linux only.
+    from service.ops import _cuda_suppression
+
+    return _cuda_suppression.suppress(boxes, groups, starts, iou_threshs, largest=largest)
+
+
+@cache
+def _triton_suppresses_alike(device: torch.device) -> bool:
+    """Whether our kernels run on this GPU and keep the same boxes as the CPU's. It takes one batch of boxes to find
+    out, once; if they do not, a warning says why.
+    """
+    numbers = torch.Generator().manual_seed(0)
+    corners = torch.rand(300, 2, generator=numbers) * 100
+    boxes = torch.cat([corners, corners + 10 + torch.rand(300, 2, generator=numbers) * 40], dim=1)
+    starts = torch.tensor([0, 3, 210, 210, 290])
+    groups = torch.bucketize(torch.arange(len(boxes)), starts[1:], right=True)
+    given = boxes, groups, starts, torch.from_numpy(rounded_down([0.3, 0.5, 0.5, 0.7]))
+    try:
+        from service.ops._cuda_suppression import suppress
+
+        on_device = [one.to(device) for one in given]
+        expected = _suppress_by_numba(*given, largest=len(boxes))
+        # With overlaps stored, and without.
+        alike = [
+            torch.equal(suppress(*on_device, largest=len(boxes), most_bytes=most).cpu(), expected)
+            for most in (1 << 20, 0)
+        ]
+        problem = None if all(alike) else "they do not keep the same boxes as the CPU's"
+    except Exception as error:  # The type depends on what is missing.
+        problem = first_line(error)
+    if problem is None:
+        return True
+    fields = {"device": str(device), "reason": problem}
+    logger.warning("our kernels for suppression do not work: torchvision's, which wait", extra={"fields": fields})
+    return False
+
+
+def _suppress_by_numba(boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int) -> Tensor:
     """See `_suppress`."""
     keep = np.zeros(len(boxes), np.bool_)
-    _suppress_groups(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_thresh, keep)
+    _suppress_groups(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_threshs.numpy(), keep)
     return torch.from_numpy(keep)
 
 
 @compiled(divides_by_zero=True)
-def _suppress_groups(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools) -> None:
+def _suppress_groups(sides: Floats, starts: Ints, iou_threshs: Floats, keep: Bools) -> None:
     x1, y1, x2, y2 = sides[0], sides[1], sides[2], sides[3]
     areas = (x2 - x1) * (y2 - y1)
     keep[: starts[-1]] = True
     for group in range(len(starts) - 1):
-        end = starts[group + 1]
+        end, iou_thresh = starts[group + 1], iou_threshs[group]
         for best in range(starts[group], end):
             if keep[best]:
                 # Without a branch, so that the loop is vectorized.
@@ -137,17 +223,21 @@ def _suppress_groups(sides: Floats, starts: Ints, iou_thresh: float, keep: Bools
                     width = min(x2[best], x2[other]) - max(x1[best], x1[other])
                     height = min(y2[best], y2[other]) - max(y1[best], y1[other])
                     overlap = max(width, np.float32(0)) * max(height, np.float32(0))
-                    # torchvision compares in float64 too.
-                    iou = np.float64(overlap / (areas[best] + areas[other] - overlap))
-                    keep[other] &= not iou > iou_thresh
+                    keep[other] &= not overlap / (areas[best] + areas[other] - overlap) > iou_thresh
 
 
-def _suppress_by_torchvision(boxes: Tensor, starts: Tensor, iou_thresh: float) -> Tensor:
-    """See `_suppress`; this kernel synchronizes with the device once more."""
-    groups = torch.bucketize(torch.arange(len(boxes), device=boxes.device), starts, right=True)
+def _suppress_by_torchvision(
+    boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int
+) -> Tensor:
+    """See `_suppress`; this kernel synchronizes with the device, twice for each threshold."""
+    boxes = boxes.masked_fill((groups == len(iou_threshs)).unsqueeze(1), 0)  # which may be NaN
     # In float64 the groups can be moved apart without loss of precision.
     apart = boxes.double() + (groups * (boxes.amax().double() + 1)).unsqueeze(1)
     ranks = -torch.arange(len(boxes), dtype=torch.float64, device=boxes.device)
+    thresh_of_box = torch.cat([iou_threshs, iou_threshs.new_full((1,), torch.inf)])[groups]
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    keep[torchvision.ops.nms(apart, ranks, iou_thresh)] = True
-    return keep & (groups <= len(starts) - 1)
+    for iou_thresh in set(iou_threshs.tolist()):
+        kept = torch.zeros_like(keep)
+        kept[torchvision.ops.nms(apart, ranks, iou_thresh)] = True
+        keep |= kept & (thresh_of_box == iou_thresh)
+    return keep

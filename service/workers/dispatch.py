@@ -130,6 +130,7 @@ class Dispatcher:
                 "kind": "job",
                 "id": ticket.id,
                 "request_id": ticket.request_id,
+                "trace_id": job.progress.trace_id,
                 "model": job.model,
                 "options": options_to(job.options),
                 "source": source,

@@ -166,8 +166,8 @@ class WorkerPool:
         device = next((one for one in self._devices if one.worker is worker), None)
         if device is None:
             return
-        for name, labels, value in header.get("observations", ()):
-            self._metrics.observe(name, labels, value)
+        for observation in header.get("observations", ()):
+            self._metrics.observe(*observation)
         if header["kind"] == "hello":
             self._add_other_devices(header["gpus"])
         elif header["kind"] == "ready":

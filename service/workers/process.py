@@ -24,7 +24,7 @@ from dataclasses import asdict
 from service.devices import count_gpus
 from service.errors import ServiceError
 from service.logs import configure_logging, request_id_context
-from service.metrics import Observed
+from service.metrics import Observation, Observed
 from service.settings import Settings
 from service.structures import Answer, Job, Progress
 from service.workers.channel import BlockingChannel, Header, error_to, form_from, options_from, source_from
@@ -46,8 +46,8 @@ def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory
 class _MarkedProgress(Progress):
     """Reports work to the other process before it begins and after it has ended."""
 
-    def __init__(self, stage: str, *, job_id: int, channel: BlockingChannel) -> None:
-        super().__init__(stage)
+    def __init__(self, stage: str, *, trace_id: str | None, job_id: int, channel: BlockingChannel) -> None:
+        super().__init__(stage, trace_id=trace_id)
         self._job_id = job_id
         self._channel = channel
 
@@ -71,7 +71,7 @@ class _Worker:
         self._channel = channel
         self._settings = settings
         self._factory = factory
-        self._observations: deque[tuple[Observed, Sequence[str], float]] = deque()
+        self._observations: deque[Observation] = deque()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._commands: set[asyncio.Task[None]] = set()
         self._probing: asyncio.Task[None] | None = None
@@ -124,7 +124,7 @@ class _Worker:
 
     async def _run(self, header: Header, body: bytes) -> None:
         request_id_context.set(header["request_id"])
-        progress = _MarkedProgress("received", job_id=header["id"], channel=self._channel)
+        progress = _MarkedProgress("received", trace_id=header["trace_id"], job_id=header["id"], channel=self._channel)
         job = Job(
             model=header["model"],
             source=source_from(header["source"], body),
@@ -210,9 +210,9 @@ class _Worker:
         await self._detector.unload(header["model"])
         return {"kind": "unloaded"}
 
-    def _observe(self, name: Observed, labels: Sequence[str], value: float) -> None:
-        self._observations.append((name, labels, value))
+    def _observe(self, name: Observed, labels: Sequence[str], value: float, trace_id: str | None = None) -> None:
+        self._observations.append((name, labels, value, trace_id))
 
-    def _take_observations(self) -> list[tuple[Observed, Sequence[str], float]]:
+    def _take_observations(self) -> list[Observation]:
         # One by one, since the device's thread may be adding more.
         return [self._observations.popleft() for _ in range(len(self._observations))]

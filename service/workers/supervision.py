@@ -189,8 +189,8 @@ class DeviceSupervisor:
     def _complaint(self, handle: WorkerHandle, pong: Header) -> str | None:
         """Record what a pong reports; returns why the worker must be killed, or None."""
         handle.memory = {(device, kind): size for device, kind, size in pong["memory"]}
-        for name, labels, value in pong["observations"]:
-            self._metrics.observe(name, labels, value)
+        for observation in pong["observations"]:
+            self._metrics.observe(*observation)
         if pong["failure"] is not None:
             return str(pong["failure"])
         # A suspect occupies a whole worker, and other jobs wait for it.

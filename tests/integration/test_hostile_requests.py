@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.api import protocol
 from service.api.schemas import Problem
-from service.commands import _protocol
 from tests.fakes import picture
 from tests.integration.conftest import Live
 from tests.integration.test_errors import connected, good_load, read_all
@@ -163,7 +163,7 @@ def test_trailers_are_no_headers(serve: Callable[..., Live]) -> None:
 def test_what_follows_a_request_does_not_take_its_answers_place(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, following: bytes
 ) -> None:
-    monkeypatch.setattr(_protocol, "_HEAD_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 0.2)
     live = serve()
     live.predictor.device_is_free.clear()
     with connected(live) as connection:
@@ -195,7 +195,7 @@ def test_broken_body_of_a_request_that_waits_for_its_turn_leaves_the_first_answe
 
 
 def test_endless_headers_are_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_protocol, "_HEAD_TIMEOUT_SECONDS", 3600)  # for their size, not for their slowness
+    monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 3600)  # for their size, not for their slowness
     with connected(live) as connection, pytest.raises(ConnectionError):
         while True:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 100_000)
@@ -255,7 +255,7 @@ def test_slow_headers_are_cut_off(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, sent: bytes, answer: bytes
 ) -> None:
     live = serve()
-    monkeypatch.setattr(_protocol, "_HEAD_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 0.05)
     with connected(live) as connection:
         connection.sendall(sent)
         assert read_all(connection)[: len(b"HTTP/1.1 408 Request Timeout\r\n")] == answer
@@ -268,7 +268,7 @@ def test_slow_headers_on_a_kept_connection_are_cut_off(
     with connected(live) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        monkeypatch.setattr(_protocol, "_HEAD_TIMEOUT_SECONDS", 0.05)
+        monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 0.05)
         connection.sendall(b"GET /healthz HTT")
         assert_refused(read_all(connection), 408, "headers_timeout", "not complete after 0.05 seconds")
 

@@ -49,4 +49,6 @@ def test_metrics_and_probes_move_to_their_own_port(serve: Callable[..., Live]) -
         assert live.detect(picture()).status_code == 200
         assert 'roiserve_images_total{model="fake@1",outcome="ok"} 1.0' in inner.get("/metrics").text
         assert inner.post("/v1/detect", content=picture()).status_code == 404
+        refused = inner.get("/metrics", headers={"X-Large": "x" * 70_000})  # bounded like the API
+        assert (refused.status_code, refused.json()["code"]) == (431, "headers_too_large")
     assert [live.client.get(path).status_code for path in ("/metrics", "/healthz", "/readyz")] == [404] * 3

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from service.commands import _protocol
+from service.api import protocol
 from tests.fakes import picture
 from tests.integration.conftest import Live
 from tests.integration.test_errors import connected, read_all
@@ -41,7 +41,7 @@ def large_picture() -> bytes:
 def test_good_traffic_goes_on_beside_idle_and_slow_connections(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_protocol, "_HEAD_TIMEOUT_SECONDS", 3600)
+    monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 3600)
     live = serve(body_timeout_seconds=3600)
     with ExitStack() as stack:
         idle = [stack.enter_context(connected(live)) for _ in range(500)]
@@ -70,7 +70,7 @@ def test_slow_body_of_any_kind_is_cut_off(serve: Callable[..., Live], content_ty
 def test_answer_that_nobody_reads_is_given_up(
     serve: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr(_protocol, "_READER_PERIOD_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "_READER_PERIOD_SECONDS", 0.2)
     live = serve()
     body = large_picture()
     with connected(live) as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -127,7 +128,10 @@ def test_trace_ids_reach_the_exemplars_also_without_a_collector(serve: Callable[
     live.client.post("/v1/detect", content=picture(), headers=headers)
     page = live.client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert page.headers["content-type"].startswith("application/openmetrics-text")
-    assert f'# {{trace_id="{TRACE}"}}' in page.text
+    named = [line for line in page.text.splitlines() if f'# {{trace_id="{TRACE}"}}' in line]
+    assert any(line.startswith("roiserve_request_duration_seconds_bucket") for line in named)
+    stages = {found[1] for line in named if (found := re.search('stage="([a-z_]+)"', line))}
+    assert stages == {"decode", "queue", "encode", "backbone", "roi_heads"}
     assert TRACE not in live.client.get("/metrics").text
 
 

@@ -14,21 +14,37 @@ import pytest
 pytest.importorskip("triton")
 
 SUPPRESSED_ALIKE = """
+import numpy as np
 import torch
-from service.ops import _cuda_kernels
-from service.ops.nms import _suppress_by_numba
+from hypothesis import given, settings, strategies as st
+from service.ops import _cuda_suppression, nms
 
-torch.manual_seed(0)
-corners = torch.rand(60, 2) * 60
-boxes = torch.cat([corners, corners + 10 + torch.rand(60, 2) * 30], dim=1)
-boxes[5] = boxes[4]
-boxes[7] = 0
-starts = torch.tensor([0, 20, 20, 50])  # an empty group, and ten boxes of no group
-_cuda_kernels._BOXES_AT_ONCE = 16
-for iou_thresh in (0.3, 0.5, 0.7):
-    kept, expected = _cuda_kernels.suppress(boxes, starts, iou_thresh), _suppress_by_numba(boxes, starts, iou_thresh)
-    assert 20 < int(expected.sum()) < 50
-    assert torch.equal(kept, expected)
+_cuda_suppression._ROWS_AT_ONCE = 64  # so that there are several turns
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 20, 63, 64, 65, 100]), min_size=1, max_size=4),
+    st.lists(st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]), min_size=4, max_size=4),
+    st.sampled_from([0, 1, 30]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def alike(sizes, threshs, of_no_group, is_stored, seed):
+    starts = torch.tensor([0, *np.cumsum(sizes)])
+    count, numbers = int(starts[-1]) + of_no_group, np.random.default_rng(seed)
+    if not count:
+        return
+    corners = numbers.integers(0, 60, (count, 2))  # whole numbers, so that overlaps are equal to the thresholds
+    boxes = torch.from_numpy(np.hstack([corners, corners + numbers.integers(0, 40, (count, 2))])).float()
+    for value in (float("nan"), float("inf"), 1e30):
+        boxes[numbers.integers(0, count), numbers.integers(0, 4)] = value
+    groups = torch.bucketize(torch.arange(count), starts[1:], right=True)
+    given = boxes, groups, starts, torch.from_numpy(nms.rounded_down(threshs[: len(sizes)]))
+    kept = _cuda_suppression.suppress(*given, largest=max(sizes), most_bytes=(1 << 26) * is_stored)
+    assert torch.equal(kept, nms._suppress_by_numba(*given, largest=max(sizes)))
+
+alike()
+assert nms._triton_suppresses_alike(torch.device("cpu"))
 """
 
 POOLED_ALIKE = """
@@ -62,12 +78,22 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from service.ops import _cuda_kernels
+from service.ops import _cuda_kernels, _cuda_suppression
 
-gpu = GPUTarget("cuda", 80, 32)
-names = {"boxes": "*fp32", "starts": "*i64", "keep": "*i8", "iou_thresh": "fp32", "at_once": "constexpr"}
-source = ASTSource(_cuda_kernels._suppress, names, {"at_once": 1024})
-assert "fma" not in triton.compile(source, target=gpu, options={"enable_fp_fusion": False}).asm["ptx"]
+numbers = {"num_boxes": "i32", "num_groups": "i32"}
+names = {"boxes": "*fp32", "groups": "*i64", "starts": "*i64", "iou_threshs": "*fp32", "overlaps": "*i64"} | numbers
+sources = [ASTSource(_cuda_suppression._compare, names, {})]
+names = {"boxes": "*fp32", "starts": "*i64", "iou_threshs": "*fp32", "overlaps": "*i64", "keep": "*i8"}
+names |= {"num_boxes": "i32", "is_stored": "constexpr", "rows_at_once": "constexpr"}
+for is_stored in (False, True):
+    fixed = {"is_stored": is_stored, "rows_at_once": 1024}
+    sources.append(ASTSource(_cuda_suppression._go_through, names, fixed))
+for capability in (80, 90):
+    gpu = GPUTarget("cuda", capability, 32)
+    for source in sources:
+        assembly = triton.compile(source, target=gpu, options={"enable_fp_fusion": False}).asm
+        assert assembly["cubin"]
+        assert "fma" not in assembly["ptx"]
 names = {"cells": "*fp16", "layout": "*i64", "scales": "*fp32", "rois": "*fp32", "levels": "*i64", "pooled": "*fp16"}
 names |= {"channels": "i32"} | dict.fromkeys(("size", "samples", "offset", "at_once"), "constexpr")
 for samples, offset in ((2, 0.0), (0, 0.5)):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from service.devices.cpu import CpuDevice
 from service.ops import nms
-from service.ops.nms import Kept, best_of_each_image
+from service.ops.nms import Kept, best_of_each_image, rounded_down
 
 CLASSES = 3
 
@@ -28,7 +32,9 @@ def suppress(
     return kept_of(images, valid=valid).up_to([limit] * len(images))
 
 
-def kept_of(images: list[tuple[Tensor, Tensor, Tensor]], *, valid: Tensor | None = None) -> Kept:
+def kept_of(
+    images: list[tuple[Tensor, Tensor, Tensor]], *, valid: Tensor | None = None, iou_thresh: float | Tensor = 0.5
+) -> Kept:
     boxes, scores, classes = (torch.cat(parts) for parts in zip(*images, strict=True))
     return best_of_each_image(
         boxes,
@@ -38,7 +44,8 @@ def kept_of(images: list[tuple[Tensor, Tensor, Tensor]], *, valid: Tensor | None
         valid=torch.ones(len(boxes), dtype=torch.bool) if valid is None else valid,
         num_images=len(images),
         num_classes=CLASSES,
-        iou_thresh=0.5,
+        iou_thresh=iou_thresh,
+        largest_group=len(boxes),
     )
 
 
@@ -84,10 +91,57 @@ def test_no_boxes_at_all() -> None:
     assert [len(one) for one in suppress([nothing, nothing])] == [0, 0]
 
 
+def test_every_image_may_have_a_threshold_of_its_own() -> None:
+    images = [some_boxes(200, seed=seed) for seed in range(3)]
+    threshs = [0.2, 0.5, 0.9]
+    kept = kept_of(images, iou_thresh=torch.from_numpy(rounded_down(threshs))).up_to([1000] * 3)
+    for index, (one, thresh) in enumerate(zip(images, threshs, strict=True)):
+        torch.testing.assert_close(kept[index] - 200 * index, batched_nms(*one, thresh), rtol=0, atol=0)
+
+
+def test_thresholds_are_rounded_so_that_the_same_float32_exceed_them() -> None:
+    for thresh in (0.1, 0.3, 0.5, 0.7, 1 / 3, 0.999999999):
+        (rounded,) = torch.from_numpy(rounded_down([thresh]))
+        neighbours = [rounded, torch.nextafter(rounded, torch.tensor(2.0)), torch.nextafter(rounded, torch.tensor(0.0))]
+        for one in neighbours:
+            assert (one > rounded) == (one.double() > thresh)
+
+
+THRESHS = [0.5, 0.5, 0.3]
+
+
+def given_to_the_kernels() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    boxes, _, _ = some_boxes(300, seed=3)
+    boxes[280] = torch.nan
+    starts = torch.tensor([0, 100, 100, 250])  # the last 50 belong to no group
+    groups = torch.bucketize(torch.arange(300), starts[1:], right=True)
+    return boxes, groups, starts, torch.from_numpy(rounded_down(THRESHS))
+
+
 def test_the_way_for_cuda_without_triton_keeps_the_same_boxes() -> None:
     """Run on the CPU: what it does there is the same."""
-    boxes, _, _ = some_boxes(300, seed=3)
-    starts = torch.tensor([0, 100, 100, 250])  # the last 50 belong to no group
-    expected = nms._suppress_by_numba(boxes, starts, 0.5)
+    given = given_to_the_kernels()
+    expected = nms._suppress_by_numba(*given, largest=150)
     assert 0 < int(expected.sum()) < 250
-    torch.testing.assert_close(nms._suppress_by_torchvision(boxes, starts, 0.5), expected, rtol=0, atol=0)
+    torch.testing.assert_close(nms._suppress_by_torchvision(*given, largest=150), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["missing", "failing", "wrong"])
+def test_if_tritons_kernels_do_not_work_torchvisions_takes_their_place(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def suppress(boxes: Tensor, *args: Tensor, largest: int, most_bytes: int = 0) -> Tensor:
+        if kernel == "failing":
+            raise RuntimeError("no kernel image is available")
+        return torch.ones(len(boxes), dtype=torch.bool)
+
+    module = None if kernel == "missing" else SimpleNamespace(suppress=suppress)
+    monkeypatch.setitem(sys.modules, "service.ops._cuda_suppression", module)
+    monkeypatch.setattr(CpuDevice, "kernels", "triton")
+    nms._triton_suppresses_alike.cache_clear()
+    given = given_to_the_kernels()
+    for _ in range(2):
+        kept = nms._suppress(*given, largest=150)
+        torch.testing.assert_close(kept, nms._suppress_by_numba(*given, largest=150), rtol=0, atol=0)
+    assert caplog.text.count("torchvision's") == 1  # not a line for each batch
+    nms._triton_suppresses_alike.cache_clear()

@@ -27,7 +27,7 @@ from service.workers.local import LocalDetector
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
 
 
-def ignore(name: Observed, labels: object, value: float) -> None:
+def ignore(name: Observed, labels: object, value: float, trace_id: str | None = None) -> None:
     """Nobody wants to know."""
 
 

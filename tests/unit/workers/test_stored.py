@@ -75,7 +75,7 @@ async def test_model_that_is_loaded_is_not_built_a_second_time(store: Path, monk
         raise AssertionError("built again")
 
     settings = Settings(model_store=store, models=("c",), device="cpu", engine="eager")
-    detector = LocalDetector(settings, stored_predictors, lambda name, labels, value: None)
+    detector = LocalDetector(settings, stored_predictors, lambda name, labels, value, trace_id=None: None)
     await detector.start()
     try:
         monkeypatch.setattr(loading, "load_predictor", fail)

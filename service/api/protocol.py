@@ -18,6 +18,7 @@ import httptools
 from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service.api.descriptors import is_spare
 from service.api.errors import (
     HeadTooLargeError,
     MalformedRequestError,
@@ -26,7 +27,6 @@ from service.api.errors import (
     detail_of,
     problem_response,
 )
-from service.commands._descriptors import is_spare
 from service.errors import NotReadyError, ServiceError
 from service.logs import request_id_context
 

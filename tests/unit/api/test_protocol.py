@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.commands._protocol import _LEAST_READ_BYTES, _READER_PERIOD_SECONDS, BoundedProtocol
+from service.api.protocol import _LEAST_READ_BYTES, _READER_PERIOD_SECONDS, BoundedProtocol
 
 
 class Loop:
