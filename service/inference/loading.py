@@ -155,6 +155,7 @@ def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
         half=placed.half,
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
         find_problem=placed.find_problem,
+        take_uncompiled=placed.take_uncompiled,
         plan_b=partial(_load, plans[0], plans=plans[1:]) if plans else None,
     )
 

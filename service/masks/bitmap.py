@@ -12,7 +12,7 @@ import numpy as np
 from service.jit import compiled
 from service.masks._row_runs import row_runs
 from service.masks._runs import Int32Array, find_runs
-from service.structures import Float32Array, Int64Array, UInt8Array
+from service.structures import Float32Array, Int64Array, MaskStyle, UInt8Array
 
 
 class Bitmap(TypedDict):
@@ -28,10 +28,15 @@ class Bitmap(TypedDict):
 
 
 def encode_bitmaps(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[Bitmap]:
     """Draw each mask; arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     bitmaps: list[Bitmap] = []
     for index in range(len(runs)):
         mask = row_runs(runs, index)
