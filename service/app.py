@@ -17,7 +17,20 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
 
-from service.api import detect, docs, health, hugging_face, label_studio, metrics, models, predict, start, v2
+from service.api import (
+    cvat,
+    detect,
+    docs,
+    health,
+    hugging_face,
+    label_studio,
+    metrics,
+    models,
+    predict,
+    roboflow,
+    start,
+    v2,
+)
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
 from service.api.label_studio_images import label_studio_images
@@ -112,7 +125,10 @@ def create_app(
         v2.probes,
         v2.models,
         hugging_face.router,
+        roboflow.probes,
+        roboflow.router,
         label_studio.router,
+        cvat.router,
         predict.probes,
         predict.router,
     ]

@@ -20,6 +20,7 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+RoboflowMasks = Literal["points", "rle", "none"]
 MaskStyle = Literal["torchvision", "detectron2"]
 """Whose `paste_masks_in_image` decides which pixels a small mask covers."""
 AnnotatorMasks = Literal["label_studio", "cvat"]
@@ -179,6 +180,7 @@ class Prediction:
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
         overflowed: whether the batch was rerun in float32, since its numbers overflowed half precision.
+        uncompiled: whether a part of the network ran uncompiled, although the engine is `compiled`.
     """
 
     detections: Detections
@@ -186,6 +188,7 @@ class Prediction:
     batch_size: int
     padding_ratio: float = 0.0
     overflowed: bool = False
+    uncompiled: bool = False
 
 
 NOT_FINITE = 1e9
@@ -384,7 +387,29 @@ class Tensors:
     """An answer as named arrays, see `answers/tensors.py`."""
 
 
-Form = Json | Drawing | Tensors
+@dataclass(frozen=True, slots=True)
+class Coco:
+    """An answer as COCO results, which `pycocotools` evaluates.
+
+    Attributes:
+        image_id: of the image, in the data set that it belongs to.
+        with_masks: whether results have a segmentation.
+        category_ids: the data set's category for each of the model's labels, in order; None for the label's own id.
+    """
+
+    image_id: int | str
+    with_masks: bool = False
+    category_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roboflow:
+    """An answer as the `predictions` of Roboflow's inference server, with masks as points or run lengths."""
+
+    masks: RoboflowMasks = "none"
+
+
+Form = Json | Drawing | Tensors | Coco | Roboflow
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -5,6 +5,7 @@ counts as absent, since forms send empty values for fields that were not filled 
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from service.api.body import Upload
 from service.api.errors import MAX_MISTAKES, and_more, describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, Intensity, MaskFormat, ModelInfo
+from service.structures import ALL_DRAWN_PARTS, Box, Coco, DetectOptions, DrawnPart, Intensity, MaskFormat, ModelInfo
 
 MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
@@ -130,6 +131,31 @@ class BodyParameters(BaseModel):
         description=f"At most {MAX_PROPOSALS} boxes [x1, y1, x2, y2] in pixels of the upright image, clipped to it: "
         "classify and refine these, as Fast R-CNN does, instead of the proposals of the model's own RPN.",
     )
+
+
+class AnswerParameters(DetectParameters):
+    """The options of a detection, and those of the answer's form."""
+
+    format: Literal["json", "coco"] | None = Field(
+        None, description="Form of the answer: json, or coco for a bare array of COCO results. Unset: json."
+    )
+    image_id: Annotated[int, Field(ge=0, le=2**53)] | Annotated[str, Field(max_length=200)] | None = Field(
+        None,
+        description="The image's id in COCO results; digits make a number. Unset, the number or else the name of the "
+        "file of a form: 000139.jpg is 139, cat.jpg is cat.jpg.",
+        examples=[139],
+    )
+
+    @field_validator("image_id")
+    @classmethod
+    def _number_of_digits(cls, given: int | str | None) -> int | str | None:
+        return image_id_of(given) if isinstance(given, str) else given
+
+
+def image_id_of(name: str) -> int | str:
+    """The id of an image in COCO results: a number if the name, without its suffix, has digits only; else the name."""
+    stem = name.rpartition(".")[0] or name
+    return int(stem) if re.fullmatch("[0-9]{1,18}", stem) else name
 
 
 class AnnotateParameters(DetectParameters):
@@ -259,6 +285,26 @@ class ResolvedOptions:
 
     options: DetectOptions
     mask_format: MaskFormat
+
+
+def coco_form(parameters: AnswerParameters, mask_format: MaskFormat, file_name: str | None) -> Coco:
+    """The form of COCO results.
+
+    Args:
+        file_name: of the image, if it came as a file.
+
+    Raises:
+        InvalidRequestError: nothing says what the image is called, or masks are wanted in another form.
+    """
+    if mask_format not in ("rle", "none"):
+        raise InvalidRequestError(f"format=coco writes masks as masks=rle, or none of them, got masks={mask_format}")
+    if parameters.image_id is not None:
+        return Coco(parameters.image_id, mask_format == "rle")
+    if not file_name:
+        raise InvalidRequestError(
+            "format=coco needs the image's id: send the option 'image_id', or a form with a file that has a name"
+        )
+    return Coco(image_id_of(file_name), mask_format == "rle")
 
 
 def resolve_options(

@@ -88,6 +88,14 @@ class PlainProblem(BaseModel):
     request_id: str
 
 
+class MessageProblem(BaseModel):
+    """An error, for Roboflow's clients."""
+
+    message: str = Field(description="What was expected and what came.")
+    code: str = Field(description="A stable word for programs.")
+    request_id: str
+
+
 class ImageProblem(BaseModel):
     """Why one image of several has no answer."""
 

@@ -141,6 +141,7 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
         half=placed.half,
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
         find_problem=placed.find_problem,
+        take_uncompiled=placed.take_uncompiled,
         plan_b=None if plan_b is None else partial(_load, plan_b, plan_b=None),
     )
 

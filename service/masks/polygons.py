@@ -7,6 +7,7 @@ edge from (x, y) to (x + 1, y), with the mask below it (a start, even index in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import cv2
@@ -66,8 +67,8 @@ def encode_outlines(
         Each object's outlines, the largest first, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least
         three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
     """
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
-    return [sorted(map(_simplified, outlines), key=_area, reverse=True) for outlines in _trace(runs, with_holes=False)]
+    objects = _trace(find_runs(masks, boxes, image_size, threshold, style=style), with_holes=False)
+    return [sorted(map(_simplified, outlines), key=polygon_area, reverse=True) for outlines in objects]
 
 
 def _simplified(outline: Int64Array) -> list[int]:
@@ -76,15 +77,33 @@ def _simplified(outline: Int64Array) -> list[int]:
     return [int(one) for one in (fewer if len(fewer) >= 3 else corners).ravel()]
 
 
-def _area(outline: list[int]) -> float:
-    return cv2.contourArea(np.array(outline, np.int32).reshape(-1, 2))
-
-
 def _trace(runs: ColumnRuns, *, with_holes: bool) -> list[list[Int64Array]]:
     """The corners of each object's polygons, x and y by turns."""
     corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys, with_holes)
     polygons = [corners[start:end] for start, end in pairwise([0, *ends.tolist()])]
     return [polygons[start:end] for start, end in pairwise([0, *parts.cumsum().tolist()])]
+
+
+def polygon_area(polygon: Sequence[float]) -> float:
+    """The number of pixels within a polygon [x1, y1, x2, y2, …] along their edges."""
+    return cv2.contourArea(np.array(polygon, np.float32).reshape(-1, 2))
+
+
+def outer_pixels(polygon: Sequence[float]) -> list[tuple[int, int]]:
+    """The pixels at the corners of one of `encode_polygons`' polygons, just inside it: the convention of OpenCV's
+    `findContours`, for programs that fill polygons with `cv2.fillPoly`, which paints the outline, too.
+
+    Returns:
+        (column, row) of each corner, in the same order.
+    """
+    corners = np.asarray(polygon, np.int64).reshape(-1, 2, 2)
+    # Each pair of corners ends a vertical edge, and a horizontal one leads to the next. Clockwise, the mask is to the
+    # left of an edge that goes down, and above one that goes left.
+    xs, (start, end) = corners[:, 0, 0], corners[:, :, 1].T
+    goes_down, goes_left = end > start, np.roll(xs, -1) < xs
+    columns, rows = xs - goes_down, end - goes_left
+    pairs = zip(columns.tolist(), np.roll(rows, 1).tolist(), rows.tolist(), strict=True)
+    return [corner for x, first, last in pairs for corner in ((x, first), (x, last))]
 
 
 @compiled()

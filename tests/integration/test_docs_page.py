@@ -146,10 +146,13 @@ def test_openapi_document_is_valid(live: Live) -> None:
 
 def test_every_option_is_documented_for_query_and_json(live: Live) -> None:
     operation = live.client.get("/openapi.json").json()["paths"]["/v1/detect"]["post"]
-    assert {parameter["name"] for parameter in operation["parameters"]} == OPTIONS
+    assert {parameter["name"] for parameter in operation["parameters"]} == {*OPTIONS, "format", "image_id"}
     assert all(parameter["description"] for parameter in operation["parameters"])
     content = operation["requestBody"]["content"]
-    assert content["application/json"]["schema"]["properties"].keys() == {"image", "proposals", *OPTIONS}
+    assert content["application/json"]["schema"]["properties"].keys() == {
+        *("image", "proposals", "format", "image_id"),
+        *OPTIONS,
+    }
     # Once, or Swagger UI would send them twice.
     assert content["multipart/form-data"]["schema"]["properties"].keys() == {"image", "proposals"}
     labels = next(parameter for parameter in operation["parameters"] if parameter["name"] == "labels")

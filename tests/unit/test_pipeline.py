@@ -124,19 +124,24 @@ async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> No
         assert bench.count("roiserve_stage_duration_seconds_count", stage=stage, model="fake@1") == 1
 
 
-async def test_batch_that_ran_again_in_float32_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["overflowed", "uncompiled"])
+async def test_batch_that_did_not_run_as_it_should_is_counted_once(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     predict = bench.predictor.predict
+    metric = f"roiserve_{what}_batches_total"
 
-    def overflow(queries: Sequence[Query]) -> list[Prediction]:
-        return [replace(prediction, overflowed=True) for prediction in predict(queries)]
+    def misbehave(queries: Sequence[Query]) -> list[Prediction]:
+        return [
+            replace(prediction, overflowed=what == "overflowed", uncompiled=what == "uncompiled")
+            for prediction in predict(queries)
+        ]
 
     async with running(bench):
         await bench.pipeline.run(bench.job())
-        assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 0
-        monkeypatch.setattr(bench.predictor, "predict", overflow)
+        assert bench.count(metric, model="fake@1") == 0
+        monkeypatch.setattr(bench.predictor, "predict", misbehave)
         await bench.pipeline.run(bench.job())
-    assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 1
+    assert bench.count(metric, model="fake@1") == 1
 
 
 async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:

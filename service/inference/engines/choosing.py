@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,13 @@ class Placed:
             weights.
         find_problem: call it after a batch has run; returns why the engine is not doing what its name says, or None if
             it is.
+        take_uncompiled: returns the parts that `compiled` ran uncompiled since its last call.
     """
 
     engine: str
     half: HalfNetwork | None = None
     find_problem: Callable[[], str | None] = lambda: None
+    take_uncompiled: Callable[[], Sequence[str]] = tuple
 
 
 def put_engine(
@@ -87,7 +89,9 @@ def put_engine(
         model.parts = network.parts()
     if half is not None:
         model.parts = half.wrapped(model.parts or model.own_parts())
-    return Placed(chosen, half, find_problem=lambda: None if network is None else _why_uncompiled(network))
+    if network is None:
+        return Placed(chosen, half)
+    return Placed(chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled)
 
 
 def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:

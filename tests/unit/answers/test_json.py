@@ -10,8 +10,9 @@ import orjson
 import pytest
 
 from service.answers import encode, encoder_for
+from service.answers.array import MASK_ENCODERS
 from service.answers.encoder import never
-from service.answers.json import MASK_ENCODERS, JsonEncoder
+from service.answers.json import JsonEncoder
 from service.errors import AnswerTooLargeError
 from service.structures import AnnotatorMasks, Detections, Image, Json, MaskFormat, MaskStyle
 from tests.fakes import FAKE_INFO
@@ -26,8 +27,8 @@ def found(number: int) -> Detections:
     return Detections(boxes, labels, scores, masks)
 
 
-@pytest.mark.parametrize("masks", get_args(MaskFormat))
-def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None:
+@pytest.mark.parametrize("masks", get_args(MaskFormat) + get_args(AnnotatorMasks))
+def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat | AnnotatorMasks) -> None:
     detections, form = found(30), Json(masks)
     whole = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
     assert encode(form, IMAGE, detections, FAKE_INFO) == whole

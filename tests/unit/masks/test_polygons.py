@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import get_args
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from service.masks.polygons import encode_outlines, encode_polygons
+from service.masks.polygons import encode_outlines, encode_polygons, outer_pixels, polygon_area
 from service.masks.rle import encode_rle
 from service.structures import MaskStyle, UInt8Array
 from tests.unit.masks.cases import drawn, objects
@@ -124,3 +125,20 @@ def test_outlines_have_fewer_corners_and_lie_close_to_the_mask(image_size: tuple
             assert all(np.abs(edges - corner).sum(axis=1).min() == 0 for corner in corners)  # chosen among its corners
         areas = [abs(signed_area([float(one) for one in outline])) for outline in outlines]
         assert areas == sorted(areas, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_opencv_fills_the_outer_pixels_to_the_very_mask(seed: int) -> None:
+    image_size = (90, 120)
+    masks, boxes = objects(seed, image_size, number=30)
+    for polygon in (one for polygons in encode_polygons(masks, boxes, image_size) for one in polygons):
+        pixels = filled([polygon], image_size)
+        corners = np.array(outer_pixels(polygon), np.int32)
+        assert np.array_equal(cv2.fillPoly(np.zeros(image_size, np.uint8), [corners], 1), pixels)
+        assert polygon_area(polygon) == pixels.sum()
+
+
+def test_outer_pixels_of_a_thin_cross() -> None:
+    [polygon] = outline(".#...", "####.", ".#...", ".....", ".....")
+    painted = cv2.fillPoly(np.zeros((5, 5), np.uint8), [np.array(outer_pixels(polygon), np.int32)], 1)
+    assert painted.tolist() == [[0, 1, 0, 0, 0], [1, 1, 1, 1, 0], [0, 1, 0, 0, 0], [0] * 5, [0] * 5]
