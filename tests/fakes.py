@@ -149,3 +149,9 @@ def load_fakes(settings: Settings) -> Iterator[FakePredictor]:
         if name == "broken":
             raise ModelStoreError("broken/1/weights.safetensors is not what it says")
         yield SlowPredictor(replace(FAKE_INFO, name=name, version=int(version or 1), device=settings.device))
+
+
+def load_telling(settings: Settings) -> Iterator[FakePredictor]:
+    """A factory for worker processes: the model's engine tells how the worker is to divide the cores."""
+    told = f"{settings.workers} sharing, {settings.decode_threads} decoding"
+    yield FakePredictor(replace(FAKE_INFO, engine=told))
