@@ -77,6 +77,25 @@ def test_it_reaches_the_figures_of_its_card(stored: StoredModel) -> None:
         assert figures.ap75 == pytest.approx(card["AP75"], abs=0.005)
 
 
+@pytest.mark.parametrize("name", ["blood-cells"])
+def test_its_quantised_version_is_small_keeps_its_ap_and_fits_what_is_installed(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    quantised = STORE.find(f"{name}@2")
+    assert sum(file.stat().st_size for file in quantised.path.iterdir()) <= 6_000_000
+    table = quantised.model_toml.int8
+    assert table is not None
+    for kind, ap in table.ap["float32"].items():
+        assert table.ap["int8"][kind] >= ap - 0.003
+        assert f"{100 * table.ap['int8'][kind]:.2f}" in (quantised.path / "README.md").read_text()
+    predictor = load_predictor(quantised, device="cpu", precision="int8", cache_dir=tmp_path)
+    predictor.warm_up()
+    assert (predictor.info.engine, predictor.info.precision) == ("openvino", "int8")
+
+
+def test_the_version_that_a_name_stands_for_is_the_one_in_float32() -> None:
+    assert [STORE.find(name).key for name in DATA] == ["nuclei@1", "blood-cells@1"]
+
+
 @pytest.mark.parametrize(("name", "at_least"), [("nuclei-1.png", 20), ("nuclei-2.png", 20), ("nuclei-stained.png", 15)])
 def test_nuclei_are_found_in_the_examples_with_masks_that_lie_in_their_boxes(
     nuclei: Predictor, name: str, at_least: int
