@@ -123,6 +123,8 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
             precision=precision,
             key=config.model_dump_json(),
             cache_dir=order.cache_dir,
+            num_classes=len(config.labels) + 1,
+            max_detections=config.detections.detections_per_img,
         )
     except ModelStoreError as error:
         raise type(error)(f"{order.stored.key}: {error}") from error
@@ -142,6 +144,7 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
         find_problem=placed.find_problem,
         take_uncompiled=placed.take_uncompiled,
+        graphs=placed.graphs,
         plan_b=None if plan_b is None else partial(_load, plan_b, plan_b=None),
     )
 

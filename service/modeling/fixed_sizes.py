@@ -155,6 +155,10 @@ def detect_fixed(
         logits = parts.mask_head(patches, found.labels.flatten())
         masks = logits.float().sigmoid().unflatten(0, (num_images, max_detections))
     boxes = found.boxes * wanted.factors.unsqueeze(1)
+    if model.transform.is_detectron2s:
+        # To the original images, as `GeneralizedRCNN.detect` does. The products are whole numbers but for rounding.
+        limits = (wanted.sizes.flip(1).repeat(1, 2) * wanted.factors).round()
+        boxes = torch.minimum(boxes, limits.unsqueeze(1))
     return FixedDetections(boxes, found.labels, found.scores, masks, found.counts, found.fit)
 
 

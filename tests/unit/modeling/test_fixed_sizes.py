@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from service.devices.cpu import CpuDevice
 from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
 from service.modeling.fixed_sizes import FixedDetections, Wanted, detect_fixed
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
 from service.modeling.roi_heads import Selection
@@ -20,9 +23,15 @@ CLASSES = 3
 MOST = 20
 
 
-def network() -> GeneralizedRCNN:
+DETECTRON2S = ModelConfig.model_validate(
+    MASK_CONFIG.model_dump(mode="json", exclude_unset=True)
+    | {"transform": {"min_size": 64, "max_size": 96, "style": "detectron2"}}
+)
+
+
+def network(config: ModelConfig = MASK_CONFIG) -> GeneralizedRCNN:
     torch.manual_seed(0)
-    model = build_model(MASK_CONFIG).eval()
+    model = build_model(config).eval()
     # Scores apart from each other, so that thresholds and suppression have something to choose.
     model.roi_heads.box_predictor.cls_score.weight.data *= 20
     model.roi_heads.box_predictor.bbox_pred.weight.data *= 5
@@ -36,26 +45,30 @@ PICTURES = [
 ]
 
 
-def usual(selections: Sequence[Selection]) -> list[ImageDetections]:
+def usual(selections: Sequence[Selection], model: GeneralizedRCNN = MODEL) -> list[ImageDetections]:
     count = len(selections)
     with as_on_cuda():
-        return MODEL.detect(PICTURES[:count], selections, with_masks=[True] * count, proposals=[None] * count)
+        return model.detect(PICTURES[:count], selections, with_masks=[True] * count, proposals=[None] * count)
 
 
-def fixed(selections: Sequence[Selection], *, capacity: int = 4096, with_masks: bool = True) -> FixedDetections:
+def fixed(
+    selections: Sequence[Selection], model: GeneralizedRCNN = MODEL, *, capacity: int = 4096, with_masks: bool = True
+) -> FixedDetections:
     images = PICTURES[: len(selections)]
     with as_on_cuda():
-        batch = MODEL.transform.prepare(images)
+        batch = model.transform.prepare(images)
         wanted = Wanted.of(
             selections,
-            heads=MODEL.roi_heads,
+            heads=model.roi_heads,
             num_classes=CLASSES,
             resized=[(height, width) for height, width in batch.image_sizes],
             original=[(image.shape[0], image.shape[1]) for image in images],
         )
-        with counted_waits() as waits:
+        # Nor does it copy anything from the host, which a graph would read again at each replay.
+        upload = patch.object(CpuDevice, "upload", side_effect=AssertionError("a copy from the host"))
+        with counted_waits() as waits, upload:
             found = detect_fixed(
-                MODEL, batch.tensors, wanted, capacity=capacity, max_detections=MOST, with_masks=with_masks
+                model, batch.tensors, wanted, capacity=capacity, max_detections=MOST, with_masks=with_masks
             )
     assert waits.count == 0
     return found
@@ -93,6 +106,12 @@ SELECTIONS = st.builds(
 @given(st.lists(SELECTIONS, min_size=1, max_size=4))
 def test_batches_of_mixed_options_are_answered_as_on_the_usual_path(selections: list[Selection]) -> None:
     assert_equal(fixed(selections), usual(selections))
+
+
+def test_boxes_of_detectron2s_style_are_clipped_to_the_original_image_too() -> None:
+    model = network(DETECTRON2S)
+    selections = [Selection(0.0, MOST), Selection(0.3, MOST)]
+    assert_equal(fixed(selections, model), usual(selections, model))
 
 
 def test_an_image_with_more_candidates_than_the_capacity_is_told() -> None:
