@@ -16,12 +16,12 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.cores import available_cores
+from service.cores import Binding, available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
 Engine = Literal["auto", "eager", "compiled", "graphs", "openvino"]
-Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"]
 
 OTHER_VARIABLES = frozenset(
     {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
@@ -96,8 +96,9 @@ class Settings(BaseSettings):
     )
     precision: Precision = Field(
         "auto",
-        description="Number format of the network: auto, float32, tf32 (CUDA only), float16 or bfloat16; auto is "
-        "float16 on CUDA, except with the engine eager, and float32 on the CPU.",
+        description="Number format of the network: auto, float32, tf32 (CUDA only), float16, bfloat16 or int8 (CPU "
+        "only, quantised models only); auto is float16 on CUDA, except with the engine eager, and on the CPU int8 for "
+        "a quantised model, else float32.",
     )
     engine: Engine = Field(
         "auto",
@@ -114,8 +115,13 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=256,
-        description="Number of processes that run models; unset takes one per GPU, or one on the CPU. 0 runs them in "
-        "the process that serves HTTP, for debugging.",
+        description="Number of processes that run models; unset takes one per GPU, or one per NUMA node on the CPU. 0 "
+        "runs them in the process that serves HTTP, for debugging.",
+    )
+    bind_workers: Binding = Field(
+        "node",
+        description="What workers on the CPU are bound to if there are several: node, the cores of a NUMA node; cores, "
+        "their own part of the cores, for machines that do nothing else; or off.",
     )
     probe_timeout_seconds: float = Field(
         60.0,
@@ -207,8 +213,8 @@ class Settings(BaseSettings):
         default_factory=lambda: min(8, available_cores()),
         ge=1,
         le=256,
-        description="Threads that decode images, and as many that encode masks; unset takes one per core that the "
-        "process may use, at most 8.",
+        description="Threads that decode images, and as many that encode masks, in each worker; unset takes one per "
+        "core of the worker's share, at most 8.",
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(

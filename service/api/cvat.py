@@ -115,13 +115,9 @@ async def show_function(
 )
 async def invoke_function(
     ask: Asked,
-    name: Annotated[
-        str | None, Header(alias="x-nuclio-function-name", description="of a function", examples=["nuclei"])
-    ] = None,
+    name: Annotated[str, Header(alias="x-nuclio-function-name", description="of a function", examples=["nuclei"])],
 ) -> Response:
     """Find the objects in one image."""
-    if name is None:
-        raise InvalidRequestError("expected the header x-nuclio-function-name, got none")
     function = _find(ask.state, name)
     ask.require_place()
     image, threshold = await asyncio.to_thread(_parse, await ask.read())

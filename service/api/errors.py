@@ -285,7 +285,7 @@ def and_more(count: int) -> list[str]:
 
 def _describe(error: Mapping[str, Any]) -> str:
     option = next(
-        (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path")), ""
+        (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path", "header")), ""
     )
     if error["type"] == "unknown_option":
         return str(error["msg"])

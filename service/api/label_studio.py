@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from service.api.ask import Ask, Asked, Order
 from service.api.auth import require_key
 from service.api.disconnect import while_connected
-from service.api.errors import describe_option_errors, detail_of, report
+from service.api.errors import RouteNotFoundError, describe_option_errors, detail_of, report
 from service.api.health import ready
 from service.api.json_body import decode_base64, parse_document
 from service.api.label_studio_config import Control, RegionType, read_controls
@@ -164,7 +164,7 @@ async def hear_event(name: Name, ask: Asked) -> Response:
 @router.post("/train")
 async def train(name: Name) -> Response:
     """Training is not offered."""
-    raise InvalidRequestError(_NO_TRAINING)
+    raise RouteNotFoundError(_NO_TRAINING)
 
 
 @dataclass(frozen=True, slots=True)

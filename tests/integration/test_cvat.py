@@ -181,7 +181,7 @@ def test_lower_versions_are_listed_beside_the_highest() -> None:
 @pytest.mark.parametrize(
     ("headers", "body", "status", "words"),
     [
-        ({}, {"image": IMAGE}, 422, "expected the header x-nuclio-function-name"),
+        ({}, {"image": IMAGE}, 422, "option 'x-nuclio-function-name': field required"),
         ({"x-nuclio-function-name": "x"}, {"image": IMAGE}, 404, "no function 'x'; there are: fake, fake-boxes"),
         ({"x-nuclio-function-name": "fake"}, {}, 422, "option 'image': field required"),
         ({"x-nuclio-function-name": "fake"}, [], 422, "expected a JSON object"),

@@ -179,9 +179,9 @@ def test_further_calls_of_label_studio_are_answered(live: Live) -> None:
     assert live.client.get("/label-studio/fake/versions").json() == {"versions": ["fake@1"]}
     event = {"action": "ANNOTATION_CREATED", "annotation": {"result": []}, "project": {"id": 1}}
     assert live.client.post("/label-studio/fake/webhook", json=event).json() == {"status": "ignored"}
-    for path, document in (("webhook", {"action": "START_TRAINING"}), ("train", {})):
+    for path, document, status in (("webhook", {"action": "START_TRAINING"}, 422), ("train", {}, 404)):
         refused = live.client.post(f"/label-studio/fake/{path}", json=document)
-        assert (refused.status_code, "roiserve train" in refused.json()["error"]) == (422, True)
+        assert (refused.status_code, "roiserve train" in refused.json()["error"]) == (status, True)
 
 
 def test_key_is_the_password_of_basic_authentication(serve: Callable[..., Live]) -> None:

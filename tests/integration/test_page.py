@@ -430,11 +430,15 @@ def test_file_that_is_no_picture_is_explained(visit: Visit, live: Live) -> None:
     assert notice(page).get_attribute("role") == "alert"
     page.get_by_role("button", name="Convert it here").click()
     expect(notice(page)).to_contain_text("cannot read the picture either")
-    visit.give(farm()[:-40])
-    expect(notice(page)).to_contain_text("damaged")
     visit.give(farm())
     expect(notice(page)).to_be_hidden()
     expect(rows(page)).to_have_count(1)
+    visit.give(farm()[:-40])
+    expect(notice(page)).to_contain_text("damaged")
+    # The picture before it is still there, and works.
+    expect(page.locator("#picture")).to_have_attribute("aria-label", "a.png with 1 object")
+    page.get_by_text("JSON", exact=True).click()
+    assert len(json.loads(page.locator("#snippet").inner_text())["detections"]) == 1
 
 
 def test_format_that_only_the_browser_reads_is_converted(visit: Visit, live: Live) -> None:

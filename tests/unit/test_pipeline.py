@@ -37,6 +37,7 @@ from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Pipeline, ThreadTask, Work, run_batch
 from service.structures import (
+    AnnotatorMasks,
     Detections,
     DetectOptions,
     Drawing,
@@ -182,10 +183,11 @@ def many_masks(number: int = 40) -> tuple[Image, Detections]:
 
 
 @pytest.mark.parametrize(
-    ("masks", "advice"), [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none")]
+    ("masks", "advice"),
+    [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none"), ("label_studio", "rectangles")],
 )
 async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smaller(
-    masks: MaskFormat, advice: str, monkeypatch: pytest.MonkeyPatch
+    masks: MaskFormat | AnnotatorMasks, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
     encode = JsonEncoder.encode

@@ -6,8 +6,8 @@ import { byId } from "./dom.js";
 import { hideNotice, showNotice, showWaiting } from "./notice.js";
 import { objectsOf } from "./objects.js";
 import { explain } from "./problems.js";
-import { showAnswer, showBitmap, showModel } from "./showing.js";
-import { copyOf, decode, fetchExample } from "./sources.js";
+import { showAnswer, showModel, showPicture } from "./showing.js";
+import { copyOf, decode, fetchExample, reduced } from "./sources.js";
 import { chooseModel, chosenModel, nameOf, state, server } from "./state.js";
 
 // Asked for once; the slider for the score begins here.
@@ -19,6 +19,7 @@ const COPY_PIXELS = 2048;
 const LEAST_COPY_PIXELS = 256;
 
 let running = null;  // of the requests under way, to stop them
+let brought = null;  // the last picture that somebody brought, shown or not
 
 /** Load the models, and open the example that the address names. */
 export function begin() {
@@ -50,7 +51,7 @@ export function openExample(name, { prefersItsModel = true } = {}) {
 export function askAgain() {
   return perform(async (wait) => {
     await loadModels(wait);
-    if (state.picture) await ask(wait);
+    if (state.picture) await ask(state.picture, wait);
   });
 }
 
@@ -95,19 +96,19 @@ async function loadModels(wait, wanted) {
   showModel();
 }
 
+/** What cannot be shown leaves the picture before it where it is, with its objects. */
 async function look(picture, wait) {
-  Object.assign(state, { picture, a: null, b: null, pairs: null, current: null, pinned: null });
-  state.options.example = picture.example ?? "";
+  brought = picture;
   requireSendable(picture.blob.size, Number(server.maxBodyBytes), "bytes");
   const bitmap = await decode(picture.blob);
   wait.signal.throwIfAborted();
   if (bitmap) {
     picture.size = [bitmap.width, bitmap.height];
-    showBitmap(bitmap, picture.size);
-    requireSendable(bitmap.width * bitmap.height, Number(server.maxImagePixels), "pixels");
+    showPicture(picture, await reduced(bitmap));
+    requireSendable(picture.size[0] * picture.size[1], Number(server.maxImagePixels), "pixels");
   }
   await loadModels(wait);
-  await ask(wait);
+  await ask(picture, wait);
 }
 
 function requireSendable(amount, most, unit) {
@@ -116,35 +117,34 @@ function requireSendable(amount, most, unit) {
   throw new Problem({ status: 413, code: "too_large", detail });
 }
 
-async function ask(wait) {
+async function ask(picture, wait) {
   const { options } = state;
   const model = chosenModel();
-  const first = await askWith(options.roi_op, model, wait);
-  await makePictureFit(first.answer.image, wait);
+  const first = await askWith(picture, options.roi_op, wait);
+  await makePictureFit(picture, first.answer.image, wait);
   options.score ??= model.score_thresh > LEAST_SCORE ? model.score_thresh : USUAL_SCORE;
   const hidden = new Set([...state.hidden].filter((label) => model.labels.includes(label)));
   Object.assign(state, { a: first, b: null, pairs: null, current: null, pinned: null, hidden });
   showAnswer();
   if (!options.compare) return;
-  const second = await askWith(options.compare, model, wait);
+  const second = await askWith(picture, options.compare, wait);
   Object.assign(state, { b: second, pairs: pairObjects(first.objects, second.objects), current: null, pinned: null });
   showAnswer();
 }
 
-async function askWith(operator, model, wait) {
-  const { answer, roundTrip } = await detect(state.picture.blob, requestOptions(operator, LEAST_SCORE), wait);
+async function askWith({ blob }, operator, wait) {
+  const { answer, roundTrip } = await detect(blob, requestOptions(operator, LEAST_SCORE), wait);
   wait.signal.throwIfAborted();
-  return { answer, roundTrip, objects: objectsOf(answer, model) };
+  return { answer, roundTrip, objects: objectsOf(answer, chosenModel()) };
 }
 
 /** A browser that cannot show the picture, or reads its orientation otherwise, gets it from the server. */
-async function makePictureFit({ width, height }, wait) {
-  const { picture } = state;
+async function makePictureFit(picture, { width, height }, wait) {
   if (picture.size?.[0] === width && picture.size[1] === height) return;
   const bitmap = await decode(await readPicture(picture.blob, nameOf(chosenModel()), wait));
   wait.signal.throwIfAborted();
   picture.size = [width, height];
-  showBitmap(bitmap, picture.size);
+  showPicture(picture, await reduced(bitmap));
 }
 
 // Problems.
@@ -155,16 +155,16 @@ function showProblem(error, again) {
   const words = explain(problem);
   const actions = {
     again: [["Try again", again]],
-    key: [["Enter a key", () => askForKey(words.title, again)]],
+    key: [["Enter a key", () => askForKey(words, again)]],
     smaller: [["Send a smaller copy", () => sendCopy(COPY_PIXELS, "image/jpeg")]],
     convert: [["Convert it here and send that", () => sendCopy(Infinity, "image/png")]],
   };
   showNotice({ ...words, actions: [...(actions[words.action] ?? []), ["Close", hideNotice]] });
-  if (problem.code === "missing_key") askForKey(words.title, again);
+  if (problem.code === "missing_key") askForKey(words, again);
 }
 
 async function sendCopy(longestSide, type) {
-  const copy = await copyOf(state.picture, longestSide, type);
+  const copy = await copyOf(brought, longestSide, type);
   if (copy && longestSide > LEAST_COPY_PIXELS && !fits(copy)) {
     await sendCopy(Math.min(longestSide, COPY_PIXELS) / 2, type);
     return;
@@ -181,9 +181,10 @@ function fits({ blob, size: [width, height] }) {
   return blob.size <= Number(server.maxBodyBytes) && width * height <= Number(server.maxImagePixels);
 }
 
-function askForKey(title, again) {
+function askForKey({ title, text }, again) {
   const [dialog, field] = [byId("key-dialog"), byId("key")];
   byId("key-title").textContent = title;
+  byId("key-why").textContent = text;
   field.value = "";
   byId("key-form").onsubmit = () => {
     setKey(field.value.trim());

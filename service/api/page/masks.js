@@ -51,6 +51,9 @@ const AHEAD = [[1, 0], [0, 1], [-1, 0], [0, -1]];
 // From a pixel's upper left corner to the middle of the edge along which one walks in that direction.
 const MIDDLE = [[0.5, 0], [1, 0.5], [0.5, 1], [0, 0.5]];
 
+// Of a larger mask only every second or third pixel is looked at, so that a picture full of large masks stays quick.
+const MOST_TRACED_PIXELS = 1_000_000;
+
 /**
  * Trace the outlines of a mask: closed loops of points [x, y] in pixels of the picture, holes included. They go through
  * the middles of the pixels' edges, which makes slopes of steps.
@@ -59,11 +62,15 @@ export function traceOutlines(spans, height) {
   const bounds = boundsOf(spans, height);
   if (!bounds) return [];
   const [left, top, right, bottom] = bounds;
+  const step = Math.ceil(Math.sqrt(((right - left) * (bottom - top)) / MOST_TRACED_PIXELS));
   // With a margin of one pixel, so that neighbours always exist.
-  const width = right - left + 2;
-  const inside = new Uint8Array(width * (bottom - top + 2));
+  const width = Math.ceil((right - left) / step) + 2;
+  const inside = new Uint8Array(width * (Math.ceil((bottom - top) / step) + 2));
   forEachRun(spans, height, (x, y1, y2) => {
-    for (let y = y1; y < y2; y++) inside[(y - top + 1) * width + x - left + 1] = 1;
+    if ((x - left) % step) return;
+    const column = (x - left) / step + 1;
+    const [first, end] = [y1, y2].map((y) => Math.ceil((y - top) / step) + 1);
+    for (let row = first; row < end; row++) inside[row * width + column] = 1;
   });
   const isTraced = new Uint8Array(inside.length);
   const loops = [];
@@ -85,7 +92,7 @@ export function traceOutlines(spans, height) {
       const goesStraight = inside[ahead] && !inside[aheadLeft];
       if (!(cameStraight && goesStraight)) {
         const [mx, my] = MIDDLE[direction];
-        points.push([(at % width) - 1 + left + mx, Math.floor(at / width) - 1 + top + my]);
+        points.push([left + step * ((at % width) - 1 + mx), top + step * (Math.floor(at / width) - 1 + my)]);
       }
       cameStraight = goesStraight;
       if (!inside[ahead]) {

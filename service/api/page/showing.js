@@ -30,19 +30,24 @@ const table = new ObjectTable(byId("rows"), byId("head"), byId("body"), {
   },
 });
 
-/** Show a picture before anything is known of it. */
-export function showBitmap(bitmap, size) {
+/** Show a picture of which nothing is known yet. */
+export function showPicture(picture, bitmap) {
+  Object.assign(state, { picture, a: null, b: null, pairs: null, current: null, pinned: null });
+  state.options.example = picture.example ?? "";
   document.body.dataset.phase = "shown";
+  document.body.classList.remove("answered");
+  clearInterval(blinking);
+  tell("");
+  const [width, height] = picture.size;
   byId("view").hidden = false;
-  byId("view").style.setProperty("--aspect", size[0] / size[1]);
-  view.setPicture(bitmap, ...size);
+  byId("view").style.setProperty("--aspect", width / height);
+  byId("picture").ariaLabel = picture.name;
+  view.setPicture(bitmap, width, height);
 }
 
 /** Show a new answer, or two. */
 export function showAnswer() {
   document.body.classList.add("answered");
-  byId("under").hidden = false;
-  document.body.dataset.phase = "shown";
   if (state.pairs) table.fillPairs(state.pairs, chosenOperators());
   else table.fill(state.a.objects);
   showTimings(byId("timings"), state.a.answer.timings_ms, state.a.roundTrip);

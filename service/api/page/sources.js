@@ -4,6 +4,8 @@
 import { fetchFile } from "./api.js";
 import { byId } from "./dom.js";
 
+const MOST_SHOWN_PIXELS = 16_000_000;
+
 /** Call onPicture({blob, name, example}) for every picture that a person brings; onProblem(words) if that fails. */
 export function watchSources({ onPicture, onProblem }) {
   const file = byId("file");
@@ -78,6 +80,19 @@ export async function decode(blob) {
   } catch {
     return null;
   }
+}
+
+/** The same with fewer pixels if there are very many, which would make every redraw slow. */
+export async function reduced(bitmap) {
+  const scale = Math.sqrt(MOST_SHOWN_PIXELS / (bitmap.width * bitmap.height));
+  if (scale >= 1) return bitmap;
+  const smaller = await createImageBitmap(bitmap, {
+    resizeWidth: Math.max(1, Math.round(scale * bitmap.width)),
+    resizeHeight: Math.max(1, Math.round(scale * bitmap.height)),
+    resizeQuality: "high",
+  });
+  bitmap.close();
+  return smaller;
 }
 
 /** A copy whose longer side has at most so many pixels, as JPEG or PNG. */

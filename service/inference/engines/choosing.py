@@ -14,7 +14,8 @@ from service.errors import ServiceError, first_line
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
 from service.inference.engines.graphs import GraphedDetector, why_not_recorded
-from service.inference.half import DTYPES, HalfNetwork
+from service.inference.half import DTYPES, HalfNetwork, PrecisionError
+from service.model_store.quantizers import Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 COMPILING = ("compiled", "graphs")
 """Engines whose parts are compiled by torch."""
-_OPENVINO_PRECISIONS = ("float32", "bfloat16")
+_OPENVINO_PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def put_engine(
     cache_dir: Path | None,
     num_classes: int = 0,
     max_detections: int = 0,
+    quantizers: Quantizers | None = None,
 ) -> Placed:
     """Replace the network's parts by an engine's, in place.
 
@@ -68,13 +70,14 @@ def put_engine(
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
         num_classes: with the background; needed by `graphs`.
         max_detections: of an image unless a request says otherwise; needed by `graphs`.
+        quantizers: what runs in int8; needed for that precision, and only used by it.
 
     Returns:
         The engine now in use. `auto` falls back to `eager` if the fastest engine cannot run this model.
 
     Raises:
         ServiceError: the engine is not installed, or does not support this device and precision.
-        ModelStoreError: see `HalfNetwork`.
+        PrecisionError: see `HalfNetwork`; or the model cannot run in int8 here.
     """
     chosen = device.fastest_engine if engine == "auto" else engine
     folder = _cache_folder(cache_dir)
@@ -83,10 +86,13 @@ def put_engine(
     fold(model)
     problem = _why_not(chosen, model, device, precision)
     if problem is None and chosen == "openvino":
-        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir)
+        used = quantizers if precision == "int8" else None
+        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir, quantizers=used)
         if problem is None:
             return Placed(chosen)
     if problem is not None:
+        if precision == "int8":
+            raise PrecisionError(problem)
         if engine != "auto":
             raise ServiceError(problem)
         fields = {"engine": "eager", "reason": problem}
@@ -118,9 +124,27 @@ def put_engine(
     )
 
 
-def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
+def why_not_int8(*, engine: str, device: Device) -> str | None:
+    """Why no model can run in int8 here, as a message; None if a quantised one can.
+
+    Args:
+        engine: as configured.
+    """
+    if device.fastest_engine != "openvino":
+        return f"int8 runs on the CPU, not on {device.label}"
+    if engine not in ("auto", "openvino"):
+        return f"int8 runs on the engine 'openvino', not on {engine!r}"
+    if importlib.util.find_spec("openvino") is None:
+        return "int8 needs the engine 'openvino', which is not installed: pip install openvino"
+    return None
+
+
+def _put_openvino(
+    model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None, quantizers: Quantizers | None
+) -> str | None:
     """Install the engine. Returns the reason if that is impossible, else None."""
     # Imported here: an optional extra that may not be installed.
+    from service.inference.engines.int8 import UnfitQuantizersError
     from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
     if precision == "bfloat16" and not has_bfloat16():
@@ -129,7 +153,10 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     if folder is None:
         return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
     try:
-        model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
+        network = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder, quantizers=quantizers)
+        model.parts = network.parts()
+    except UnfitQuantizersError as error:
+        return f"{error}; these versions of torch and OpenVINO convert it in another way: quantise the model again"
     except RuntimeError as error:
         return f"OpenVINO cannot express this network: {first_line(error)}"
     return None

@@ -27,8 +27,8 @@ def found(number: int) -> Detections:
     return Detections(boxes, labels, scores, masks)
 
 
-@pytest.mark.parametrize("masks", get_args(MaskFormat))
-def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None:
+@pytest.mark.parametrize("masks", get_args(MaskFormat) + get_args(AnnotatorMasks))
+def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat | AnnotatorMasks) -> None:
     detections, form = found(30), Json(masks)
     whole = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
     assert encode(form, IMAGE, detections, FAKE_INFO) == whole
