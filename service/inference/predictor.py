@@ -224,6 +224,7 @@ class Predictor:
             labels=options.label_ids,
             nms_thresh=options.nms_thresh,
             class_agnostic_nms=options.class_agnostic_nms,
+            with_class_scores="class_scores" in options.extras,
         )
 
     def _proposals(self, options: DetectOptions) -> Tensor | None:
@@ -256,7 +257,7 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
     columns = [
         values
         for one in found
-        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks)
+        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks, *one.extras.values())
         if values is not None
     ]
     if is_finite is not None:
@@ -269,6 +270,7 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
             labels=next(copies).astype(np.int64),
             scores=next(copies),
             masks=None if one.masks is None else next(copies),
+            extras={name: next(copies) for name in one.extras},
         )
         for one in found
     ]
