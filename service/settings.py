@@ -20,8 +20,8 @@ from service.cores import Binding, available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
-Engine = Literal["auto", "eager", "compiled", "openvino"]
-Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16"]
+Engine = Literal["auto", "eager", "compiled", "graphs", "openvino"]
+Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"]
 
 OTHER_VARIABLES = frozenset(
     {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
@@ -96,8 +96,9 @@ class Settings(BaseSettings):
     )
     precision: Precision = Field(
         "auto",
-        description="Number format of the network: auto, float32, tf32 (CUDA only), float16 or bfloat16; auto is "
-        "float16 on CUDA, except with the engine eager, and float32 on the CPU.",
+        description="Number format of the network: auto, float32, tf32 (CUDA only), float16, bfloat16 or int8 (CPU "
+        "only, quantised models only); auto is float16 on CUDA, except with the engine eager, and on the CPU int8 for "
+        "a quantised model, else float32.",
     )
     engine: Engine = Field(
         "auto",

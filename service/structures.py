@@ -26,7 +26,9 @@ MaskStyle = Literal["torchvision", "detectron2"]
 AnnotatorMasks = Literal["label_studio", "cvat"]
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
+ExtraName = Literal["class_scores"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
+ALL_EXTRAS: tuple[ExtraName, ...] = get_args(ExtraName)
 ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
 
 # A rough figure for JPEG photographs; and the size to which networks resize large images.
@@ -83,6 +85,7 @@ class DetectOptions:
         roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
         nms_thresh: IoU, 0 to 1, above which the better of two detections suppresses the other.
         class_agnostic_nms: whether it also suppresses detections of other classes.
+        extras: further outputs for each detection, by name; see `Detections.extras`.
     """
 
     score_thresh: float | None = None
@@ -93,6 +96,7 @@ class DetectOptions:
     roi_op: str | None = None
     nms_thresh: float | None = None
     class_agnostic_nms: bool | None = None
+    extras: tuple[ExtraName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +117,8 @@ class Detections:
         scores: (D,) float32, 0 to 1.
         masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box in the model's
             `mask_style`; None if not asked for.
-        extras: further outputs for each detection, by name: (D, ...) arrays.
+        extras: further outputs for each detection that were asked for, by name: (D, ...) arrays. `class_scores` is
+            (D, C) float32: the probability of each class, from 0, the background; each row's sum is 1.
     """
 
     boxes: Float32Array
@@ -399,7 +404,7 @@ class Coco:
 
     image_id: int | str
     with_masks: bool = False
-    category_ids: Sequence[int] | None = None
+    category_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +427,8 @@ class Job:
         form: the form of the answer.
         deadline: when the caller stops waiting, in seconds of `time.monotonic`.
         is_bulk: whether it is one of many that may take their time.
+        entries: most entries of the batcher, such as tiles, that are made of the image at a time. Each needs a place,
+            so there must not be more than the detector's capacity.
     """
 
     model: str
@@ -431,6 +438,7 @@ class Job:
     deadline: float
     progress: Progress
     is_bulk: bool = False
+    entries: int = 1
 
     @property
     def likely_pixels(self) -> int:
@@ -439,7 +447,7 @@ class Job:
             pixels = self.source.array.size // 3
         else:
             pixels = _PIXELS_PER_BYTE * len(self.source.data)
-        return min(max(_LEAST_LIKELY_PIXELS, pixels), _MOST_LIKELY_PIXELS)
+        return min(max(_LEAST_LIKELY_PIXELS * self.entries, pixels), _MOST_LIKELY_PIXELS * self.entries)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,6 +49,13 @@ MASK_ENCODERS: Mapping[MaskFormat | AnnotatorMasks, Callable[..., Sequence[objec
     "cvat": _cvat,
 }
 
+# What to ask for instead of an answer that would be too large; without masks if nothing else.
+_SMALLER: Mapping[MaskFormat | AnnotatorMasks, str] = {
+    "png": "masks=crop or masks=rle",
+    "polygons": "masks=rle or masks=crop",
+    "label_studio": "rectangles",
+    "cvat": "rectangles",
+}
 # A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
 # thread.
 _SIDES_PER_PART_PIXELS = 5_000
@@ -67,9 +74,7 @@ class ArrayEncoder(Encoder):
 
     def __init__(self, masks: MaskFormat | AnnotatorMasks) -> None:
         self._masks = masks
-        self.smaller = {"png": "masks=crop or masks=rle", "polygons": "masks=rle or masks=crop"}.get(
-            masks, "masks=none"
-        )
+        self.smaller = _SMALLER.get(masks, "masks=none")
 
     def split(self, detections: Detections) -> Sequence[Detections]:
         """Parts of about 2 ms, unless a single mask takes longer.

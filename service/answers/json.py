@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from service.answers.array import ArrayEncoder
 from service.structures import Detections, Image, Json, ModelInfo
 
@@ -18,7 +20,7 @@ class JsonEncoder(ArrayEncoder):
     def objects(
         self, image: Image, part: Detections, masks: Sequence[Any] | None, info: ModelInfo
     ) -> list[dict[str, object]]:
-        """`box`, `label`, `label_id`, `score` and, with masks, `mask`."""
+        """`box`, `label`, `label_id`, `score`, with masks `mask`, and what else was asked for, by name."""
         found: list[dict[str, object]] = [
             {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
             for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
@@ -26,4 +28,7 @@ class JsonEncoder(ArrayEncoder):
         if masks is not None:
             for detection, mask in zip(found, masks, strict=True):
                 detection["mask"] = mask
+        for name, values in part.extras.items():
+            for detection, value in zip(found, np.ascontiguousarray(values), strict=True):
+                detection[name] = value
         return found

@@ -65,6 +65,7 @@ _MODEL = {
     "engine": "openvino",
     "precision": "float32",
     "device": "cpu",
+    "mask_style": "torchvision",
 }
 
 

@@ -48,6 +48,9 @@ class Detection(BaseModel):
     mask: RunLengths | MaskCrop | list[list[float]] | str | None = Field(
         None, description="In the form that `masks` asked for: rle, crop, polygons or png. Absent without masks."
     )
+    class_scores: list[float] | None = Field(
+        None, description="The probability of every class, from the background (0) on. Absent unless asked for."
+    )
 
 
 class ImageDetections(BaseModel):

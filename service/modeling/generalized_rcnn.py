@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -40,12 +40,14 @@ class ImageDetections:
         labels: (D,) int64, 1-based.
         scores: (D,) float32.
         masks: (D, M, M) float32 probabilities spread over the box; None if not requested.
+        extras: further outputs by name: (D, ...) float32.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
     masks: Tensor | None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
@@ -115,7 +117,7 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
                 clips=self.transform.is_detectron2s,
             )
             return [
-                ImageDetections(image_boxes, one.labels, one.scores, mask)
+                ImageDetections(image_boxes, one.labels, one.scores, mask, one.extras)
                 for image_boxes, one, mask in zip(boxes, found, masks, strict=True)
             ]
 

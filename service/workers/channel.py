@@ -99,6 +99,7 @@ def options_from(fields: Header) -> DetectOptions:
         | {
             "label_ids": None if label_ids is None else frozenset(label_ids),
             "proposals": None if proposals is None else tuple(tuple(box) for box in proposals),
+            "extras": tuple(fields["extras"]),
         }
     )
 

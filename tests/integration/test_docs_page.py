@@ -25,6 +25,7 @@ OPTIONS = {
     "labels",
     "masks",
     "roi_op",
+    "extras",
     "intensity",
     "timeout_ms",
 }

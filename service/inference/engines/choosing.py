@@ -13,13 +13,17 @@ from service.devices import Device
 from service.errors import ServiceError, first_line
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
-from service.inference.half import DTYPES, HalfNetwork
+from service.inference.engines.graphs import GraphedDetector, why_not_recorded
+from service.inference.half import DTYPES, HalfNetwork, PrecisionError
+from service.model_store.quantizers import Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 
 logger = logging.getLogger(__name__)
 
-_OPENVINO_PRECISIONS = ("float32", "bfloat16")
+COMPILING = ("compiled", "graphs")
+"""Engines whose parts are compiled by torch."""
+_OPENVINO_PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +31,20 @@ class Placed:
     """What runs a network now.
 
     Attributes:
-        engine: `eager`, `compiled` or `openvino`.
+        engine: `eager`, `compiled`, `graphs` or `openvino`.
         half: casts the weights to half precision; None for float32 and for `openvino`, which has its own copy of the
             weights.
         find_problem: call it after a batch has run; returns why the engine is not doing what its name says, or None if
             it is.
         take_uncompiled: returns the parts that `compiled` ran uncompiled since its last call.
+        graphs: runs whole batches; None except with `graphs`.
     """
 
     engine: str
     half: HalfNetwork | None = None
     find_problem: Callable[[], str | None] = lambda: None
     take_uncompiled: Callable[[], Sequence[str]] = tuple
+    graphs: GraphedDetector | None = None
 
 
 def put_engine(
@@ -49,54 +55,96 @@ def put_engine(
     precision: str,
     key: str,
     cache_dir: Path | None,
+    num_classes: int = 0,
+    max_detections: int = 0,
+    quantizers: Quantizers | None = None,
 ) -> Placed:
     """Replace the network's parts by an engine's, in place.
 
     Args:
         model: loaded, in evaluation mode, on its device. It can no longer be trained.
-        engine: `eager`, `compiled`, `openvino`, or `auto` for the device's fastest.
+        engine: `eager`, `compiled`, `graphs`, `openvino`, or `auto` for the device's fastest.
         device: where the network is.
         precision: one of the device's.
         key: names the network's weights and configuration.
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
+        num_classes: with the background; needed by `graphs`.
+        max_detections: of an image unless a request says otherwise; needed by `graphs`.
+        quantizers: what runs in int8; needed for that precision, and only used by it.
 
     Returns:
         The engine now in use. `auto` falls back to `eager` if the fastest engine cannot run this model.
 
     Raises:
         ServiceError: the engine is not installed, or does not support this device and precision.
-        ModelStoreError: see `HalfNetwork`.
+        PrecisionError: see `HalfNetwork`; or the model cannot run in int8 here.
     """
     chosen = device.fastest_engine if engine == "auto" else engine
     folder = _cache_folder(cache_dir)
-    if chosen == "compiled" and folder is not None:
+    if chosen in COMPILING and folder is not None:
         keep_compiled_code(folder)
     fold(model)
     problem = _why_not(chosen, model, device, precision)
     if problem is None and chosen == "openvino":
-        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir)
+        used = quantizers if precision == "int8" else None
+        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir, quantizers=used)
         if problem is None:
             return Placed(chosen)
     if problem is not None:
+        if precision == "int8":
+            raise PrecisionError(problem)
         if engine != "auto":
             raise ServiceError(problem)
         fields = {"engine": "eager", "reason": problem}
         logger.info("the fastest engine cannot run this model", extra={"fields": fields})
         chosen = "eager"
     half = HalfNetwork(model, precision) if precision in DTYPES else None
-    network = CompiledNetwork(model) if chosen == "compiled" else None
+    network = CompiledNetwork(model) if chosen in COMPILING else None
     if network is not None:
         model.parts = network.parts()
     if half is not None:
         model.parts = half.wrapped(model.parts or model.own_parts())
     if network is None:
         return Placed(chosen, half)
-    return Placed(chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled)
+    graphs = None
+    if chosen == "graphs":
+        graphs = GraphedDetector(
+            model,
+            device=device,
+            num_classes=num_classes,
+            max_detections=max_detections,
+            take_check=None if half is None else half.take_check,
+        )
+    return Placed(
+        chosen,
+        half,
+        find_problem=lambda: _why_uncompiled(network),
+        take_uncompiled=network.take_uncompiled,
+        graphs=graphs,
+    )
 
 
-def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
+def why_not_int8(*, engine: str, device: Device) -> str | None:
+    """Why no model can run in int8 here, as a message; None if a quantised one can.
+
+    Args:
+        engine: as configured.
+    """
+    if device.fastest_engine != "openvino":
+        return f"int8 runs on the CPU, not on {device.label}"
+    if engine not in ("auto", "openvino"):
+        return f"int8 runs on the engine 'openvino', not on {engine!r}"
+    if importlib.util.find_spec("openvino") is None:
+        return "int8 needs the engine 'openvino', which is not installed: pip install openvino"
+    return None
+
+
+def _put_openvino(
+    model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None, quantizers: Quantizers | None
+) -> str | None:
     """Install the engine. Returns the reason if that is impossible, else None."""
     # Imported here: an optional extra that may not be installed.
+    from service.inference.engines.int8 import UnfitQuantizersError
     from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
     if precision == "bfloat16" and not has_bfloat16():
@@ -105,7 +153,10 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     if folder is None:
         return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
     try:
-        model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
+        network = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder, quantizers=quantizers)
+        model.parts = network.parts()
+    except UnfitQuantizersError as error:
+        return f"{error}; these versions of torch and OpenVINO convert it in another way: quantise the model again"
     except RuntimeError as error:
         return f"OpenVINO cannot express this network: {first_line(error)}"
     return None
@@ -131,7 +182,7 @@ def _cache_folder(cache_dir: Path | None) -> Path | None:
 def _why_uncompiled(network: CompiledNetwork) -> str | None:
     if not network.uncompiled:
         return None
-    return f"engine 'compiled' did not compile the {' and the '.join(network.uncompiled)} of this network"
+    return f"the engine did not compile the {' and the '.join(network.uncompiled)} of this network"
 
 
 def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str) -> str | None:
@@ -145,6 +196,8 @@ def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str
             return f"engine 'openvino' runs in {' or '.join(_OPENVINO_PRECISIONS)}, not in {precision}"
     if engine != "eager" and not isinstance(model.roi_heads.box_roi_pool, RoIPooler):
         return f"engine {engine!r} does not run R-CNN, whose network is run on each proposal's pixels"
-    if engine == "compiled" and device.compiler_problem is not None:
-        return f"engine 'compiled' cannot compile here: {device.compiler_problem}"
+    if engine == "graphs" and (problem := why_not_recorded(model, device)) is not None:
+        return problem
+    if engine in COMPILING and device.compiler_problem is not None:
+        return f"engine {engine!r} cannot compile here: {device.compiler_problem}"
     return None

@@ -79,7 +79,7 @@ def test_frames_of_many_threads_do_not_mix() -> None:
         DetectOptions(
             score_thresh=0.1, label_ids=frozenset({3, 1}), proposals=((0.1, 0.2, 1e9, 3.0),), roi_op="roi_pool"
         ),
-        DetectOptions(label_ids=frozenset(), proposals=(), with_masks=False),
+        DetectOptions(label_ids=frozenset(), proposals=(), with_masks=False, extras=("class_scores",)),
     ],
 )
 def test_options_mean_the_same_on_the_other_side(options: DetectOptions) -> None:
@@ -113,7 +113,7 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
         Json(),
         Drawing("image/jpeg"),
         Tensors(),
-        Coco("a.png", True, [7]),
+        Coco("a.png", True),
         Coco(139),
         Roboflow("points"),
     ],
