@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from service.inference.verification import Reference
 from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
 from service.model_store.weights import check_fits, load_into
+from service.modeling.buckets import derive_buckets, round_up
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -35,6 +37,7 @@ def load_predictor(
     engine: str = "auto",
     cache_dir: Path | None = None,
     searching: bool = False,
+    buckets: Sequence[tuple[int, int]] | None = None,
 ) -> Predictor:
     """Load a model onto a device.
 
@@ -47,6 +50,8 @@ def load_predictor(
         cache_dir: where an engine caches compiled code for the next start; the user's cache folder if None.
         searching: whether a network that normally takes its proposals from the caller finds them itself when it gets
             none.
+        buckets: (height, width) of the sizes to which resized images are padded, in pixels, see `Transform`; empty to
+            derive them from the model's sizes, None to pad each image as little as possible.
 
     Raises:
         ModelStoreError: the folder, its configuration or its weights are invalid, there is not enough memory for the
@@ -61,6 +66,7 @@ def load_predictor(
         engine=engine,
         cache_dir=cache_dir,
         searching=searching,
+        buckets=buckets,
     )
     # There is no fallback for an engine or a precision that was requested by name.
     plan_b = None
@@ -97,6 +103,7 @@ class _Order:
     engine: str
     cache_dir: Path | None
     searching: bool
+    buckets: Sequence[tuple[int, int]] | None
 
     @property
     def config(self) -> ModelConfig:
@@ -158,6 +165,9 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     if infinite:
         raise ModelStoreError(f"{source}: expected finite weights, got others in {infinite[0]}")
     load_into(model, weights, source=source)
+    if order.buckets is not None:
+        sizes = config.transform
+        model.transform.buckets = tuple(map(round_up, order.buckets)) or derive_buckets(sizes.min_size, sizes.max_size)
     return model.to(order.device.torch_device).eval()
 
 

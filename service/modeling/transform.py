@@ -12,13 +12,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from service.devices import device_of
+from service.modeling.buckets import SIZE_DIVISIBLE, Size, round_up, smallest_bucket
 from service.modeling.config import NUM_CHANNELS, TransformConfig
 from service.ops.resize import resize_normalise_and_pad
 
 _LUMINANCE = (19_595, 38_470, 7_471)
 """0.299, 0.587 and 0.114 (ITU-R BT.601) as multiples of 2^-16, like Pillow's `convert("L")`: grey stays unchanged."""
-SIZE_DIVISIBLE = 32
-"""Batches are padded to multiples of this, the coarsest stride of the backbones."""
 
 
 class Transform(GeneralizedRCNNTransform):
@@ -30,7 +29,11 @@ class Transform(GeneralizedRCNNTransform):
 
     Attributes:
         num_channels: C, the channels that the network reads: 3 for RGB, 1 for grey, 4 for RGBA.
+        buckets: sizes to pad to in evaluation mode, each image to the smallest that holds it; an image that none of
+            them holds is padded to multiples of 32, as all are if there are none.
     """
+
+    buckets: Sequence[Size] = ()
 
     _mean: Tensor
     _std: Tensor
@@ -60,8 +63,8 @@ class Transform(GeneralizedRCNNTransform):
 
     def padded_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size of a batch that holds only this image. Images with the same padded size may share a batch."""
-        height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in self.resized_size(image_size))
-        return height, width
+        own = round_up(self.resized_size(image_size))
+        return smallest_bucket(own, self.buckets) or own
 
     def normalize(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, like torchvision's."""
@@ -84,6 +87,18 @@ class Transform(GeneralizedRCNNTransform):
         size = self.resized_size((height, width))
         return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], None
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = SIZE_DIVISIBLE) -> Tensor:
+        """torchvision's, except that in evaluation mode every image is padded to its bucket."""
+        if self.training or not self.buckets:
+            padded: Tensor = super().batch_images(images, size_divisible=size_divisible)
+            return padded
+        own = [round_up((image.shape[-2], image.shape[-1])) for image in images]
+        sizes = [smallest_bucket(one, self.buckets) or one for one in own]
+        batch = images[0].new_zeros(len(images), images[0].shape[0], *_largest(sizes))
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
     def prepare(self, images: Sequence[Tensor]) -> ImageList:
         """Make one batch.
 
@@ -96,8 +111,7 @@ class Transform(GeneralizedRCNNTransform):
         # The CPU kernel handles three channels only.
         if self.num_channels == 3 and device_of(images[0].device).kernels == "numba":
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
-            padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
-            common = max(height for height, _ in padded), max(width for _, width in padded)
+            common = _largest([self.padded_size((image.shape[0], image.shape[1])) for image in images])
             return ImageList(
                 resize_normalise_and_pad(images, sizes, common, mean=self._config.mean, std=self._config.std), sizes
             )
@@ -108,3 +122,8 @@ class Transform(GeneralizedRCNNTransform):
     def scale(self, image_size: tuple[int, int]) -> float:
         """Pixels of the resized image per pixel of the original."""
         return min(self._config.min_size / min(image_size), self._config.max_size / max(image_size))
+
+
+def _largest(sizes: Sequence[Size]) -> Size:
+    """The size that holds all of them."""
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
