@@ -124,7 +124,7 @@ class TimmWithFPN(nn.Module):
         self.channels_last = channels_last
         self.places = tuple(in_channels)
         self.fpn = FeaturePyramidNetwork(
-            list(in_channels.values()), out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer
+            list(in_channels.values()), out_channels, extra_blocks=EverySecondCell(), norm_layer=norm_layer
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -227,11 +227,25 @@ def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -
     return Backbone(module, pooled, strides=(*pooled.values(), *extra), out_channels=config.out_channels)
 
 
+class EverySecondCell(LastLevelMaxPool):
+    """torchvision's coarsest map: every second cell of the one before."""
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """See `ExtraFPNBlock`."""
+        if not torch.compiler.is_compiling():
+            maps: tuple[list[Tensor], list[str]] = super().forward(results, x, names)
+            return maps
+        # By indices, since torch 2.11 compiles its pooling for an even or for an odd number of cells, but not for both:
+        # pictures of other sizes would run uncompiled.
+        rows, columns = (torch.arange(0, side, 2, device=results[-1].device) for side in results[-1].shape[2:])
+        return [*results, results[-1].index_select(2, rows).index_select(3, columns)], [*names, "pool"]
+
+
 def _extra_blocks(config: BackboneConfig, trunk_channels: int) -> ExtraFPNBlock | None:
     """The coarser maps on top of the pyramid."""
     match config.extra_blocks:
         case "pool":
-            return LastLevelMaxPool()
+            return EverySecondCell()
         case "none":
             return None
         case "p6p7":
@@ -310,7 +324,7 @@ def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
         return_layers={str(index): str(level) for level, index in enumerate(stages)},
         in_channels_list=[trunk[index].out_channels for index in stages],
         out_channels=config.out_channels,
-        extra_blocks=LastLevelMaxPool(),
+        extra_blocks=EverySecondCell(),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.
