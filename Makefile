@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,ray,timm]'
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,quantize,ray,timm]'
 	@touch $@
 
 # A flag only where one was asked for, so that ROISERVE_HOST and the like count.

@@ -85,9 +85,9 @@ def store_detector(model: GeneralizedRCNN, builder: str, folder: Path) -> Stored
 
 
 def bundled_models() -> list[StoredModel]:
-    """The newest version of each model that comes with the repository."""
-    newest = {stored.name: stored for stored in ModelStore(BUNDLED).list()}
-    return list(newest.values())
+    """Of each model that comes with the repository, the version that its name stands for: the one in float32."""
+    store = ModelStore(BUNDLED)
+    return [store.find(name) for name in dict.fromkeys(stored.name for stored in store.list())]
 
 
 def torchvision_twin(stored: StoredModel) -> GeneralizedRCNN:

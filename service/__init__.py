@@ -15,7 +15,7 @@ service/
 ├── api/                HTTP and JSON only: one file per resource, schemas, the error table, the web page
 ├── answers/            detections to the bytes of an answer, one file per form
 ├── imaging/            bytes to pixels; pixels to a picture with the detections drawn
-├── masks/              small mask and box to RLE, polygons or PNG, never a full-size canvas per object
+├── masks/              small mask and box to RLE, polygons, pictures or brush strokes, never a full-size canvas each
 ├── batching/           single items to batches for a function from n items to n results: queue and batcher
 ├── inference/          one loaded model on one device: predictor, engines, warm-up
 ├── model_store/        read, check and write model folders

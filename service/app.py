@@ -17,9 +17,23 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
 
-from service.api import detect, docs, health, hugging_face, metrics, models, predict, start, v2
+from service.api import (
+    cvat,
+    detect,
+    docs,
+    health,
+    hugging_face,
+    label_studio,
+    metrics,
+    models,
+    predict,
+    roboflow,
+    start,
+    v2,
+)
 from service.api.errors import add_error_handlers
 from service.api.keys import Keys
+from service.api.label_studio_images import label_studio_images
 from service.api.management import management_server
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import describe_app
@@ -71,6 +85,7 @@ def create_app(
         changing_models=asyncio.Lock(),
         quotas=Quotas(settings),
         tracer=None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint, version=version("roiserve")),
+        label_studio_images=label_studio_images(settings),
     )
     measures.ready.set_function(lambda: state.is_ready)
     measures.queue_limit_images.set(settings.max_queue_size)
@@ -110,6 +125,10 @@ def create_app(
         v2.probes,
         v2.models,
         hugging_face.router,
+        roboflow.probes,
+        roboflow.router,
+        label_studio.router,
+        cvat.router,
         predict.probes,
         predict.router,
     ]

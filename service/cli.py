@@ -18,6 +18,7 @@ from service.commands.data import data_app
 from service.commands.detect import detect
 from service.commands.evaluate import evaluate
 from service.commands.models import models_app
+from service.commands.quantize import quantize
 from service.commands.serve import serve_command
 from service.commands.train import train
 from service.errors import ServiceError
@@ -51,7 +52,7 @@ def roiserve(
 app.command("serve")(serve_command())
 app.add_typer(models_app)
 app.add_typer(data_app, name="data")
-for command in (detect, train, evaluate, compare, bench):
+for command in (detect, train, evaluate, compare, quantize, bench):
     app.command(command.__name__)(plain(command))
 
 

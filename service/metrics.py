@@ -26,7 +26,9 @@ _RATIOS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
-Observed = Literal["stage_duration", "batch_size", "batch_padding_ratio", "detections", "overflowed_batches"]
+Observed = Literal[
+    "stage_duration", "batch_size", "batch_padding_ratio", "detections", "overflowed_batches", "uncompiled_batches"
+]
 Observation = tuple[Observed, Sequence[str], float, str | None]
 """The arguments of an `Observe`, on their way to another process."""
 
@@ -138,6 +140,12 @@ class Metrics:
             ("model",),
             registry=registry,
         )
+        self.uncompiled_batches = Counter(
+            "roiserve_uncompiled_batches_total",
+            "Batches of the engine compiled of which a part ran uncompiled, since they fit no code from the warm-up.",
+            ("model",),
+            registry=registry,
+        )
         self.device_memory = Gauge(
             "roiserve_device_memory_bytes",
             "Memory of a device: allocated, reserved and total of a GPU, resident of the workers on a CPU.",
@@ -179,6 +187,7 @@ class Metrics:
         self.model_ready.labels(info.key).set(1)
         self.images.labels(info.key, "ok")
         self.overflowed_batches.labels(info.key)
+        self.uncompiled_batches.labels(info.key)
         if info.verification is not None:
             for name, value in info.verification.values.items():
                 self.model_verification.labels(info.key, name).set(value.largest_difference / value.tolerance)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 from service.answers import encoder_for
+from service.answers.encoder import Encoder
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels, PixelHolding
 from service.batching.queue import Priority
@@ -121,6 +122,8 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     observe("batch_padding_ratio", (model,), predictions[0].padding_ratio)
     if predictions[0].overflowed:
         observe("overflowed_batches", (model,), 1)
+    if predictions[0].uncompiled:
+        observe("uncompiled_batches", (model,), 1)
     return predictions
 
 
@@ -271,8 +274,7 @@ class Pipeline:
 
     async def _encode(self, job: Job, image: Image, detections: Detections, holding: PixelHolding) -> bytes:
         encoder = encoder_for(job.form)
-        if isinstance(job.form, Json):
-            self._check_size(job.form, image, detections, encoder.least_bytes(image.size, detections))
+        self._check_size(job, encoder, image, detections, encoder.least_bytes(image.size, detections))
         info = self._predictor(job.model).info
         size = 0
 
@@ -287,22 +289,19 @@ class Pipeline:
             nonlocal size
             encoded = await self._in_thread(self._encoders, job, encode, part)
             size += len(encoded)
-            if isinstance(job.form, Json):
-                self._check_size(job.form, image, detections, size)
+            self._check_size(job, encoder, image, detections, size)
             return encoded
 
         parts = await all_of(encode_in_thread, encoder.split(detections), at_a_time=_PARTS_AT_A_TIME)
         return encoder.join(parts)
 
-    def _check_size(self, form: Json, image: Image, detections: Detections, size: int) -> None:
+    def _check_size(self, job: Job, encoder: Encoder, image: Image, detections: Detections, size: int) -> None:
         """Refuse an answer that is known to have at least `size` bytes, if that is too many."""
-        if size > self._max_answer_bytes:
-            smaller = {"png": "masks=crop or masks=rle", "polygons": "masks=rle or masks=crop"}.get(
-                form.masks, "masks=none"
-            )
+        if encoder.smaller is not None and size > self._max_answer_bytes:
+            masks = f" with masks={job.form.masks}" if isinstance(job.form, Json) else ""
             raise AnswerTooLargeError(
-                f"the answer, {len(detections)} detections with masks={form.masks} in {image.width} x {image.height} "
-                f"pixels, would have more than {self._max_answer_bytes} bytes; ask for {smaller}, or for fewer "
+                f"the answer, {len(detections)} detections{masks} in {image.width} x {image.height} "
+                f"pixels, would have more than {self._max_answer_bytes} bytes; ask for {encoder.smaller}, or for fewer "
                 "detections with max_detections or score_thresh"
             )
 

@@ -16,13 +16,13 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.cores import available_cores
+from service.cores import Binding, available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
 Engine = Literal["auto", "eager", "compiled", "openvino"]
 BatchPolicy = Literal["exact", "bucketed", "padded"]
-Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"]
 
 OTHER_VARIABLES = frozenset(
     {"ROISERVE_PUBLISH", "ROISERVE_CPU_LIMIT", "ROISERVE_MEMORY_LIMIT", "ROISERVE_WEIGHTS_BASE_URL"}
@@ -97,8 +97,9 @@ class Settings(BaseSettings):
     )
     precision: Precision = Field(
         "auto",
-        description="Number format of the network: auto, float32, tf32 (CUDA only), float16 or bfloat16; auto is "
-        "float16 on CUDA, except with the engine eager, and float32 on the CPU.",
+        description="Number format of the network: auto, float32, tf32 (CUDA only), float16, bfloat16 or int8 (CPU "
+        "only, quantised models only); auto is float16 on CUDA, except with the engine eager, and on the CPU int8 for "
+        "a quantised model, else float32.",
     )
     engine: Engine = Field(
         "auto",
@@ -115,8 +116,13 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=256,
-        description="Number of processes that run models; unset takes one per GPU, or one on the CPU. 0 runs them in "
-        "the process that serves HTTP, for debugging.",
+        description="Number of processes that run models; unset takes one per GPU, or one per NUMA node on the CPU. 0 "
+        "runs them in the process that serves HTTP, for debugging.",
+    )
+    bind_workers: Binding = Field(
+        "node",
+        description="What workers on the CPU are bound to if there are several: node, the cores of a NUMA node; cores, "
+        "their own part of the cores, for machines that do nothing else; or off.",
     )
     probe_timeout_seconds: float = Field(
         60.0,
@@ -214,8 +220,8 @@ class Settings(BaseSettings):
         default_factory=lambda: min(8, available_cores()),
         ge=1,
         le=256,
-        description="Threads that decode images, and as many that encode masks; unset takes one per core that the "
-        "process may use, at most 8.",
+        description="Threads that decode images, and as many that encode masks, in each worker; unset takes one per "
+        "core of the worker's share, at most 8.",
     )
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
@@ -244,6 +250,18 @@ class Settings(BaseSettings):
         gt=0,
         description="Most pixels, as sent, that the images of each API key may have in a minute; more get a 429. "
         "Unset: no limit.",
+    )
+
+    label_studio_url: str | None = Field(
+        None,
+        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$",
+        description="The Label Studio whose tasks name images by address, such as http://label-studio:8080: only from "
+        "there does the server fetch any. Unset, none.",
+    )
+    label_studio_api_key: SecretStr | None = Field(
+        None,
+        description="A user's access token for that Label Studio, from the page Account & Settings. Best set as a "
+        "variable, since other users of the machine can see flags.",
     )
 
     drain_delay_seconds: float = Field(
@@ -360,9 +378,8 @@ class Settings(BaseSettings):
 
     def without_keys(self) -> Settings:
         """The same settings for a process that has no use for secrets."""
-        return self.model_copy(
-            update={"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
-        )
+        secrets = {"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
+        return self.model_copy(update=secrets | {"label_studio_api_key": None})
 
 
 def split_at_commas(text: str) -> tuple[str, ...]:

@@ -20,9 +20,15 @@ Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
+RoboflowMasks = Literal["points", "rle", "none"]
+MaskStyle = Literal["torchvision", "detectron2"]
+"""Whose `paste_masks_in_image` decides which pixels a small mask covers."""
+AnnotatorMasks = Literal["label_studio", "cvat"]
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
+ExtraName = Literal["class_scores"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
+ALL_EXTRAS: tuple[ExtraName, ...] = get_args(ExtraName)
 ALL_DRAWN_PARTS: tuple[DrawnPart, ...] = get_args(DrawnPart)
 
 # A rough figure for JPEG photographs; and the size to which networks resize large images.
@@ -79,6 +85,7 @@ class DetectOptions:
         roi_op: the RoI operator of the box and the mask branch, one of the model's `roi_ops`.
         nms_thresh: IoU, 0 to 1, above which the better of two detections suppresses the other.
         class_agnostic_nms: whether it also suppresses detections of other classes.
+        extras: further outputs for each detection, by name; see `Detections.extras`.
     """
 
     score_thresh: float | None = None
@@ -89,6 +96,7 @@ class DetectOptions:
     roi_op: str | None = None
     nms_thresh: float | None = None
     class_agnostic_nms: bool | None = None
+    extras: tuple[ExtraName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,8 +115,10 @@ class Detections:
         boxes: (D, 4) float32 (x1, y1, x2, y2) in pixels, 0 <= x1 < x2 <= W.
         labels: (D,) int64 class ids, 1-based; 0, the background, never occurs.
         scores: (D,) float32, 0 to 1.
-        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box; None if not asked for.
-        extras: further outputs for each detection, by name: (D, ...) arrays.
+        masks: (D, M, M) float32 mask probabilities of the predicted class, spread over the box in the model's
+            `mask_style`; None if not asked for.
+        extras: further outputs for each detection that were asked for, by name: (D, ...) arrays. `class_scores` is
+            (D, C) float32: the probability of each class, from 0, the background; each row's sum is 1.
     """
 
     boxes: Float32Array
@@ -151,6 +161,21 @@ class Detections:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PastedMask:
+    """One object's pixels.
+
+    Attributes:
+        x, y: the rectangle's first pixel in the image.
+        pixels: (height, width) of the smallest rectangle that holds the mask, 1 inside it and 0 around it; (0, 0) if
+            the mask covers no pixel.
+    """
+
+    x: int
+    y: int
+    pixels: UInt8Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
     """The model's answer for one image of a batch.
 
@@ -160,6 +185,7 @@ class Prediction:
         batch_size: how many images shared the batch.
         padding_ratio: padded pixels / all pixels of the batch, 0 to 1.
         overflowed: whether the batch was rerun in float32, since its numbers overflowed half precision.
+        uncompiled: whether a part of the network ran uncompiled, although the engine is `compiled`.
     """
 
     detections: Detections
@@ -167,6 +193,7 @@ class Prediction:
     batch_size: int
     padding_ratio: float = 0.0
     overflowed: bool = False
+    uncompiled: bool = False
 
 
 NOT_FINITE = 1e9
@@ -228,6 +255,7 @@ class ModelInfo:
         needs_proposals: whether every request must bring proposals.
         verification: of its engine and precision; None for `eager` in float32, which is the reference, and until the
             model has warmed up.
+        mask_style: how its masks are spread over their boxes.
     """
 
     name: str
@@ -245,6 +273,7 @@ class ModelInfo:
     roi_ops: tuple[str, ...] = ()
     needs_proposals: bool = False
     verification: Verification | None = None
+    mask_style: MaskStyle = "torchvision"
 
     @property
     def key(self) -> str:
@@ -338,9 +367,11 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, with masks in one of several formats."""
+    """An answer as our JSON, with masks in one of several formats, or in one from which `api` makes an annotation
+    tool's regions.
+    """
 
-    masks: MaskFormat = "none"
+    masks: MaskFormat | AnnotatorMasks = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +392,29 @@ class Tensors:
     """An answer as named arrays, see `answers/tensors.py`."""
 
 
-Form = Json | Drawing | Tensors
+@dataclass(frozen=True, slots=True)
+class Coco:
+    """An answer as COCO results, which `pycocotools` evaluates.
+
+    Attributes:
+        image_id: of the image, in the data set that it belongs to.
+        with_masks: whether results have a segmentation.
+        category_ids: the data set's category for each of the model's labels, in order; None for the label's own id.
+    """
+
+    image_id: int | str
+    with_masks: bool = False
+    category_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roboflow:
+    """An answer as the `predictions` of Roboflow's inference server, with masks as points or run lengths."""
+
+    masks: RoboflowMasks = "none"
+
+
+Form = Json | Drawing | Tensors | Coco | Roboflow
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

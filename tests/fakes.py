@@ -117,7 +117,14 @@ class FakePredictor:
             kept &= np.isin(labels, list(options.label_ids))
         indices = np.flatnonzero(kept)[: options.max_detections]
         masks = np.ones((len(indices), 28, 28), np.float32) if self.info.has_masks and options.with_masks else None
-        return Detections(boxes[indices], labels[indices], scores[indices], masks)
+        extras = {}
+        if "class_scores" in options.extras:
+            # What is not the object's own class is background.
+            class_scores = np.zeros((len(indices), 1 + len(self.info.labels)), np.float32)
+            class_scores[:, 0] = 1 - scores[indices]
+            class_scores[np.arange(len(indices)), labels[indices]] = scores[indices]
+            extras = {"class_scores": class_scores}
+        return Detections(boxes[indices], labels[indices], scores[indices], masks, extras)
 
 
 def picture(*, red: int = 255, height: int = 48, width: int = 64, image_format: str = "PNG") -> bytes:
@@ -142,3 +149,9 @@ def load_fakes(settings: Settings) -> Iterator[FakePredictor]:
         if name == "broken":
             raise ModelStoreError("broken/1/weights.safetensors is not what it says")
         yield SlowPredictor(replace(FAKE_INFO, name=name, version=int(version or 1), device=settings.device))
+
+
+def load_telling(settings: Settings) -> Iterator[FakePredictor]:
+    """A factory for worker processes: the model's engine tells how the worker is to divide the cores."""
+    told = f"{settings.workers} sharing, {settings.decode_threads} decoding"
+    yield FakePredictor(replace(FAKE_INFO, engine=told))

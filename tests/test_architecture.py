@@ -126,3 +126,13 @@ def test_process_that_serves_http_does_not_load_what_its_workers_run() -> None:
     run = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not set(run.stdout.split()) & {"torch", "torchvision", "numba", "cv2", "service.inference"}
+
+
+def test_the_client_and_the_service_do_not_import_each_other() -> None:
+    client = PACKAGE.parent / "client/roiserve_client"
+    theirs = {
+        name for path in client.glob("*.py") for name in imports("roiserve_client.x", ast.parse(path.read_text()))
+    }
+    assert not {name for name in theirs if name.split(".")[0] in ("service", "roiserve")}
+    ours = {name for module, tree in modules() for name in imports(module, tree)}
+    assert not {name for name in ours if name.startswith("roiserve_client")}

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from docs.list_licences import installed
 from service.answers import encode
 from service.api.errors import ERROR_STATUS
-from service.api.options import AnnotateParameters, BodyParameters, DetectParameters
+from service.api.options import AnnotateParameters, AnswerParameters, BodyParameters, DetectParameters
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.settings import OTHER_VARIABLES, Settings
@@ -115,7 +115,9 @@ def test_every_setting_that_is_spoken_of_exists() -> None:
 
 
 def test_every_metric_that_is_spoken_of_exists() -> None:
-    known = {family.name for metric in metric_objects() for family in metric.describe()}
+    known = {family.name for metric in metric_objects() for family in metric.describe()} | {
+        "roiserve_client"
+    }  # the client's package
     spoken = {
         (path.name, name) for path in texts() for name in re.findall(r"\broiserve_[a-z_]+[a-z]\b", path.read_text())
     }
@@ -194,7 +196,7 @@ def subclasses(kind: type[ServiceError]) -> set[type[ServiceError]]:
 def test_every_option_and_mask_form_stands_on_the_page_of_the_api() -> None:
     options = HTTP_API.partition("## Options")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", options, flags=re.MULTILINE)
-    known = AnnotateParameters.model_fields | BodyParameters.model_fields
+    known = AnnotateParameters.model_fields | AnswerParameters.model_fields | BodyParameters.model_fields
     assert sorted(rows) == sorted(known)
     forms = HTTP_API.partition("## Masks")[2].partition("\n## ")[0]
     assert {"none", *re.findall(r"^\| `(\w+)` \|", forms, flags=re.MULTILINE)} == set(get_args(MaskFormat))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from service.answers.coco import CocoEncoder
 from service.answers.drawing import DrawingEncoder
 from service.answers.encoder import Encoder, never
 from service.answers.json import JsonEncoder
+from service.answers.roboflow import RoboflowEncoder
 from service.answers.tensors import TensorsEncoder
-from service.structures import Detections, Drawing, Form, Image, Json, ModelInfo, Tensors
+from service.structures import Coco, Detections, Drawing, Form, Image, Json, ModelInfo, Roboflow, Tensors
 
 
 def encoder_for(form: Form) -> Encoder:
@@ -24,6 +26,10 @@ def encoder_for(form: Form) -> Encoder:
             return DrawingEncoder(form)
         case Tensors():
             return TensorsEncoder()
+        case Coco():
+            return CocoEncoder(form)
+        case Roboflow():
+            return RoboflowEncoder(form)
         case _:
             assert_never(form)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from service.answers.encoder import Encoder
 from service.imaging.overlay import draw_detections, encode_picture
-from service.structures import Detections, Drawing, Image, ModelInfo
+from service.masks.paste import paste_mask
+from service.structures import Detections, Drawing, Image, ModelInfo, PastedMask
 
 
 class DrawingEncoder(Encoder):
@@ -17,5 +18,17 @@ class DrawingEncoder(Encoder):
 
     def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
         """The picture's bytes."""
-        drawn = draw_detections(image, part, info.labels, parts=self._form.parts, should_stop=should_stop)
+
+        def paste(index: int) -> PastedMask:
+            assert part.masks is not None
+            return paste_mask(part.masks[index], part.boxes[index], image.size, style=info.mask_style)
+
+        drawn = draw_detections(
+            image,
+            part,
+            info.labels,
+            paste=None if part.masks is None else paste,
+            parts=self._form.parts,
+            should_stop=should_stop,
+        )
         return encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")

@@ -9,7 +9,13 @@ from service.structures import Detections, Image, ModelInfo
 
 
 class Encoder(ABC):
-    """Encodes answers of one form."""
+    """Encodes answers of one form.
+
+    Attributes:
+        smaller: what to ask for instead of an answer that is too large; None if answers of this form need no limit.
+    """
+
+    smaller: str | None = None
 
     def split(self, detections: Detections) -> Sequence[Detections]:
         """Parts that are encoded one by one, in order; at least one."""

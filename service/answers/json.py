@@ -1,81 +1,34 @@
-"""Encodes detections as the JSON array that `/v1/detect` answers; `api/schemas.py` describes it.
-
-Shapes: D detections of one image.
-"""
+"""Encodes detections as the JSON array that `/v1/detect` answers; `api/schemas.py` describes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import orjson
 
-from service.answers.encoder import Encoder
-from service.errors import AnswerTooLargeError
-from service.masks.png import encode_crops, encode_png, smallest_png
-from service.masks.polygons import encode_polygons
-from service.masks.rle import encode_rle
-from service.structures import Detections, Image, Json, MaskFormat, ModelInfo
-
-MASK_ENCODERS: Mapping[MaskFormat, Callable[..., Sequence[object]]] = {
-    "rle": encode_rle,
-    "polygons": encode_polygons,
-    "png": encode_png,
-    "crop": encode_crops,
-}
-
-# A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
-# thread.
-_SIDES_PER_PART_PIXELS = 20_000
-# Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
-_MOST_SIDES_PIXELS = 4_000_000
-# A PNG of a large image takes a tenth of a millisecond, however small its mask is.
-_MOST_MASKS_PER_PART = 64
+from service.answers.array import ArrayEncoder
+from service.structures import Detections, Image, Json, ModelInfo
 
 
-class JsonEncoder(Encoder):
+class JsonEncoder(ArrayEncoder):
     """See the module."""
 
     def __init__(self, form: Json) -> None:
-        self._masks = form.masks
+        super().__init__(form.masks)
 
-    def split(self, detections: Detections) -> Sequence[Detections]:
-        """Parts of about 2 ms, unless a single mask takes longer.
-
-        Raises:
-            AnswerTooLargeError: the masks would take seconds.
-        """
-        if self._masks == "none" or detections.masks is None or len(detections) == 0:
-            return [detections]
-        boxes = detections.boxes
-        sides = (boxes[:, 2:] - boxes[:, :2]).sum(axis=1).cumsum()
-        if sides[-1] > _MOST_SIDES_PIXELS:
-            raise AnswerTooLargeError(
-                f"{len(boxes)} masks whose boxes have {sides[-1]:.0f} pixels of width and height together would take "
-                f"too long to encode, at most {_MOST_SIDES_PIXELS}; ask for fewer by max_detections or score_thresh, "
-                f"or for masks=none"
-            )
-        part = np.maximum(sides // _SIDES_PER_PART_PIXELS, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
-        ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
-        return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-    def least_bytes(self, image_size: tuple[int, int], detections: Detections) -> int:
-        """Only masks as PNGs of the whole image have a minimum size that is known beforehand."""
-        return len(detections) * smallest_png(image_size) if self._masks == "png" else 0
-
-    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
-        """An array with an object for each detection."""
-        found: list[dict[str, Any]] = [
+    def objects(
+        self, image: Image, part: Detections, masks: Sequence[Any] | None, info: ModelInfo
+    ) -> list[dict[str, object]]:
+        """`box`, `label`, `label_id`, `score`, with masks `mask`, and what else was asked for, by name."""
+        found: list[dict[str, object]] = [
             {"box": box, "label": info.labels[label_id - 1], "label_id": label_id, "score": score}
             for box, label_id, score in zip(part.boxes, part.labels.tolist(), part.scores, strict=True)
         ]
-        if self._masks != "none" and part.masks is not None:
-            masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size)
+        if masks is not None:
             for detection, mask in zip(found, masks, strict=True):
                 detection["mask"] = mask
-        return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
-
-    def join(self, parts: Sequence[bytes]) -> bytes:
-        """One array of the elements of all parts."""
-        return b"[" + b",".join(part[1:-1] for part in parts) + b"]"
+        for name, values in part.extras.items():
+            for detection, value in zip(found, np.ascontiguousarray(values), strict=True):
+                detection[name] = value
+        return found

@@ -15,14 +15,28 @@ from service.api.body import read_data
 from service.api.disconnect import while_connected
 from service.api.errors import describe_option_errors
 from service.api.middleware import Record, RequestRecord
-from service.api.options import DetectParameters, ResolvedOptions, resolve_options
+from service.api.options import DetectParameters, resolve_options
 from service.api.state import ApiState, State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError
-from service.structures import Answer, Form, Job, ModelInfo, Progress, Source
+from service.structures import Answer, DetectOptions, Form, Job, ModelInfo, Progress, Source
 from service.tasks import all_of
 
 MAX_IMAGES = 1000
 """The most images in one request; each costs a little, however small it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """What a request asks for each of its images.
+
+    Attributes:
+        deadline: in seconds of `time.monotonic`.
+    """
+
+    info: ModelInfo
+    options: DetectOptions
+    form: Form
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,12 +115,8 @@ class Ask:
         Raises:
             ServiceError: the error of the first image that failed.
         """
-        if not 1 <= len(sources) <= MAX_IMAGES:
-            raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {len(sources)}")
-        self.state.quotas.charge(self.record.caller, images=len(sources))
-        info = self.choose_model(parameters)
-        resolved = resolve_options(parameters, info)
-        answers = await while_connected(self.request, self._run_all(sources, info, resolved, parameters, form))
+        order = self.order(parameters, form, images=len(sources))
+        answers = await while_connected(self.request, self._run_all(order, sources))
         if len(sources) == 1:
             [(answer, _)] = answers
             self.record.batch_id = answer.batch_id
@@ -115,31 +125,45 @@ class Ask:
             self.record.notes["images"] = len(sources)
         return answers
 
-    async def _run_all(
-        self,
-        sources: Sequence[Source],
-        info: ModelInfo,
-        resolved: ResolvedOptions,
-        parameters: DetectParameters,
-        form: Form,
-    ) -> list[tuple[Answer, Progress]]:
+    def order(self, parameters: DetectParameters, form: Form, *, images: int) -> Order:
+        """Charge the caller for so many images, and choose the model and the options for them.
+
+        Raises:
+            ServiceError: too many images or none, over the quota, or an option or a model that cannot be had.
+        """
+        if not 1 <= images <= MAX_IMAGES:
+            raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {images}")
+        self.state.quotas.charge(self.record.caller, images=images)
+        info = self.choose_model(parameters)
+        return Order(info, resolve_options(parameters, info).options, form, self.deadline(parameters))
+
+    async def run(self, order: Order, source: Source, progress: Progress, *, is_bulk: bool) -> Answer:
+        """Find the objects in one image. Cancelling it drops the work that has not begun.
+
+        Raises:
+            ServiceError: see `Pipeline.run`.
+        """
+        job = Job(
+            model=order.info.key,
+            source=source,
+            options=order.options,
+            form=order.form,
+            deadline=order.deadline,
+            progress=progress,
+            is_bulk=is_bulk,
+        )
+        answer = await self.state.admission.run(job)
+        height, width = answer.image_size
+        self.state.quotas.charge(self.record.caller, pixels=height * width)
+        return answer
+
+    async def _run_all(self, order: Order, sources: Sequence[Source]) -> list[tuple[Answer, Progress]]:
         is_bulk, size = len(sources) > 1, 0
 
         async def run_one(source: Source) -> tuple[Answer, Progress]:
             nonlocal size
             progress = Progress("decode", trace_id=self.record.trace_id) if is_bulk else self.record.progress
-            job = Job(
-                model=info.key,
-                source=source,
-                options=resolved.options,
-                form=form,
-                deadline=self.deadline(parameters),
-                progress=progress,
-                is_bulk=is_bulk,
-            )
-            answer = await self.state.admission.run(job)
-            height, width = answer.image_size
-            self.state.quotas.charge(self.record.caller, pixels=height * width)
+            answer = await self.run(order, source, progress, is_bulk=is_bulk)
             size += len(answer.encoded)
             if size > self.state.settings.max_answer_bytes:
                 raise AnswerTooLargeError(

@@ -37,6 +37,7 @@ class Upload:
 
     Attributes:
         images: encoded images, in order.
+        file_names: of the images of a multipart form, in order; empty for other bodies.
         form: options of a multipart form, as text, in order.
         json: options of a JSON object, with JSON's types.
     """
@@ -44,6 +45,7 @@ class Upload:
     images: list[bytes]
     form: list[tuple[str, str]] = field(default_factory=list)
     json: dict[str, object] = field(default_factory=dict)
+    file_names: list[str] = field(default_factory=list)
 
 
 async def read_upload(request: Request, *, max_body_bytes: int, timeout_seconds: float, holding: Holding) -> Upload:
@@ -226,4 +228,5 @@ async def _read_form(content_type: str, stream: AsyncGenerator[bytes, None]) -> 
     return Upload(
         [bytes(part.data) for part in parts if part.is_file],
         form=[(part.name, part.text) for part in parts if not part.is_file],
+        file_names=[part.file_name for part in parts if part.is_file],
     )

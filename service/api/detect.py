@@ -19,8 +19,10 @@ from service.api.middleware import Record, RequestRecord
 from service.api.openapi import PICTURE_SCHEMA, describe_answer, describe_errors, describe_upload
 from service.api.options import (
     AnnotateParameters,
+    AnswerParameters,
     DetectParameters,
     ResolvedOptions,
+    coco_form,
     merge_options,
     read_proposals,
     refuse_repeated_options,
@@ -29,7 +31,7 @@ from service.api.options import (
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
-from service.structures import Answer, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
+from service.structures import Answer, Coco, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
 from service.tasks import all_of
 
 router = APIRouter(
@@ -48,6 +50,7 @@ class _Order(Generic[P]):
     """What a request asks for: which images, which model, which options, and until when."""
 
     images: Sequence[bytes]
+    file_names: Sequence[str]
     parameters: P
     info: ModelInfo
     resolved: ResolvedOptions
@@ -104,29 +107,32 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     ask = Ask(request, state, record)
     info, deadline = ask.choose_model(parameters), ask.deadline(parameters)
     resolved = resolve_options(parameters, info, read_proposals(upload))
-    return _Order(upload.images, parameters, info, resolved, deadline, record.caller)
+    return _Order(upload.images, upload.file_names, parameters, info, resolved, deadline, record.caller)
 
 
 @router.post(
     "/detect",
     responses=describe_answer(DetectAnswer),
-    openapi_extra=describe_upload(DetectParameters, "multipart", "json", "raw"),
+    openapi_extra=describe_upload(AnswerParameters, "multipart", "json", "raw"),
 )
 async def detect(
-    request: Request, state: State, record: Record, query: Annotated[DetectParameters, Query()]
+    request: Request, state: State, record: Record, query: Annotated[AnswerParameters, Query()]
 ) -> Response:
     """Find the objects in one image: their boxes, labels, scores and, if the model has them, masks.
 
     The image is the raw body, the multipart field `image`, or base64 in the JSON field `image`. Options are query
     parameters, other fields of the form, or other fields of the JSON object; each may be given in one place only.
-    Boxes of your own to classify and refine go into the form or the JSON as `proposals`.
+    Boxes of your own to classify and refine go into the form or the JSON as `proposals`. With `format=coco`, the answer
+    is an array of COCO results, as pycocotools takes them.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, Json(order.resolved.mask_format))
+    job = order.job(order.only_image(), record.progress, _form_of(order, 0))
     answer = await while_connected(request, state.admission.run(job))
     order.charge(state, answer)
     record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
+    if isinstance(job.form, Coco):
+        return Response(answer.encoded, media_type="application/json")
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
 
@@ -134,35 +140,51 @@ async def detect(
 @router.post(
     "/detect/batch",
     responses=describe_answer(BatchAnswer),
-    openapi_extra=describe_upload(DetectParameters, "multipart", several=True),
+    openapi_extra=describe_upload(AnswerParameters, "multipart", several=True),
 )
 async def detect_batch(
-    request: Request, state: State, record: Record, query: Annotated[DetectParameters, Query()]
+    request: Request, state: State, record: Record, query: Annotated[AnswerParameters, Query()]
 ) -> Response:
     """Find the objects in several images, each a multipart field `image`: an answer or an error for each, in order.
 
-    All of them share the request's one deadline (`timeout_ms`).
+    All of them share the request's one deadline (`timeout_ms`). With `format=coco`, the answer is one array of COCO
+    results for all images, and an error if one of them fails.
     """
     order = await _read_order(request, state, record, query)
     if order.resolved.options.proposals is not None:
         raise InvalidRequestError("'proposals' are boxes of one image; send each image to /v1/detect with its own")
     if not order.images:
         raise InvalidRequestError("expected multipart fields 'image', got none")
+    if order.parameters.image_id is not None:
+        raise InvalidRequestError("'image_id' is the id of one image; here the files' names give the ids")
     results = await while_connected(request, _answer_each(state, order, record.trace_id))
     record.notes["images"] = len(results)
+    if order.parameters.format == "coco":
+        elements = [one[1:-1] for one in results if isinstance(one, bytes) and one != b"[]"]
+        return Response(b"[" + b",".join(elements) + b"]", media_type="application/json")
     return json_response({"request_id": record.request_id, "results": results})
 
 
-async def _answer_each(
-    state: ApiState, order: _Order[DetectParameters], trace_id: str | None
-) -> list[dict[str, object]]:
-    """A document for each image, in order. An unexpected error in one of them cancels all the others."""
-    max_bytes, size = state.settings.max_answer_bytes, 0
+def _form_of(order: _Order[AnswerParameters], index: int) -> Json | Coco:
+    if order.parameters.format != "coco":
+        return Json(order.resolved.mask_format)
+    file_name = order.file_names[index] if order.file_names else None
+    return coco_form(order.parameters, order.resolved.mask_format, file_name)
 
-    async def answer_one(image: bytes) -> dict[str, object]:
+
+async def _answer_each(
+    state: ApiState, order: _Order[AnswerParameters], trace_id: str | None
+) -> list[dict[str, object] | bytes]:
+    """A document for each image, in order. An unexpected error in one of them cancels all the others, and so does any
+    error with `format=coco`, whose answers, arrays of results, have no place for it.
+    """
+    max_bytes, size = state.settings.max_answer_bytes, 0
+    forms = [_form_of(order, index) for index in range(len(order.images))]
+
+    async def answer_one(index: int) -> dict[str, object] | bytes:
         nonlocal size
         progress = Progress("decode", trace_id=trace_id)
-        job = order.job(image, progress, Json(order.resolved.mask_format), is_bulk=True)
+        job = order.job(order.images[index], progress, forms[index], is_bulk=True)
         try:
             answer = await state.admission.run(job)
             order.charge(state, answer)
@@ -172,13 +194,16 @@ async def _answer_each(
                     "images, or ask for masks=rle, masks=crop or masks=none"
                 )
         except ServiceError as error:
+            if isinstance(job.form, Coco):
+                error.args = (f"{order.file_names[index]}: {error}",)
+                raise
             report(error, state.metrics)
             return {"error": problem(error)}
         size += len(answer.encoded)
-        return order.describe(answer, progress)
+        return answer.encoded if isinstance(job.form, Coco) else order.describe(answer, progress)
 
     # Two batches' worth at a time keep the device busy and leave room in the queue for others.
-    return await all_of(answer_one, order.images, at_a_time=2 * state.settings.max_batch_size)
+    return await all_of(answer_one, range(len(order.images)), at_a_time=2 * state.settings.max_batch_size)
 
 
 @router.post(

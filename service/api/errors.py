@@ -90,6 +90,12 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     code = "unsupported_media_type"
 
 
+class ImageNotFetchedError(InvalidRequestError):
+    """An image that a task names by its address could not be had."""
+
+    code = "image_not_fetched"
+
+
 class MissingKeyError(InvalidRequestError):
     """API keys are configured and the request has none."""
 
@@ -135,9 +141,10 @@ _MAX_DETAIL_LENGTH = 1200
 MAX_MISTAKES = 3
 # A failing probe is a valid answer, so it does not count as a rejected request.
 _PROBES = ("/healthz", "/readyz")
-# Protocols whose clients look for an error's text under the key `error`.
-_PLAIN_PREFIXES = ("/v2", "/hf/", "/invocations")
+# Protocols whose clients look for an error's text under the key `error`, and those that look under `message`.
+_PLAIN_PREFIXES = ("/v2", "/hf/", "/label-studio/", "/api/function", "/invocations")
 _PLAIN_SUFFIX = ":predict"
+_MESSAGE_PREFIX = "/roboflow/"
 # Errors that reject a request before any work is done on it.
 _REFUSALS = (MissingKeyError, KeyNotAllowedError, SlowBodyError, TooLargeError, OverloadedError, NotReadyError)
 
@@ -184,9 +191,13 @@ def path_of(scope: Scope) -> str:
 def error_response(error: ServiceError, scope: Scope) -> Response:
     """The answer to a failed request, in the form of the protocol that its path belongs to."""
     path = path_of(scope)
-    if not (path.startswith(_PLAIN_PREFIXES) or path.endswith(_PLAIN_SUFFIX)):
+    if path.startswith(_MESSAGE_PREFIX):
+        key = "message"
+    elif path.startswith(_PLAIN_PREFIXES) or path.endswith(_PLAIN_SUFFIX):
+        key = "error"
+    else:
         return problem_response(error)
-    plain = {"error": detail_of(error), "code": error.code, "request_id": request_id_context.get()}
+    plain = {key: detail_of(error), "code": error.code, "request_id": request_id_context.get()}
     return Response(orjson.dumps(plain), status_of(error)[0], _headers(error), "application/json")
 
 
@@ -274,7 +285,7 @@ def and_more(count: int) -> list[str]:
 
 def _describe(error: Mapping[str, Any]) -> str:
     option = next(
-        (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path")), ""
+        (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path", "header")), ""
     )
     if error["type"] == "unknown_option":
         return str(error["msg"])

@@ -74,17 +74,17 @@ def parse_json(data: bytes) -> tuple[bytes, dict[str, object]]:
     return decode_base64(data[start:end]), fields
 
 
-def parse_document(data: bytes) -> dict[str, Any]:
+def parse_document(data: bytes, *, max_values: int = MAX_JSON_VALUES) -> dict[str, Any]:
     """Read a JSON object of another protocol, in which any number of texts may hold images.
 
     Raises:
         InvalidRequestError: it is not a JSON object.
-        TooLargeError: it holds more than `MAX_JSON_VALUES` values.
+        TooLargeError: it holds more than `max_values` values.
     """
     # Base64 has no commas, so there are about as many commas as values.
-    if (commas := data.count(b",")) > MAX_JSON_VALUES:
+    if (commas := data.count(b",")) > max_values:
         raise TooLargeError(
-            f"the JSON has about {commas} values, at most {MAX_JSON_VALUES} are read; send pictures as encoded files "
+            f"the JSON has about {commas} values, at most {max_values} are read; send pictures as encoded files "
             "or as binary tensors"
         )
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import reprlib
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
@@ -30,10 +31,12 @@ class FormPart:
 
     Attributes:
         is_file: whether it has a filename; if not, it is the value of a field.
+        file_name: the filename, without folders; empty if there is none.
     """
 
     name: str = ""
     is_file: bool = False
+    file_name: str = ""
     data: bytearray = field(default_factory=bytearray)
 
     @property
@@ -120,6 +123,7 @@ class FormReader:
             self._parts[-1].name = _decoded(parameters.get(b"name", b""))
             # RFC 7578 forbids `filename*`, the form of RFC 5987, but some clients send it anyway, and nothing else.
             self._parts[-1].is_file = not parameters.keys().isdisjoint((b"filename", b"filename*"))
+            self._parts[-1].file_name = _file_name(parameters)
         self._header_name.clear()
         self._header_value.clear()
 
@@ -154,6 +158,14 @@ def _parameters(header: bytes) -> dict[bytes, bytes]:
         found[name.lower()] = plain if quoted is None else _ESCAPED.sub(rb"\1", quoted)
         at = parameter.end()
     return found
+
+
+def _file_name(parameters: dict[bytes, bytes]) -> str:
+    name = parameters.get(b"filename", b"").decode(errors="replace")
+    if not name:
+        # RFC 5987: a character set, a language and the percent-encoded name.
+        name = unquote(parameters.get(b"filename*", b"").decode(errors="replace").rpartition("'")[2])
+    return re.split(r"[/\\]", name)[-1]
 
 
 def _decoded(data: bytes | bytearray) -> str:

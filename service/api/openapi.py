@@ -13,7 +13,16 @@ from pydantic import BaseModel
 from service.api.errors import ERROR_STATUS, PROBLEM_MEDIA_TYPE
 from service.api.keys import Keys
 from service.api.options import BodyParameters, DetectParameters
-from service.api.schemas import BatchAnswer, DetectAnswer, Health, ModelDescription, ModelList, PlainProblem, Problem
+from service.api.schemas import (
+    BatchAnswer,
+    DetectAnswer,
+    Health,
+    MessageProblem,
+    ModelDescription,
+    ModelList,
+    PlainProblem,
+    Problem,
+)
 
 _BINARY = {"type": "string", "format": "binary"}
 PICTURE_SCHEMA = {"schema": _BINARY}
@@ -56,6 +65,7 @@ _MODEL = {
     "engine": "openvino",
     "precision": "float32",
     "device": "cpu",
+    "mask_style": "torchvision",
 }
 
 
@@ -103,6 +113,15 @@ def describe_plain_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     example = {"error": "what was expected, and what came", "code": "invalid_request", "request_id": _REQUEST_ID}
     return {
         status: {**one, "model": PlainProblem, "content": {"application/json": {"example": example}}}
+        for status, one in describe_errors(*statuses).items()
+    }
+
+
+def describe_message_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Like `describe_errors`, for protocols whose errors are `{"message": ...}`."""
+    example = {"message": "what was expected, and what came", "code": "invalid_request", "request_id": _REQUEST_ID}
+    return {
+        status: {**one, "model": MessageProblem, "content": {"application/json": {"example": example}}}
         for status, one in describe_errors(*statuses).items()
     }
 

@@ -5,6 +5,7 @@ counts as absent, since forms send empty values for fields that were not filled 
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,18 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from service.api.body import Upload
 from service.api.errors import MAX_MISTAKES, and_more, describe_expectation, describe_option_errors
 from service.errors import InvalidRequestError
-from service.structures import ALL_DRAWN_PARTS, Box, DetectOptions, DrawnPart, Intensity, MaskFormat, ModelInfo
+from service.structures import (
+    ALL_DRAWN_PARTS,
+    ALL_EXTRAS,
+    Box,
+    Coco,
+    DetectOptions,
+    DrawnPart,
+    ExtraName,
+    Intensity,
+    MaskFormat,
+    ModelInfo,
+)
 
 MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
@@ -70,6 +82,13 @@ class DetectParameters(BaseModel):
         description="RoI operator of the box and the mask branch for this request, such as roi_pool, if the server "
         "allows it (allow_roi_op_override). Unset, the model's.",
     )
+    extras: str | None = Field(
+        None,
+        max_length=100,
+        description="Further outputs of each detection: class_scores, the probability of every class, from the "
+        "background (0) on, so that class_scores[label_id] is the score. Unset: none.",
+        examples=["class_scores"],
+    )
     intensity: Intensity | None = Field(
         None,
         description="What is white in 16-bit grey: 65535 (full), or the picture's own largest value (stretch), as "
@@ -96,11 +115,31 @@ class DetectParameters(BaseModel):
             )
         return {name: value for name, value in given.items() if value not in ("", [""])}
 
+    @field_validator("extras")
+    @classmethod
+    def _refuse_unknown_extras(cls, given: str | None) -> str | None:
+        return _checked_names("extras", given, ALL_EXTRAS)
+
+    @property
+    def extra_names(self) -> tuple[ExtraName, ...]:
+        """The further outputs that are asked for."""
+        asked = {name.strip() for name in (self.extras or "").split(",")}
+        return tuple(name for name in ALL_EXTRAS if name in asked)
+
     @field_validator("score_thresh", "max_detections", "nms_thresh", "timeout_ms", mode="before")
     @classmethod
     def _refuse_underscores(cls, given: object) -> object:
         """Python reads 1_0 as ten; other languages do not."""
         return refuse_underscores(given)
+
+
+def _checked_names(kind: str, given: str | None, known: Sequence[str]) -> str | None:
+    """Some names with commas between them, as they were given; raises PydanticCustomError if one is not known."""
+    unknown = [name for name in (given or "").split(",") if given and name.strip() not in known]
+    if unknown:
+        words = f"{reprlib.repr(unknown[0])} is not one of {', '.join(known)} (separate several with commas)"
+        raise PydanticCustomError(kind, "{words}", {"words": words})
+    return given
 
 
 def refuse_underscores(given: object) -> object:
@@ -132,6 +171,31 @@ class BodyParameters(BaseModel):
     )
 
 
+class AnswerParameters(DetectParameters):
+    """The options of a detection, and those of the answer's form."""
+
+    format: Literal["json", "coco"] | None = Field(
+        None, description="Form of the answer: json, or coco for a bare array of COCO results. Unset: json."
+    )
+    image_id: Annotated[int, Field(ge=0, le=2**53)] | Annotated[str, Field(max_length=200)] | None = Field(
+        None,
+        description="The image's id in COCO results; digits make a number. Unset, the number or else the name of the "
+        "file of a form: 000139.jpg is 139, cat.jpg is cat.jpg.",
+        examples=[139],
+    )
+
+    @field_validator("image_id")
+    @classmethod
+    def _number_of_digits(cls, given: int | str | None) -> int | str | None:
+        return image_id_of(given) if isinstance(given, str) else given
+
+
+def image_id_of(name: str) -> int | str:
+    """The id of an image in COCO results: a number if the name, without its suffix, has digits only; else the name."""
+    stem = name.rpartition(".")[0] or name
+    return int(stem) if re.fullmatch("[0-9]{1,18}", stem) else name
+
+
 class AnnotateParameters(DetectParameters):
     """The options of a detection, and those of the picture."""
 
@@ -147,11 +211,13 @@ class AnnotateParameters(DetectParameters):
     @field_validator("draw")
     @classmethod
     def _refuse_unknown_parts(cls, given: str | None) -> str | None:
-        unknown = [part for part in (given or "").split(",") if given and part.strip() not in ALL_DRAWN_PARTS]
-        if unknown:
-            known = ", ".join(ALL_DRAWN_PARTS)
-            words = f"{reprlib.repr(unknown[0])} is not one of {known} (separate several with commas)"
-            raise PydanticCustomError("draw", "{words}", {"words": words})
+        return _checked_names("draw", given, ALL_DRAWN_PARTS)
+
+    @field_validator("extras")
+    @classmethod
+    def _refuse_extras(cls, given: str | None) -> str | None:
+        if given:
+            raise PydanticCustomError("extras", "Expected none: a picture has no place for them; ask /v1/detect")
         return given
 
     @property
@@ -261,6 +327,28 @@ class ResolvedOptions:
     mask_format: MaskFormat
 
 
+def coco_form(parameters: AnswerParameters, mask_format: MaskFormat, file_name: str | None) -> Coco:
+    """The form of COCO results.
+
+    Args:
+        file_name: of the image, if it came as a file.
+
+    Raises:
+        InvalidRequestError: nothing says what the image is called, or masks are wanted in another form.
+    """
+    if mask_format not in ("rle", "none"):
+        raise InvalidRequestError(f"format=coco writes masks as masks=rle, or none of them, got masks={mask_format}")
+    if parameters.extras:
+        raise InvalidRequestError("COCO results have no place for the option 'extras'; leave it or format=coco out")
+    if parameters.image_id is not None:
+        return Coco(parameters.image_id, mask_format == "rle")
+    if not file_name:
+        raise InvalidRequestError(
+            "format=coco needs the image's id: send the option 'image_id', or a form with a file that has a name"
+        )
+    return Coco(image_id_of(file_name), mask_format == "rle")
+
+
 def resolve_options(
     parameters: DetectParameters, info: ModelInfo, proposals: tuple[Box, ...] | None = None
 ) -> ResolvedOptions:
@@ -297,6 +385,7 @@ def resolve_options(
         roi_op=parameters.roi_op,
         nms_thresh=parameters.nms_thresh,
         class_agnostic_nms=parameters.class_agnostic_nms,
+        extras=parameters.extra_names,
     )
     return ResolvedOptions(options, mask_format)
 

@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.structures import Answer, Intensity, ModelInfo, Progress, Verification
+from service.structures import Answer, Intensity, MaskStyle, ModelInfo, Progress, Verification
 
 
 class ImageFrame(BaseModel):
@@ -47,6 +47,9 @@ class Detection(BaseModel):
     score: float = Field(description="0 to 1.")
     mask: RunLengths | MaskCrop | list[list[float]] | str | None = Field(
         None, description="In the form that `masks` asked for: rle, crop, polygons or png. Absent without masks."
+    )
+    class_scores: list[float] | None = Field(
+        None, description="The probability of every class, from the background (0) on. Absent unless asked for."
     )
 
 
@@ -84,6 +87,14 @@ class PlainProblem(BaseModel):
     """An error, for clients of other protocols."""
 
     error: str = Field(description="What was expected and what came.")
+    code: str = Field(description="A stable word for programs.")
+    request_id: str
+
+
+class MessageProblem(BaseModel):
+    """An error, for Roboflow's clients."""
+
+    message: str = Field(description="What was expected and what came.")
     code: str = Field(description="A stable word for programs.")
     request_id: str
 
@@ -135,6 +146,9 @@ class ModelDescription(BaseModel):
     score_thresh: float
     max_detections: int
     has_masks: bool
+    mask_style: MaskStyle | None = Field(
+        description="Whose paste_masks_in_image turns its small masks into pixels. Null for a model without masks."
+    )
     engine: str
     precision: str
     device: str
@@ -189,6 +203,7 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
     return {name: getattr(info, name) for name in ModelDescription.model_fields if name not in ("default", "ready")} | {
         "default": is_default,
         "ready": True,
+        "mask_style": info.mask_style if info.has_masks else None,
         "verification": None if info.verification is None else verification_document(info.verification),
     }
 

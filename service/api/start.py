@@ -1,75 +1,108 @@
-"""The route `/`: a small page for people, and the addresses in JSON for programs."""
+"""The route `/`: a page on which people try the service, and the addresses in JSON for programs. The page is the files
+of the folder `page`, as they are: HTML, CSS, ES modules and three example pictures.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from html import escape
+from importlib.resources import files
+from pathlib import PurePath
+from string import Template
 
 from fastapi import APIRouter, Request, Response
 
 from service.api.docs import page_headers
+from service.api.errors import RouteNotFoundError
 from service.api.schemas import json_response
 from service.api.state import ApiState
 
 router = APIRouter(include_in_schema=False)
 
-_LINKS = {
-    "docs": ("/docs", "every route, to read and to try"),
-    "models": ("/v1/models", "the loaded models"),
-    "openapi": ("/openapi.json", "the description of the API for programs"),
-    "ready": ("/readyz", "whether the models are loaded"),
-    "metrics": ("/metrics", "figures for Prometheus"),
+_PATHS = {
+    "docs": "/docs",
+    "models": "/v1/models",
+    "openapi": "/openapi.json",
+    "ready": "/readyz",
+    "metrics": "/metrics",
 }
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>RoIServe</title>
-<link rel="icon" href="{root}/docs/favicon.png">
-<style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto; padding: 0 1rem }}
-form {{ border: 1px solid #bbb; border-radius: .5rem; padding: 1rem }}
-label, button {{ display: block; margin: .5rem 0 }}
-pre {{ overflow-x: auto; background: #f4f4f4; padding: .5rem }}
-</style>
-</head>
-<body>
-<h1>RoIServe {version}</h1>
-<p>Images in; boxes, labels, scores and masks out.</p>
-<form method="post" action="{root}/v1/annotate" enctype="multipart/form-data">
-<label>Image <input type="file" name="image" accept="image/*" required></label>
-<label>Least score, 0 to 1 <input name="score_thresh" inputmode="decimal" placeholder="the model's"></label>
-<button>Draw what is found</button>
-{note}</form>
-<p>From a terminal:</p>
-<pre>curl -F image=@photo.jpg {url}/v1/detect</pre>
-<ul>
-{links}
-</ul>
-</body>
-</html>
-"""
+# What people look at, of these.
+_LINKS = {"docs": "API", "models": "Models", "metrics": "Metrics"}
+_FOLDER = files(__package__) / "page"
+_MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".jpg": "image/jpeg",
+    ".js": "text/javascript",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
+# Nothing inline, nothing from elsewhere, and no text that becomes markup.
+_POLICIES = ("script-src 'self'", "style-src 'self'", "require-trusted-types-for 'script'")
 
 
 @router.get("/")
 async def start(request: Request) -> Response:
-    """A page if the caller is a browser, else JSON."""
-    root = request.scope.get("root_path", "")
-    version = request.app.version
+    """The page if the caller is a browser, else JSON."""
     state: ApiState = request.app.state.api
-    links = dict(_LINKS)
+    paths = dict(_PATHS)
     if state.settings.admin_port is not None:
-        del links["ready"], links["metrics"]  # those are on the admin port
+        del paths["ready"], paths["metrics"]  # those are on the admin port
+    vary = {"Vary": "Accept"}
+    version = request.app.version
     if "text/html" not in request.headers.get("accept", ""):
-        paths = {name: f"{root}{path}" for name, (path, _) in links.items()}
-        return json_response({"name": "RoIServe", "version": version, "detect": f"{root}/v1/detect", **paths})
-    page = _PAGE.format(
-        root=escape(root),
+        root = request.scope.get("root_path", "")
+        addresses = {name: f"{root}{path}" for name, path in {"detect": "/v1/detect", **paths}.items()}
+        answer = json_response({"name": "RoIServe", "version": version, **addresses})
+        answer.headers.update(vary)
+        return answer
+    page = Template(_read("index.html").decode()).substitute(
         version=escape(version),
-        url=escape(f"{request.url.scheme}://{request.url.netloc}{root}"),
-        note="<p>This server wants an API key, which a form cannot send: use /docs.</p>\n"
-        if state.keys.are_needed
-        else "",
-        links="\n".join(f'<li><a href="{escape(root)}{path}">{path}</a>: {what}</li>' for path, what in links.values()),
+        # Relative, as all addresses in the page: it need not know under which path a proxy publishes it.
+        links=" ".join(f'<a href="{paths[name][1:]}">{title}</a>' for name, title in _LINKS.items() if name in paths),
+        settings=_describe(state),
     )
-    return Response(page, media_type="text/html", headers=page_headers("style-src 'unsafe-inline'"))
+    return _answer(request, page.encode(), "text/html", page_headers(*_POLICIES) | vary)
+
+
+@router.get("/page/{name}")
+async def page_file(request: Request, name: str) -> Response:
+    """One file of the page."""
+    media_type = _MEDIA_TYPES.get(PurePath(name).suffix)
+    if media_type is None or name not in _names():
+        raise RouteNotFoundError(f"the page has no file {name!r}")
+    return _answer(request, _read(name), media_type, {})
+
+
+def _describe(state: ApiState) -> str:
+    """What the page has to know of the server, as attributes."""
+    settings = state.settings
+    values = {
+        "needs-key": state.keys.are_needed,
+        "allows-roi-op": settings.allow_roi_op_override,
+        "max-body-bytes": settings.max_body_bytes,
+        "max-image-pixels": settings.max_image_pixels,
+    }
+    return " ".join(f'data-{name}="{str(value).lower()}"' for name, value in values.items())
+
+
+def _answer(request: Request, content: bytes, media_type: str, headers: dict[str, str]) -> Response:
+    """The content, or 304 if the browser has it already. Browsers ask each time, so that no release is mixed with
+    another.
+    """
+    tag = f'W/"{hashlib.sha256(content).hexdigest()[:16]}"'  # weak: it may be compressed on its way
+    headers = headers | {"ETag": tag, "Cache-Control": "no-cache"}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(file.name for file in _FOLDER.iterdir()) - {"index.html"}
+
+
+@cache
+def _read(name: str) -> bytes:
+    return (_FOLDER / name).read_bytes()

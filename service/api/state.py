@@ -16,6 +16,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.keys import Keys
+from service.api.label_studio_images import LabelStudioImages
 from service.api.quotas import Quotas
 from service.batching.held_bytes import HeldBytes
 from service.errors import ModelNeededError, ModelNotFoundError, NotReadyError, ServiceError
@@ -191,6 +192,7 @@ class ApiState:
     changing_models: asyncio.Lock
     quotas: Quotas
     tracer: Tracer | None = None
+    label_studio_images: LabelStudioImages | None = None
 
     @property
     def is_ready(self) -> bool:

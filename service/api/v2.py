@@ -24,7 +24,7 @@ from service.api.schemas import json_response
 from service.api.state import ApiState, State
 from service.api.v2_tensors import InferRequest, Output, ParsedRequest, parse_request, write_answer
 from service.errors import InvalidRequestError
-from service.structures import ModelInfo, Tensors
+from service.structures import ALL_EXTRAS, ModelInfo, Tensors
 from service.tensors import read_tensors
 
 probes = APIRouter(prefix="/v2", tags=["open inference protocol"], responses=describe_plain_errors(503))
@@ -50,6 +50,7 @@ _OUTPUTS: dict[str, tuple[str, list[int]]] = {
     "scores": ("FP32", [-1]),
     "image_index": ("INT32", [-1]),
     "masks": ("FP32", [-1, -1, -1]),
+    "class_scores": ("FP32", [-1, -1]),
 }
 _STAGES = {"queue": "queue", "decode": "compute_input", "encode": "compute_output"}
 
@@ -116,6 +117,7 @@ async def show_config(name: Name, state: State, version: str | None = None) -> R
     info = _find(state, name, version)
     kinds = {"FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
     outputs = [{"name": one, "data_type": kinds[kind], "dims": dims} for one, (kind, dims) in _outputs_of(info).items()]
+    parameters = {"labels": ",".join(info.labels)} | ({"mask_style": info.mask_style} if info.has_masks else {})
     return json_response(
         {
             "name": info.name,
@@ -123,7 +125,7 @@ async def show_config(name: Name, state: State, version: str | None = None) -> R
             "max_batch_size": 0,
             "input": [{"name": "image", "data_type": "TYPE_STRING", "dims": [-1]}],
             "output": outputs,
-            "parameters": {"labels": {"string_value": ",".join(info.labels)}},
+            "parameters": {name: {"string_value": value} for name, value in parameters.items()},
         }
     )
 
@@ -162,10 +164,11 @@ async def infer(name: Name, ask: Asked, version: str | None = None, header_lengt
 
 async def _answer(ask: Ask, info: ModelInfo, parsed: ParsedRequest) -> Response:
     document = parsed.document
-    asked = document.outputs or [Output(name=one) for one in _outputs_of(info)]
+    asked = document.outputs or [Output(name=one) for one in _outputs_of(info) if one not in ALL_EXTRAS]
     _check_outputs(asked, info)
     with_masks = any(one.name == "masks" for one in asked)
-    options = _options(document) | {"model": info.key, "masks": "rle" if with_masks else "none"}
+    extras = ",".join(one.name for one in asked if one.name in ALL_EXTRAS)
+    options = _options(document) | {"model": info.key, "masks": "rle" if with_masks else "none", "extras": extras}
     answers = await ask.answer(parsed.sources, ask.parameters(options), Tensors())
     arrays = _joined([read_tensors(answer.encoded) for answer, _ in answers])
     outputs = [(one.name, arrays[one.name], document.is_binary(one)) for one in asked]
@@ -198,9 +201,9 @@ def _options(document: InferRequest) -> dict[str, object]:
         if not isinstance(microseconds, int) or microseconds < 0:
             raise InvalidRequestError("parameter 'timeout': expected a whole number of microseconds")
         options["timeout_ms"] = math.ceil(microseconds / 1000)
-    if wrong := options.keys() & {"model", "masks"}:
+    if wrong := options.keys() & {"model", "masks", "extras"}:
         raise InvalidRequestError(
-            f"parameter {min(wrong)!r}: the path names the model, and the output 'masks' asks for masks"
+            f"parameter {min(wrong)!r}: the path names the model; name the output 'masks' or 'class_scores' to get it"
         )
     return options
 

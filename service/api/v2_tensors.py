@@ -70,7 +70,9 @@ class InferRequest(BaseModel):
     )
     inputs: Annotated[list[Tensor], Field(max_length=16)] = Field(description=EXPECTED_INPUT)
     outputs: Annotated[list[Output], Field(max_length=64)] | None = Field(
-        None, description="Unset, all: boxes, labels, scores, image_index and, if the model has them, masks."
+        None,
+        description="Unset: boxes, labels, scores, image_index and, if the model has them, masks. "
+        "class_scores only if it is named.",
     )
 
     def is_binary(self, output: Output) -> bool:

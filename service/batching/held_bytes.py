@@ -91,3 +91,8 @@ class Holding:
         self.expect(size)
         self.size += size
         self._held_bytes.size += size
+
+    def release(self, size: int) -> None:
+        """Give back so many bytes before the end."""
+        self.size -= size
+        self._held_bytes.size -= size

@@ -24,7 +24,10 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 EngineOption = Annotated[Engine, typer.Option("--engine", help="What runs the network; auto: the fastest.")]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", help="Number format of the network; auto: float16 on CUDA, else float32."),
+    typer.Option(
+        "--precision",
+        help="Number format of the network; auto: float16 on CUDA, else int8 for a quantised model, else float32.",
+    ),
 ]
 EngineCacheOption = Annotated[
     Path | None,

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from service.errors import InvalidRequestError, ServiceError
 if TYPE_CHECKING:
     from service.load.client import Client, Target
     from service.load.generators import Send
-    from service.load.knee import Knee, Suggestion
+    from service.load.knee import Division, Knee, Suggestion
     from service.load.summary import Record, Summary
 
 T = TypeVar("T", int, float)
@@ -29,14 +29,18 @@ _PROGRESS_SECONDS = 0.2
 # The 99th percentile of fewer is their slowest.
 _ENOUGH_REQUESTS = 100
 _INTERRUPTED = 130
+# Enough that every worker has a batch under way and another one waiting.
+_CALLERS_PER_WORKER = 8
+# How long a server may take to load and compile its models, all workers at once.
+_START_SECONDS = 900.0
 # Answers that will be no other for another picture.
 _HOPELESS_STATUSES = (401, 403, 404, 405)
 _HOPELESS_CODES = ("invalid_request",)
 
 
 def bench(
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8000.")],
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of pictures to send, of any sizes and formats.")],
+    url: Annotated[str | None, typer.Option(help="The server, such as http://127.0.0.1:8000.")] = None,
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,…", help="Closed loops: so many callers, each waiting for its answer.")
     ] = "1,2,4,8",
@@ -47,6 +51,14 @@ def bench(
     find_knee: Annotated[
         bool,
         typer.Option("--find-knee", help="Then raise the rate until the server bends, and suggest settings for it."),
+    ] = False,
+    find_workers: Annotated[
+        bool,
+        typer.Option(
+            "--find-workers",
+            help="Instead of --url: start servers here with 1, 2, 4, … workers in turn, as the ROISERVE_ variables "
+            "configure them, and suggest how many workers should divide the cores.",
+        ),
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each load lasts.")] = 10.0,
     warm_up_seconds: Annotated[float, typer.Option(min=0, help="Load before the first that is measured.")] = 2.0,
@@ -84,17 +96,27 @@ def bench(
 
     if rate is not None and find_knee:
         raise typer.BadParameter("--find-knee chooses its rates itself; leave --rate out")
-    target = Target.of_url(url)
+    if find_workers and (url is not None or rate is not None or find_knee):
+        raise typer.BadParameter(
+            "--find-workers starts servers and chooses its loads itself; leave --url, --rate and --find-knee out"
+        )
+    if url is None and not find_workers:
+        raise typer.BadParameter("expected --url of a server that runs, or --find-workers")
+    target = Target.of_url(url or "http://127.0.0.1:8000")
     pictures = read_pictures(images)
     query = _query(option or [], model=model, masks=masks)
     key = {} if api_key is None else {"X-API-Key": api_key}
-    requests = [
-        target.request("POST", path, query=query, headers={"Content-Type": one.content_type, **key}, body=one.data)
-        for one in pictures
-    ]
+
+    def requests_to(target: Target) -> Iterator[bytes]:
+        requests = [
+            target.request("POST", path, query=query, headers={"Content-Type": one.content_type, **key}, body=one.data)
+            for one in pictures
+        ]
+        return endless(requests, seed=seed)
+
     plan = _Plan(
         target=target,
-        requests=endless(requests, seed=seed),
+        requests=requests_to(target),
         timeout_seconds=timeout_seconds,
         warm_up_seconds=warm_up_seconds,
         concurrencies=_numbers("--concurrency", concurrency, int) if rate is None else [],
@@ -104,9 +126,9 @@ def bench(
         max_p99_ms=max_p99_ms,
         seed=seed,
     )
-    report = _Report(url=url, path=path, options=query, pictures=len(pictures), seed=seed)
+    report = _Report(url=url or "local servers", path=path, options=query, pictures=len(pictures), seed=seed)
     try:
-        asyncio.run(_measure(plan, report))
+        asyncio.run(_find_division(plan, report, requests_to) if find_workers else _measure(plan, report))
         report.is_complete = True
     except KeyboardInterrupt:
         typer.secho("interrupted; this is what there is", fg="yellow", err=True)
@@ -189,6 +211,37 @@ class _Report:
     steps: list[_Level] = field(default_factory=list)
     knee: Knee | None = None
     suggestion: Suggestion | None = None
+    divisions: list[Division] = field(default_factory=list)
+    division: Division | None = None
+
+
+async def _find_division(plan: _Plan, report: _Report, requests_to: Callable[[Target], Iterator[bytes]]) -> None:
+    """Measure one local server after the other, each with another number of workers."""
+    from service.commands._local_servers import local_server
+    from service.cores import available_cores
+    from service.load.knee import Division, suggest_division, worker_counts
+
+    cores = available_cores()
+    for workers in worker_counts(cores):
+        async with local_server(workers, start_seconds=_START_SECONDS) as target:
+            callers = _CALLERS_PER_WORKER * workers
+            loads = _Report(url=report.url, path=report.path, options={}, pictures=report.pictures, seed=report.seed)
+            here = replace(plan, target=target, requests=requests_to(target), concurrencies=[1, callers])
+            await _measure(here, loads)
+            alone, busy = (level.summary for level in loads.levels)
+        if not (alone.latency_ms and busy.latency_ms):
+            raise ServiceError(f"no answer with status 200 from the server with {workers} workers")
+        report.divisions.append(
+            Division(
+                workers=workers,
+                threads=max(1, cores // workers),
+                alone_p50_ms=alone.latency_ms["p50"],
+                alone_p99_ms=alone.latency_ms["p99"],
+                throughput_per_second=busy.throughput_per_second,
+                busy_p99_ms=busy.latency_ms["p99"],
+            )
+        )
+    report.division = suggest_division(report.divisions, max_p99_ms=plan.max_p99_ms)
 
 
 async def _measure(plan: _Plan, report: _Report) -> None:
@@ -319,6 +372,22 @@ def _print_report(report: _Report) -> None:
     if report.suggestion is not None:
         flags = "  ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(report.suggestion).items())
         console.print(f"suggested: {flags}", soft_wrap=True)
+    if report.divisions:
+        _print_divisions(console, report.divisions)
+    if report.division is not None:
+        console.print(f"suggested: --workers {report.division.workers}  ({report.division.threads} threads each)")
+
+
+def _print_divisions(console: Any, divisions: Sequence[Division]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    latencies = ("one caller, p50 ms", "p99 ms", "busy, answers/s", "p99 ms")
+    table = Table("workers", "threads each", *latencies, box=SIMPLE_HEAD)
+    for one in divisions:
+        figures = (one.alone_p50_ms, one.alone_p99_ms, one.throughput_per_second, one.busy_p99_ms)
+        table.add_row(str(one.workers), str(one.threads), *(f"{figure:.1f}" for figure in figures))
+    console.print(table)
 
 
 def _hint_at_few(levels: Sequence[_Level]) -> str | None:

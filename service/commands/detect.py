@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from service.commands._coco import CocoIds
 from service.commands._options import DEFAULT_STORE, StoreOption
 from service.errors import InvalidRequestError, ServiceError
 
@@ -34,10 +35,13 @@ _DRAWN = ".drawn.png"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Result:
-    """One file's answer as the server would write it, the drawn picture (PNG) if one is wanted, and the labels."""
+    """One file's answer as the server would write it, the drawn picture (PNG) and the COCO results if they are wanted,
+    and the labels.
+    """
 
     document: dict[str, object]
     drawn: bytes | None
+    coco: bytes
     labels: Counter[str]
 
     def summary(self) -> str:
@@ -65,6 +69,13 @@ def detect(
     masks: Annotated[
         Literal["rle", "polygons", "png", "crop", "none"] | None, typer.Option(help="Form of the masks in the JSON.")
     ] = None,
+    coco: Annotated[
+        Path | None, typer.Option(help="File for the COCO results of all pictures together, for pycocotools.")
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="COCO annotations from which --coco takes the ids of images (by file name) and labels."),
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[
@@ -83,7 +94,10 @@ def detect(
     settings = read_settings(
         {"model_store": store, "models": (model,) if model else (), "device": device, "engine": engine}
     )
-    pictures = _pictures(files)
+    if annotations is not None and coco is None:
+        raise InvalidRequestError("--annotations says what ids --coco writes; give both")
+    ids = CocoIds.of(annotations)
+    pictures = _of_data_set(_pictures(files), ids)
     if out is not None:
         _refuse_to_overwrite(pictures, out)
     check_models(settings)
@@ -93,7 +107,7 @@ def detect(
     from service.api.options import DetectParameters
 
     parameters = DetectParameters(score_thresh=score_thresh, max_detections=max_detections, labels=labels, masks=masks)
-    failed = asyncio.run(_detect_files(pictures, settings, parameters, out=out, as_json=json))
+    failed = asyncio.run(_detect_files(pictures, settings, parameters, out=out, as_json=json, coco=coco, ids=ids))
     if failed:
         typer.secho(f"{failed} of {len(pictures)} files failed", fg="red", err=True)
         raise typer.Exit(1)
@@ -105,6 +119,15 @@ class _Picture:
 
     file: Path
     target: Path
+
+
+def _of_data_set(pictures: Sequence[_Picture], ids: CocoIds) -> Sequence[_Picture]:
+    found = [one for one in pictures if ids.has(one.file)]
+    if not found:
+        raise InvalidRequestError(f"{ids.path}: none of the pictures is one of its images")
+    if others := len(pictures) - len(found):
+        typer.echo(f"{others} of {len(pictures)} pictures are not in {ids.path}, and are left out", err=True)
+    return found
 
 
 def _refuse_to_overwrite(pictures: Sequence[_Picture], out: Path) -> None:
@@ -160,7 +183,14 @@ def _write(path: Path, data: bytes) -> None:
 
 
 async def _detect_files(
-    pictures: Sequence[_Picture], settings: Settings, parameters: DetectParameters, *, out: Path | None, as_json: bool
+    pictures: Sequence[_Picture],
+    settings: Settings,
+    parameters: DetectParameters,
+    *,
+    out: Path | None,
+    as_json: bool,
+    coco: Path | None,
+    ids: CocoIds,
 ) -> int:
     """Send every file through the pipeline, a few at a time, and report in order; returns how many failed."""
     from rich.console import Console
@@ -168,20 +198,29 @@ async def _detect_files(
 
     from service.api.options import resolve_options
 
-    failed = 0
+    failed, coco_results = 0, []
     async with _open_detector(settings) as (detector, models):
         info = models.find(parameters.model)
+        if parameters.labels is None:
+            parameters = parameters.model_copy(update={"labels": ids.labels(info)})
         resolved = resolve_options(parameters, info)
         console = Console(stderr=True)
         with Progress(console=console, disable=len(pictures) < 2 or not console.is_terminal) as progress:
             task = progress.add_task(info.key, total=len(pictures))
             for first in range(0, len(pictures), FILES_IN_FLIGHT):
                 some = pictures[first : first + FILES_IN_FLIGHT]
-                coming = (_detect_file(one.file, detector, info, resolved, draw=out is not None) for one in some)
+                coming = (
+                    _detect_file(one.file, detector, info, resolved, draw=out is not None, ids=ids if coco else None)
+                    for one in some
+                )
                 for picture, result in zip(some, await asyncio.gather(*coming), strict=True):
                     failed += isinstance(result, ServiceError)
                     _report(picture, result, out=out, as_json=as_json)
+                    if isinstance(result, _Result) and result.labels:
+                        coco_results.append(result.coco[1:-1])
                     progress.advance(task)
+    if coco is not None:
+        _write(coco, b"[" + b",\n".join(coco_results) + b"]\n")
     return failed
 
 
@@ -212,7 +251,7 @@ async def _open_detector(settings: Settings) -> AsyncIterator[tuple[LocalDetecto
 
 
 async def _detect_file(
-    file: Path, detector: LocalDetector, info: ModelInfo, resolved: ResolvedOptions, *, draw: bool
+    file: Path, detector: LocalDetector, info: ModelInfo, resolved: ResolvedOptions, *, draw: bool, ids: CocoIds | None
 ) -> _Result | ServiceError:
     from service.answers import encode
     from service.api.schemas import detections_document
@@ -239,9 +278,13 @@ async def _detect_file(
     encoded = await asyncio.to_thread(encode, form, image, found, info)
     progress.enter("done")
     drawn = await asyncio.to_thread(encode, Drawing("image/png"), image, found, info) if draw else None
+    coco = b"[]"
+    if ids is not None:
+        coco_form = ids.form(file, info, with_masks=resolved.options.with_masks)
+        coco = await asyncio.to_thread(encode, coco_form, image, found, info)
     answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
     labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
-    return _Result(detections_document(info, answer, progress), drawn, labels)
+    return _Result(detections_document(info, answer, progress), drawn, coco, labels)
 
 
 def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:

@@ -20,7 +20,7 @@ class CpuDevice(Device):
     runs_ahead = False
     fastest_engine = "openvino"
     half_precision = "float32"  # Few processors multiply in half precision; on the others it is far slower.
-    precisions = ("float32", "bfloat16", "float16")
+    precisions = ("float32", "bfloat16", "float16", "int8")
     out_of_memory_words = (
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",  # Windows

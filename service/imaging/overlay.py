@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import ImageDraw, ImageFont
 
 from service.errors import CancelledRequestError
-from service.structures import ALL_DRAWN_PARTS, Detections, DrawnPart, Float32Array, Image, UInt8Array
+from service.structures import ALL_DRAWN_PARTS, Detections, DrawnPart, Float32Array, Image, PastedMask, UInt8Array
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels, the last two exclusive
@@ -69,6 +69,7 @@ def draw_detections(
     detections: Detections,
     labels: Sequence[str],
     *,
+    paste: Callable[[int], PastedMask] | None = None,
     parts: Collection[DrawnPart] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> UInt8Array:
@@ -80,6 +81,7 @@ def draw_detections(
 
     Args:
         labels: class names; `labels[i]` has the id i + 1.
+        paste: gives the pixels of detection i's mask; None if there are no masks.
         parts: what to draw. None draws everything, except in a crowd, where captions would hide the picture: then there
             are no captions, and no boxes either if there are masks.
         should_stop: called before each object.
@@ -98,17 +100,20 @@ def draw_detections(
     captions = [_caption(text, font, font_size) for text in texts]
     if parts is None:
         is_crowd = sum(one.width * one.height for one in captions) > _MAX_CAPTION_SHARE * image.height * image.width
-        parts = _parts_by_default(is_crowd=is_crowd, has_masks=detections.masks is not None)
-    is_by_object = detections.masks is not None and len(labels) == 1
+        parts = _parts_by_default(is_crowd=is_crowd, has_masks=paste is not None)
+    is_by_object = paste is not None and len(labels) == 1
     colours = [colour_of(i if is_by_object else int(label) - 1) for i, label in enumerate(detections.labels)]
     boxes = _whole_pixels(detections.boxes, image.size)
-    with_mask = _number_of_masks(boxes) if "masks" in parts and detections.masks is not None else 0
+    draws_masks = paste is not None and "masks" in parts
+    with_mask = _number_of_masks(boxes) if draws_masks else 0
     for i in reversed(range(len(detections))):
         if should_stop():
             raise CancelledRequestError("nobody waits for this picture any more")
-        if detections.masks is not None and i < with_mask:
-            _draw_mask(canvas, boxes[i], detections.masks[i], colours[i], line_width)
-        if "boxes" in parts or (0 < with_mask <= i):
+        mask = paste(i) if paste is not None and i < with_mask else None
+        has_pixels = mask is not None and mask.pixels.size > 0
+        if mask is not None and has_pixels:
+            _draw_mask(canvas, mask, colours[i], line_width)
+        if "boxes" in parts or (draws_masks and not has_pixels):
             _draw_box(canvas, boxes[i], colours[i], line_width)
     if {"labels", "scores"} & set(parts):
         _draw_captions(canvas, boxes, captions, colours, font)
@@ -157,15 +162,15 @@ def _whole_pixels(boxes: Float32Array, image_size: tuple[int, int]) -> list[Rect
     return [(int(a), int(b), int(c), int(d)) for a, b, c, d in zip(x1, y1, x2, y2, strict=True)]
 
 
-def _draw_mask(canvas: UInt8Array, box: Rectangle, mask: Float32Array, colour: Colour, line_width: int) -> None:
-    """Tint the object and draw its outline, within its box."""
-    x1, y1, x2, y2 = box
-    inside = np.greater_equal(cv2.resize(mask, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR), 0.5).view(np.uint8)
-    # Where the object touches the box's edge, the edge is an outline too.
+def _draw_mask(canvas: UInt8Array, mask: PastedMask, colour: Colour, line_width: int) -> None:
+    """Tint the object and draw its outline."""
+    inside = np.ascontiguousarray(mask.pixels)
+    height, width = inside.shape
+    # Where the object touches the picture's edge, the edge is an outline too.
     square = np.ones((2 * line_width + 1, 2 * line_width + 1), np.uint8)
     core = cv2.erode(inside, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     outline = cv2.subtract(inside, core)
-    region = canvas[y1:y2, x1:x2]
+    region = canvas[mask.y : mask.y + height, mask.x : mask.x + width]
     for opacity, where in ((_MASK_OPACITY, core), (_OUTLINE_OPACITY, outline)):
         region[:] = cv2.copyTo(cv2.LUT(region, _blend_table(colour, opacity)), where, region)
 

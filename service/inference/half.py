@@ -21,7 +21,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class PrecisionError(ModelStoreError):
-    """A network's weights are too large for a number format."""
+    """A network cannot run in a number format: its weights are too large for it, or it was not made for it."""
 
 
 class HalfNetwork:

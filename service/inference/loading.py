@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +14,13 @@ import torch
 
 from service.devices import Device, choose_device
 from service.errors import ModelStoreError, ServiceError, first_line
-from service.inference.engines.choosing import keep_kernels, put_engine
+from service.inference.engines.choosing import keep_kernels, put_engine, why_not_int8
 from service.inference.half import PrecisionError
 from service.inference.predictor import Predictor
 from service.inference.verification import Reference
 from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
-from service.model_store.weights import check_fits, load_into
+from service.model_store.weights import check_fits, load_into, without_scales
 from service.modeling.buckets import derive_buckets, round_up
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
@@ -27,6 +28,9 @@ from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.structures import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_BUCKETS_DIVISIBLE = 32
+"""The coarsest stride of the usual backbones."""
 
 
 def load_predictor(
@@ -44,8 +48,8 @@ def load_predictor(
     Args:
         stored: the model's folder.
         device: see `choose_device`.
-        precision: `float32`; `tf32`, `float16` or `bfloat16` for convolutions and matrix products; see
-            `choose_precision` for `auto`.
+        precision: `float32`; `tf32`, `float16` or `bfloat16` for convolutions and matrix products; `int8` for what a
+            quantised model has in int8; see `choose_precision` for `auto`.
         engine: `eager`, `compiled` or `openvino`; `auto` for the fastest available.
         cache_dir: where an engine caches compiled code for the next start; the user's cache folder if None.
         searching: whether a network that normally takes its proposals from the caller finds them itself when it gets
@@ -62,27 +66,24 @@ def load_predictor(
     order = _Order(
         stored=stored,
         device=target,
-        precision=choose_precision(precision, engine=engine, device=target),
+        precision=choose_precision(precision, engine=engine, device=target, stored=stored),
         engine=engine,
         cache_dir=cache_dir,
         searching=searching,
         buckets=buckets,
     )
-    # There is no fallback for an engine or a precision that was requested by name.
-    plan_b = None
-    if engine == "auto":
-        plan_b = replace(order, engine="eager", precision="float32" if precision == "auto" else order.precision)
+    plans = _replacements(order, asked_precision=precision)
     keep_kernels(cache_dir)
     try:
         with target.use():
             try:
-                return _load(order, plan_b=None if plan_b == order else plan_b)
+                return _load(order, plans=plans)
             except PrecisionError as error:
-                if plan_b is None or precision != "auto":
+                if not plans or precision != "auto":
                     raise
-                fields = {"model": stored.key, "precision": plan_b.precision, "reason": str(error)}
-                logger.warning("half precision cannot hold this model", extra={"fields": fields})
-                return _load(plan_b, plan_b=None)
+                fields = {"model": stored.key, "precision": plans[0].precision, "reason": str(error)}
+                logger.warning("this model cannot run in its fastest precision", extra={"fields": fields})
+                return _load(plans[0], plans=plans[1:])
     except ServiceError:
         raise
     except Exception as error:
@@ -110,19 +111,34 @@ class _Order:
         return self.stored.model_toml.searching() if self.searching else self.stored.model_toml
 
 
-def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
+def _replacements(order: _Order, *, asked_precision: str) -> Sequence[_Order]:
+    """What to load instead if the network fails its verification, best first. There is no replacement for an engine or
+    a precision that was requested by name.
+    """
+    plans: list[_Order] = []
+    if order.precision == "int8" and asked_precision == "auto":
+        plans.append(replace(order, precision="float32"))
+    if order.engine == "auto" and asked_precision != "int8":
+        precision = "float32" if asked_precision == "auto" else order.precision
+        plans.append(replace(order, engine="eager", precision=precision))
+    return [plan for plan in plans if plan != order]
+
+
+def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
     """Build the network, load the weights, and install the engine.
 
     Args:
         order: what is wanted.
-        plan_b: what to load instead if this network fails its verification; None if that is an error.
+        plans: what to load instead if this network fails its verification, best first; if empty, that is an error.
     """
     config, device, precision = order.config, order.device, order.precision
     if precision not in device.precisions:
         raise ServiceError(f"precision {precision!r} is not for {device.label}: it has {', '.join(device.precisions)}")
     model = _build_and_fill(order)
     try:
-        reference = Reference(model, config=config, device=device)
+        int8 = order.stored.model_toml.int8
+        tolerances = {} if int8 is None else int8.tolerances.model_dump()
+        reference = Reference(model, config=config, device=device, int8_tolerances=tolerances)
         placed = put_engine(
             model,
             engine=order.engine,
@@ -130,6 +146,7 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
             precision=precision,
             key=config.model_dump_json(),
             cache_dir=order.cache_dir,
+            quantizers=order.stored.load_quantizers(),
         )
     except ModelStoreError as error:
         raise type(error)(f"{order.stored.key}: {error}") from error
@@ -148,7 +165,8 @@ def _load(order: _Order, *, plan_b: _Order | None) -> Predictor:
         half=placed.half,
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
         find_problem=placed.find_problem,
-        plan_b=None if plan_b is None else partial(_load, plan_b, plan_b=None),
+        take_uncompiled=placed.take_uncompiled,
+        plan_b=partial(_load, plans[0], plans=plans[1:]) if plans else None,
     )
 
 
@@ -158,7 +176,7 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     # First on the meta device, which uses no memory: mismatched weights are rejected before a possibly huge network is
     # allocated.
     with torch.device("meta"):
-        check_fits(build_model(config), check_safetensors(stored.weights_path), source=source)
+        check_fits(build_model(config), without_scales(check_safetensors(stored.weights_path)), source=source)
     model = build_model(config)
     weights = stored.load_weights()
     infinite = [name for name, value in weights.items() if not value.isfinite().all()]
@@ -167,7 +185,9 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     load_into(model, weights, source=source)
     if order.buckets is not None:
         sizes = config.transform
-        model.transform.buckets = tuple(map(round_up, order.buckets)) or derive_buckets(sizes.min_size, sizes.max_size)
+        multiple = math.lcm(sizes.size_divisible, _BUCKETS_DIVISIBLE)
+        named = tuple(round_up(size, multiple) for size in order.buckets)
+        model.transform.buckets = named or derive_buckets(sizes.min_size, sizes.max_size, multiple)
     return model.to(order.device.torch_device).eval()
 
 
@@ -190,6 +210,7 @@ def describe(
         device=device,
         roi_ops=interchangeable_ops(config),
         needs_proposals=config.needs_proposals,
+        mask_style=config.masks.style,
     )
 
 
@@ -204,14 +225,42 @@ def interchangeable_ops(config: ModelConfig) -> tuple[str, ...]:
     return tuple(op for op in patch_ops if not (op == "roi_warp" and is_adaptive))
 
 
-def choose_precision(precision: str, *, engine: str, device: Device) -> str:
-    """Resolve `auto`: the device's half precision if that is faster; always float32 with `eager`.
+def choose_precision(precision: str, *, engine: str, device: Device, stored: StoredModel | None = None) -> str:
+    """Resolve `auto`: int8 for a quantised model on a processor made for that; else the device's half precision if that
+    is faster; always float32 with `eager`.
 
     Args:
         precision: as configured.
         engine: as configured.
         device: where the network is.
+        stored: the model; None if it is certainly not quantised.
+
+    Raises:
+        ServiceError: int8 was asked for by name, and this model has none or cannot run in it here.
     """
+    table = None if stored is None else stored.model_toml.int8
+    if precision == "int8" and device.fastest_engine == "openvino" and stored is not None and table is None:
+        raise ServiceError(
+            f"{stored.key} is not quantised: `roiserve quantize --model {stored.key} --data DIR/train.json` writes a "
+            "version that is, else choose another precision"
+        )
+    if precision == "int8" and (problem := why_not_int8(engine=engine, device=device)) is not None:
+        raise ServiceError(problem)
     if precision != "auto":
         return precision
-    return "float32" if engine == "eager" else device.half_precision
+    half = "float32" if engine == "eager" else device.half_precision
+    if stored is None or table is None:
+        return half
+    problem = why_not_int8(engine=engine, device=device) or _why_no_fast_int8()
+    if problem is None:
+        return "int8"
+    fields = {"model": stored.key, "precision": half, "reason": problem}
+    logger.info("a quantised model does not run in int8", extra={"fields": fields})
+    return half
+
+
+def _why_no_fast_int8() -> str | None:
+    # Imported here: an optional extra that may not be installed.
+    from service.inference.engines.openvino import has_int8
+
+    return None if has_int8() else "this processor has no instructions for int8 (VNNI or AMX)"

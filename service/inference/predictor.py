@@ -23,6 +23,11 @@ from service.structures import Detections, DetectOptions, Image, ModelInfo, Pred
 
 logger = logging.getLogger(__name__)
 
+_WARM_UP_BATCHES = (1, 2, 8)
+"""torch compiles anew for a batch of several pictures, and would for a large one if code for the small ones does not
+hold for it. 8 is the default of `max_batch_size`.
+"""
+
 
 class Predictor:
     """One network on one device.
@@ -34,6 +39,7 @@ class Predictor:
         half: casts the network to half precision; None if it is in float32.
         reference: the network's outputs are compared with this during warm-up; None to skip that.
         find_problem: called after warm-up; returns why the engine is not doing what its name says, or None if it is.
+        take_uncompiled: returns the parts that the engine `compiled` ran uncompiled since it was last called.
         plan_b: loads the replacement if this predictor fails its checks; None if failing is an error.
     """
 
@@ -46,6 +52,7 @@ class Predictor:
         half: HalfNetwork | None = None,
         reference: Reference | None = None,
         find_problem: Callable[[], str | None] = lambda: None,
+        take_uncompiled: Callable[[], Sequence[str]] = tuple,
         plan_b: Callable[[], Predictor] | None = None,
     ) -> None:
         # Convolutions are about twice as fast on channels-last memory.
@@ -55,6 +62,8 @@ class Predictor:
         self._half = half
         self._reference = reference
         self._find_problem = find_problem
+        self._take_uncompiled = take_uncompiled
+        self._has_warned = False
         self._plan_b = plan_b
         self._may_compile = True
 
@@ -135,7 +144,8 @@ class Predictor:
         query = Query(picture, DetectOptions(score_thresh=0.0, max_detections=1, proposals=proposals))
         self.predict([query])
         if self.info.engine == "compiled":
-            self.predict([query] * 2)
+            for count in _WARM_UP_BATCHES[1:]:
+                self.predict([query] * count)
             self._may_compile = False
         for size in self._model.transform.buckets:
             if self.group_key(size) == size:  # others may be named that no picture of this network needs
@@ -150,6 +160,7 @@ class Predictor:
             verification = self._reference.hold(self._model, engine=info.engine, precision=info.precision)
         if self._half is not None:
             self._half.take_check()
+        self._take_uncompiled()
         self.info = replace(info, verification=verification)
         logger.info(
             "model verified" if verification.has_passed else "model does not pass its verification",
@@ -185,10 +196,28 @@ class Predictor:
             assert half is not None
             detections, _ = _to_host(detect(half.in_float32()))
         stage_seconds, padding_ratio = clock.seconds(), self._padding_ratio(images)
+        uncompiled = self._note_uncompiled(images)
         return [
-            Prediction(one, stage_seconds, batch_size=len(images), padding_ratio=padding_ratio, overflowed=overflowed)
+            Prediction(
+                one,
+                stage_seconds,
+                batch_size=len(images),
+                padding_ratio=padding_ratio,
+                overflowed=overflowed,
+                uncompiled=uncompiled,
+            )
             for one in detections
         ]
+
+    def _note_uncompiled(self, images: Sequence[Image]) -> bool:
+        """Whether parts of this batch ran uncompiled although the engine is `compiled`; logged once."""
+        parts = self._take_uncompiled()
+        if parts and not self._has_warned:
+            self._has_warned = True
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            fields = {"model": self.info.key, "parts": ", ".join(parts), "batch_size": len(images), "sizes": sizes}
+            logger.warning("a batch fits no compiled code and ran without it, slower", extra={"fields": fields})
+        return bool(parts)
 
     def _selection(self, options: DetectOptions) -> Selection:
         info = self.info
@@ -198,6 +227,7 @@ class Predictor:
             labels=options.label_ids,
             nms_thresh=options.nms_thresh,
             class_agnostic_nms=options.class_agnostic_nms,
+            with_class_scores="class_scores" in options.extras,
         )
 
     def _proposals(self, options: DetectOptions) -> Tensor | None:
@@ -230,7 +260,7 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
     columns = [
         values
         for one in found
-        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks)
+        for values in (one.boxes, one.labels.to(one.boxes.dtype), one.scores, one.masks, *one.extras.values())
         if values is not None
     ]
     if is_finite is not None:
@@ -243,6 +273,7 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
             labels=next(copies).astype(np.int64),
             scores=next(copies),
             masks=None if one.masks is None else next(copies),
+            extras={name: next(copies) for name in one.extras},
         )
         for one in found
     ]

@@ -5,7 +5,7 @@ settings that follow from it. Works on figures only; the caller sends the load. 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.load.summary import Summary
@@ -123,3 +123,43 @@ def suggest(closed: Mapping[int, Summary], knee: Knee, *, max_p99_ms: float | No
         max_queue_size=max_queue_size,
         request_timeout_ms=1000 * math.ceil(_TIMEOUT_RESERVE * longest_wait_seconds),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """The figures of a server that divides the cores among a number of workers.
+
+    Attributes:
+        workers: how many.
+        threads: of each.
+        alone_p50_ms, alone_p99_ms: the latency of a single caller, who waits for nobody else.
+        throughput_per_second: with enough callers to keep every worker busy.
+        busy_p99_ms: the 99th percentile meanwhile.
+    """
+
+    workers: int
+    threads: int
+    alone_p50_ms: float
+    alone_p99_ms: float
+    throughput_per_second: float
+    busy_p99_ms: float
+
+
+def suggest_division(divisions: Sequence[Division], *, max_p99_ms: float | None = None) -> Division:
+    """The fewest workers that reach nearly the best throughput, since each costs memory for the models and answers a
+    single caller with fewer threads.
+
+    Args:
+        divisions: at least one.
+        max_p99_ms: consider only those that keep to it with a single caller; the quickest if none does.
+    """
+    quick = [one for one in divisions if max_p99_ms is None or one.alone_p99_ms <= max_p99_ms]
+    able = quick or [min(divisions, key=lambda one: one.alone_p99_ms)]
+    best = max(one.throughput_per_second for one in able)
+    return min((one for one in able if one.throughput_per_second >= _WORTHWHILE * best), key=lambda one: one.workers)
+
+
+def worker_counts(cores: int) -> Sequence[int]:
+    """What to try: 1, 2, 4, … up to one worker for each core."""
+    powers = [2**exponent for exponent in range(cores.bit_length()) if 2**exponent < cores]
+    return [*powers, cores]

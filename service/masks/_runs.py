@@ -1,19 +1,25 @@
 """Convert small masks and their boxes to runs of mask pixels in each image column. The pixels are those of
-torchvision's `paste_masks_in_image(masks, boxes, image_size, padding=1) >= threshold`, but only columns covered by a
-box are visited, and within them only pixels near the mask's outline.
+torchvision's `paste_masks_in_image(masks, boxes, image_size, padding=1) >= threshold`, or those of detectron2's
+function of the same name, but only columns covered by a box are visited, and within them only pixels near the mask's
+outline.
+
+Both interpolate bilinearly between the mask's cells and a border of zeros around them, and differ in where an image
+pixel falls between the cells, which is all that `MaskStyle` decides. torchvision truncates the box to whole pixels and
+resizes the mask to them. detectron2 keeps the box as it is and samples the mask at the centers of the pixels.
 
 Shapes: D objects of one image, M x M the mask head's output size. A run is [start, end) in rows of one column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.jit import compiled
-from service.structures import Float32Array, Int64Array
+from service.structures import Float32Array, Int64Array, MaskStyle
 
 Int32Array = NDArray[np.int32]
 
@@ -47,9 +53,23 @@ class ColumnRuns:
         columns = self.first_y[self.first_column[index] : self.first_column[index + 1] + 1]
         return columns - columns[0], self.ys[columns[0] : columns[-1]]
 
+    def rectangle(self, index: int) -> tuple[int, int, int, int]:
+        """The (x, y, height, width) of the smallest rectangle around an object's pixels; all 0 if it has none."""
+        columns, ys = self.of(index)
+        covered = np.flatnonzero(np.diff(columns))
+        if not len(covered):
+            return 0, 0, 0, 0
+        x, y = int(self.first_x[index] + covered[0]), int(ys.min())
+        return x, y, int(ys.max()) - y, int(covered[-1] - covered[0]) + 1
+
 
 def find_runs(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> ColumnRuns:
     """Spread each mask over its box and keep the pixels of at least `threshold`.
 
@@ -58,6 +78,7 @@ def find_runs(
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width) of the image.
         threshold: above 0, at most 1; at 0, pixels outside the box would count.
+        style: whose function to follow.
 
     Raises:
         ValueError: other shapes, or a box that is not finite.
@@ -67,26 +88,52 @@ def find_runs(
     if not np.isfinite(boxes).all():
         raise ValueError("expected finite boxes")
     height, width = image_size
-    # [object, column, row]: the kernel interpolates whole columns. Padded with one pixel of zeros, like torchvision.
+    boxes = boxes.astype(np.float32)
+    # [object, column, row]: the kernel interpolates whole columns. The border of zeros is torchvision's padding and
+    # what detectron2 samples outside.
     padded = np.ascontiguousarray(np.pad(masks.transpose(0, 2, 1), ((0, 0), (1, 1), (1, 1))), np.float32)
-    pasted = _expand_boxes(boxes.astype(np.float32), masks.shape[1])
-    columns = np.clip(pasted[:, 2] + 1, 0, width) - np.clip(pasted[:, 0], 0, width)
+    spans = _SPANS[style](boxes, masks.shape[1])
+    columns = np.clip(spans[:, 2] + 1, 0, width) - np.clip(spans[:, 0], 0, width)
     first_column = np.concatenate([[0], np.maximum(columns, 0).cumsum()])
-    first_y, ys = _find_runs(padded, pasted, first_column, height, width, np.float32(threshold))
-    return ColumnRuns(image_size, np.clip(pasted[:, 0], 0, width), first_column, first_y, ys)
+    at_centers = style == "detectron2"
+    first_y, ys = _find_runs(padded, boxes, spans, at_centers, first_column, height, width, np.float32(threshold))
+    return ColumnRuns(image_size, np.clip(spans[:, 0], 0, width), first_column, first_y, ys)
 
 
-def _expand_boxes(boxes: Float32Array, mask_size: int) -> Int64Array:
-    # torchvision's expand_boxes for the padded mask, and its truncation towards zero; the last row and column are
-    # inclusive.
+def _expanded_boxes(boxes: Float32Array, mask_size: int) -> Int64Array:
+    """(D, 4) the first and last pixels that a mask can reach, in torchvision's style: `expand_boxes` for the padded
+    mask, and its truncation towards zero.
+    """
     centers = (boxes[:, 2:] + boxes[:, :2]) * np.float32(0.5)
     halves = (boxes[:, 2:] - boxes[:, :2]) * np.float32(0.5) * np.float32((mask_size + 2) / mask_size)
     return np.concatenate([centers - halves, centers + halves], axis=1).astype(np.int64)
 
 
+def _pixels_around(boxes: Float32Array, mask_size: int) -> Int64Array:
+    """The same in detectron2's style: all pixels within half a cell of the box."""
+    margins = (boxes[:, 2:] - boxes[:, :2]) / (2 * mask_size)
+    spans = np.concatenate([boxes[:, :2] - margins, boxes[:, 2:] + margins], axis=1).astype(np.int64)
+    # An empty box would divide by zero.
+    spans[~(boxes[:, 2:] > boxes[:, :2]).all(axis=1)] = 0, 0, -1, -1
+    return spans
+
+
+_SPANS: Mapping[MaskStyle, Callable[[Float32Array, int], Int64Array]] = {
+    "torchvision": _expanded_boxes,
+    "detectron2": _pixels_around,
+}
+
+
 @compiled()
 def _find_runs(
-    masks: Float32Array, boxes: Int64Array, first_column: Int64Array, height: int, width: int, threshold: np.float32
+    masks: Float32Array,
+    boxes: Float32Array,
+    spans: Int64Array,
+    at_centers: bool,
+    first_column: Int64Array,
+    height: int,
+    width: int,
+    threshold: np.float32,
 ) -> tuple[Int64Array, Int32Array]:
     size = masks.shape[1]
     first_y = np.zeros(first_column[-1] + 1, np.int64)
@@ -94,9 +141,13 @@ def _find_runs(
     count = 0
     values = np.empty(size, np.float32)
     for d in range(len(boxes)):
-        left, top, right, bottom = boxes[d]
-        x_cells, x_weights = _source_cells(left, right, width, size)
-        y_cells, y_weights = _source_cells(top, bottom, height, size)
+        left, top, right, bottom = spans[d]
+        if at_centers:
+            x_cells, x_weights = _cells_at_centers(boxes[d, 0], boxes[d, 2], left, right, width, size)
+            y_cells, y_weights = _cells_at_centers(boxes[d, 1], boxes[d, 3], top, bottom, height, size)
+        else:
+            x_cells, x_weights = _source_cells(left, right, width, size)
+            y_cells, y_weights = _source_cells(top, bottom, height, size)
         first_row = np.zeros(size + 1, np.int64)
         for cell in y_cells:
             first_row[cell + 1] += 1
@@ -117,9 +168,9 @@ def _find_runs(
 
 @compiled()
 def _source_cells(first: int, last: int, limit: int, size: int) -> tuple[Int64Array, Float32Array]:
-    """For the pixels of [first, last] inside [0, limit): the mask pixel before each, and the weight of the next one.
+    """For the pixels of [first, last] inside [0, limit): the mask cell before each, and the weight of the next one.
 
-    Bilinear interpolation with `align_corners=False`, rounded like torch.
+    Bilinear interpolation of the padded mask with `align_corners=False`, rounded like torch.
     """
     begin = max(first, 0)
     length = max(min(last + 1, limit) - begin, 0)
@@ -130,6 +181,30 @@ def _source_cells(first: int, last: int, limit: int, size: int) -> tuple[Int64Ar
         source = max(_fma(scale, np.float32(begin - first + i) + np.float32(0.5), np.float32(-0.5)), np.float32(0))
         cells[i] = min(int(source), size - 1)
         weights[i] = min(source - np.float32(cells[i]), np.float32(1))
+    return cells, weights
+
+
+@compiled()
+def _cells_at_centers(
+    low: np.float32, high: np.float32, first: int, last: int, limit: int, size: int
+) -> tuple[Int64Array, Float32Array]:
+    """The same, where the box [low, high] covers the mask without its border, as in detectron2's `_do_paste_mask` and
+    `grid_sample`, step by step in float32.
+
+    Args:
+        size: of the padded mask.
+    """
+    begin = max(first, 0)
+    length = max(min(last + 1, limit) - begin, 0)
+    cells = np.empty(length, np.int64)
+    weights = np.empty(length, np.float32)
+    one, half, two = np.float32(1), np.float32(0.5), np.float32(2)
+    for i in range(length):
+        grid = (np.float32(begin + i) + half - low) / (high - low) * two - one
+        source = ((grid + one) * np.float32(size - 2) - one) / two
+        before = np.floor(source)
+        cells[i] = min(max(int(before) + 1, 0), size - 1)
+        weights[i] = source - before if -one <= before < np.float32(size - 1) else np.float32(0)
     return cells, weights
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from service.masks._runs import ColumnRuns, find_runs
 from service.masks._sparse_png import png_file, smallest_file
-from service.structures import Float32Array
+from service.structures import Float32Array, MaskStyle
 
 
 class Crop(TypedDict):
@@ -29,14 +29,19 @@ class Crop(TypedDict):
 
 
 def encode_png(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[str]:
     """Draw each mask into a black picture of the image's size; arguments and errors as in `rle.encode_rle`.
 
     Returns:
         A 1-bit PNG in base64 for each object.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     pictures = []
     for index in range(len(runs)):
         columns, ys = runs.of(index)
@@ -50,29 +55,26 @@ def smallest_png(image_size: tuple[int, int]) -> int:
 
 
 def encode_crops(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[Crop]:
     """Crop each mask; arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     return [_crop(runs, index) for index in range(len(runs))]
 
 
 def _crop(runs: ColumnRuns, index: int) -> Crop:
-    x, y, height, width = _rectangle(runs, index)
+    x, y, height, width = runs.rectangle(index)
+    # A PNG has at least one pixel.
+    height, width = max(height, 1), max(width, 1)
     columns, ys = runs.of(index)
     left = int(runs.first_x[index]) - x
     png = png_file(columns, ys - np.int32(y), left, (height, width), bits_per_pixel=8)
     return {"origin": [x, y], "size": [height, width], "png": _base64(png)}
-
-
-def _rectangle(runs: ColumnRuns, index: int) -> tuple[int, int, int, int]:
-    """The (x, y, height, width) of the smallest rectangle around an object's pixels."""
-    columns, ys = runs.of(index)
-    covered = np.flatnonzero(np.diff(columns))
-    if not len(covered):
-        return 0, 0, 1, 1
-    x, y = int(runs.first_x[index] + covered[0]), int(ys.min())
-    return x, y, int(ys.max()) - y, int(covered[-1] - covered[0]) + 1
 
 
 def _base64(file: bytes) -> str:

@@ -7,19 +7,29 @@ edge from (x, y) to (x + 1, y), with the mask below it (a start, even index in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
+import cv2
 import numpy as np
 
 from service.jit import compiled
-from service.masks._runs import Int32Array, find_runs
-from service.structures import Float32Array, Int64Array
+from service.masks._runs import ColumnRuns, Int32Array, find_runs
+from service.structures import Float32Array, Int64Array, MaskStyle
+
+# How far a simplified outline may lie from the edges of the pixels: enough to leave out the steps of a slope.
+_TOLERANCE_PIXELS = 1.0
 
 
 def encode_polygons(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[list[list[float]]]:
-    """Outline the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
+    """Outline the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
 
     Parts that share no pixel edge become separate polygons. A hole is joined to the outline around it by a vertical cut
     of zero width. Filling the polygons with `pycocotools` restores exactly the same pixels (IoU 1).
@@ -29,6 +39,7 @@ def encode_polygons(
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width).
         threshold: above 0, at most 1.
+        style: whose `paste_masks_in_image` to follow.
 
     Returns:
         Each object's polygons, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least four corners,
@@ -37,19 +48,70 @@ def encode_polygons(
     Raises:
         ValueError: other shapes, or a box that is not finite.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
-    corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys)
-    flat = corners.tolist()
-    polygons = [flat[start:end] for start, end in pairwise([0, *ends.tolist()])]
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    return [[polygon.tolist() for polygon in polygons] for polygons in _trace(runs, with_holes=True)]
+
+
+def encode_outlines(
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
+) -> list[list[list[int]]]:
+    """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. Arguments and
+    errors are as in `encode_polygons`.
+
+    Returns:
+        Each object's outlines, the largest first, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least
+        three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
+    """
+    objects = _trace(find_runs(masks, boxes, image_size, threshold, style=style), with_holes=False)
+    return [sorted(map(_simplified, outlines), key=polygon_area, reverse=True) for outlines in objects]
+
+
+def _simplified(outline: Int64Array) -> list[int]:
+    corners = outline.astype(np.int32).reshape(-1, 2)
+    fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True)
+    return [int(one) for one in (fewer if len(fewer) >= 3 else corners).ravel()]
+
+
+def _trace(runs: ColumnRuns, *, with_holes: bool) -> list[list[Int64Array]]:
+    """The corners of each object's polygons, x and y by turns."""
+    corners, ends, parts = _trace_objects(runs.first_x, runs.first_column, runs.first_y, runs.ys, with_holes)
+    polygons = [corners[start:end] for start, end in pairwise([0, *ends.tolist()])]
     return [polygons[start:end] for start, end in pairwise([0, *parts.cumsum().tolist()])]
+
+
+def polygon_area(polygon: Sequence[float]) -> float:
+    """The number of pixels within a polygon [x1, y1, x2, y2, …] along their edges."""
+    return cv2.contourArea(np.array(polygon, np.float32).reshape(-1, 2))
+
+
+def outer_pixels(polygon: Sequence[float]) -> list[tuple[int, int]]:
+    """The pixels at the corners of one of `encode_polygons`' polygons, just inside it: the convention of OpenCV's
+    `findContours`, for programs that fill polygons with `cv2.fillPoly`, which paints the outline, too.
+
+    Returns:
+        (column, row) of each corner, in the same order.
+    """
+    corners = np.asarray(polygon, np.int64).reshape(-1, 2, 2)
+    # Each pair of corners ends a vertical edge, and a horizontal one leads to the next. Clockwise, the mask is to the
+    # left of an edge that goes down, and above one that goes left.
+    xs, (start, end) = corners[:, 0, 0], corners[:, :, 1].T
+    goes_down, goes_left = end > start, np.roll(xs, -1) < xs
+    columns, rows = xs - goes_down, end - goes_left
+    pairs = zip(columns.tolist(), np.roll(rows, 1).tolist(), rows.tolist(), strict=True)
+    return [corner for x, first, last in pairs for corner in ((x, first), (x, last))]
 
 
 @compiled()
 def _trace_objects(
-    first_x: Int64Array, first_column: Int64Array, first_y: Int64Array, ys: Int32Array
+    first_x: Int64Array, first_column: Int64Array, first_y: Int64Array, ys: Int32Array, with_holes: bool
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """The corners of all polygons concatenated, where each polygon's corners end, and how many polygons each object
-    has.
+    has. Holes are joined to the outline around them, or left out.
     """
     corners = np.empty(4 * len(ys), np.int64)
     ends = np.empty(len(ys) // 2, np.int64)
@@ -59,12 +121,14 @@ def _trace_objects(
         columns = first_y[first_column[d] : first_column[d + 1] + 1]
         own = ys[columns[0] : columns[-1]]
         xs, left, right = _link(own, columns - columns[0])
-        _open_holes(columns - columns[0], xs, left, right)
+        if with_holes:
+            _open_holes(columns - columns[0], xs, left, right)
         visited = np.zeros(len(own), np.bool_)
         for first in range(len(own)):
             if visited[first]:
                 continue
             node = first
+            begin = length
             while not visited[node]:
                 visited[node] = True
                 neighbor, x = (left[node], xs[node]) if node & 1 else (right[node], xs[node] + 1)
@@ -73,6 +137,9 @@ def _trace_objects(
                     corners[length + 2], corners[length + 3] = first_x[d] + x, own[neighbor]
                     length += 4
                 node = neighbor
+            if first & 1:  # The mask is above the topmost edge of the leftmost column: this outline is a hole.
+                length = begin
+                continue
             ends[number] = length
             number += 1
             parts[d] += 1
@@ -120,7 +187,7 @@ def _open_holes(columns: Int64Array, xs: Int64Array, left: Int64Array, right: In
         while not visited[node]:
             visited[node] = True
             node = left[node] if node & 1 else right[node]
-        if first & 1:  # The mask is above the topmost edge of the leftmost column: this outline is a hole.
+        if first & 1:  # A hole, see above.
             above, middle = first - 1, columns[xs[first]]
             _connect(left[above], left[first], middle, left, right)
             _connect(above, first, middle, left, right)

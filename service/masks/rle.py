@@ -13,7 +13,7 @@ import numpy as np
 
 from service.jit import compiled
 from service.masks._runs import Int32Array, find_runs
-from service.structures import Float32Array, Int64Array, UInt8Array
+from service.structures import Float32Array, Int64Array, MaskStyle, UInt8Array
 
 
 class RLE(TypedDict):
@@ -24,15 +24,21 @@ class RLE(TypedDict):
 
 
 def encode_rle(
-    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], threshold: float = 0.5
+    masks: Float32Array,
+    boxes: Float32Array,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+    *,
+    style: MaskStyle = "torchvision",
 ) -> list[RLE]:
-    """Encode the pixels of torchvision's `paste_masks_in_image(masks, boxes, image_size) >= threshold`, one by one.
+    """Encode the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`, one mask after the other.
 
     Args:
         masks: (D, M, M) float32 probabilities, each spread over its box.
         boxes: (D, 4) float32, in pixels of the image; may reach outside.
         image_size: (height, width).
         threshold: above 0, at most 1.
+        style: whose `paste_masks_in_image` to follow.
 
     Returns:
         For each object the result of `pycocotools.mask.encode`, with `counts` as text.
@@ -40,7 +46,7 @@ def encode_rle(
     Raises:
         ValueError: other shapes, or a box that is not finite.
     """
-    runs = find_runs(masks, boxes, image_size, threshold)
+    runs = find_runs(masks, boxes, image_size, threshold, style=style)
     height, width = image_size
     characters, ends = _compress(runs.first_x, runs.first_column, runs.first_y, runs.ys, height, width)
     text = characters.tobytes().decode("ascii")

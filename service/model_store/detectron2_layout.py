@@ -3,7 +3,8 @@ or on its fourth stage (C4).
 
 Differences besides the names: the first convolution reads BGR, in 0 to 255; the background is the last class, not the
 first, and has no box deltas and no mask; bottlenecks stride in their first convolution; anchors are not rounded; RoI
-Align shifts by half a pixel and adapts its number of samples.
+Align shifts by half a pixel and adapts its number of samples; Pillow resizes pictures; masks are sampled at the centers
+of pixels.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def detectron2_findings(state_dict: Mapping[str, Tensor], *, input_format: str |
     found.assume("anchors", style="detectron2")
     _find_anchors(found, state_dict)
     is_c4 = found.get("backbone.name").endswith("_c4")
+    found.assume("transform", style="detectron2", **({"size_divisible": 1} if is_c4 else {}))
+    if found.tables["architecture"] == "mask_rcnn":
+        found.assume("masks", style="detectron2")
     found.assume("rpn", **({"post_nms_top_n_test": 1000} if is_c4 else {"post_nms_top_n_train": 1000}))
     found.assume("roi", sampling_ratio=0, aligned=True, box_weights=(10.0, 10.0, 5.0, 5.0), batch_size_per_image=512)
     return found

@@ -26,9 +26,11 @@ SHOWN = (
     "backbone.stride_in_1x1",
     "backbone.extra_blocks",
     "backbone.features_stop",
+    "transform.style",
     "transform.channels",
     "transform.min_size",
     "transform.max_size",
+    "transform.size_divisible",
     "transform.mean",
     "transform.std",
     "anchors.sizes",
@@ -47,6 +49,7 @@ SHOWN = (
     "detections.score_thresh",
     "detections.nms_thresh",
     "detections.detections_per_img",
+    "masks.style",
 )
 
 
@@ -127,6 +130,8 @@ def _matters(config: ModelConfig, table: str, name: str) -> bool:
     """Whether a setting applies to the network."""
     match name:
         case "mask_output_size":
+            return config.has_masks
+        case "style" if table == "masks":
             return config.has_masks
         case "stride_in_1x1":
             return config.backbone.has_bottlenecks

@@ -111,6 +111,8 @@ def mmdetection_findings(
         found.assume("backbone", stride_in_1x1=is_caffe)
     found.assume("anchors", style="mmdetection")
     found.assume("roi", sampling_ratio=0, aligned=True)
+    if found.tables["architecture"] == "mask_rcnn":
+        found.assume("masks", style="detectron2")
     facts.tell(found, has_bottlenecks=has_bottlenecks)
     if not facts.config:
         found.notes.append(

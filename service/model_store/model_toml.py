@@ -1,5 +1,6 @@
 """`model.toml`: the description of a stored model: a `ModelConfig` (how to rebuild the network), `[weights]` (which
-file, and its hash) and `[provenance]` (where it came from). Reading reports all problems in one error.
+file, and its hash), `[int8]` (of a quantised version) and `[provenance]` (where it came from). Reading reports all
+problems in one error.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import tomllib
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from service.errors import ModelStoreError
 from service.model_store.files import read_text
+from service.model_store.quantizers import QUANTIZERS_FILE, Part
 from service.model_store.toml_writer import write_toml
 from service.modeling.config import ModelConfig
 
@@ -45,6 +48,46 @@ class WeightsTable(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     dtype: Dtype = "float32"
     source: str | None = None
+
+
+class Int8Tolerances(BaseModel):
+    """`[int8.tolerances]`: the largest differences from float32 that pass when the model is loaded: of boxes in pixels,
+    of scores and masks as probabilities. The worst hundredth of the values is not counted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    boxes: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    scores: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    masks: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Int8Table(BaseModel):
+    """`[int8]`: what a version written by `roiserve quantize` is, and what that costs.
+
+    Attributes:
+        file: the file beside `model.toml` that says what runs in int8.
+        sha256: hash of that file, lower-case hexadecimal.
+        parts: the parts that run in int8, as a whole or mostly.
+        kept_float: layers of these parts that stay in float32, because in int8 they cost too much precision.
+        pictures: how many pictures the ranges were taken from.
+        pictures_sha256: hash of the hashes of these pictures' files, in order.
+        nncf: the version of NNCF that chose the ranges.
+        tolerances: see there.
+        ap: average precision of `boxes` and `masks`, 0 to 1, by the precision that it was measured in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.json$")] = QUANTIZERS_FILE
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    parts: tuple[Part, ...]
+    kept_float: tuple[str, ...] = ()
+    pictures: Annotated[int, Field(ge=1)]
+    pictures_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    nncf: str
+    tolerances: Int8Tolerances
+    ap: dict[str, dict[str, float]] = {}
 
 
 class ProvenanceTable(BaseModel):
@@ -77,6 +120,7 @@ class ModelToml(ModelConfig):
     """A stored model's complete `model.toml`; usable wherever a `ModelConfig` is expected."""
 
     weights: WeightsTable
+    int8: Int8Table | None = None
     provenance: ProvenanceTable = ProvenanceTable()
 
 
@@ -99,11 +143,11 @@ def read_network_tables(path: Path) -> dict[str, Any]:
         ModelStoreError: not readable, or not TOML.
     """
     document = _read_document(path)
-    return {key: document[key] for key in document.keys() - {"weights", "provenance"}}
+    return {key: document[key] for key in document.keys() - {"weights", "int8", "provenance"}}
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read the network's part of a `model.toml`, with or without `[weights]` and `[provenance]`.
+    """Read the network's part of a `model.toml`, with or without the tables of a stored model.
 
     Raises:
         ModelStoreError: as `read_model_toml`.
@@ -111,13 +155,24 @@ def read_model_config(path: Path) -> ModelConfig:
     return validated(str(path), read_network_tables(path), ModelConfig)
 
 
-def write_model_toml(path: Path, config: ModelConfig, weights: WeightsTable, provenance: ProvenanceTable) -> None:
+def write_model_toml(
+    path: Path,
+    config: ModelConfig,
+    weights: WeightsTable,
+    provenance: ProvenanceTable,
+    *,
+    int8: Int8Table | None = None,
+) -> None:
     """Write a stored model's `model.toml`, including defaults, so that the model is unaffected if a later release
     changes them. Tables that the network does not use are left out.
     """
     unused = {"proposals"} if config.has_rpn else {"anchors", "rpn"}
+    unused |= set() if config.has_masks else {"masks"}
     document = config.model_dump(include=set(ModelConfig.model_fields) - unused)
-    document |= {"weights": weights.model_dump(), "provenance": provenance.model_dump()}
+    document |= {"weights": weights.model_dump()}
+    if int8 is not None:
+        document |= {"int8": int8.model_dump()}
+    document |= {"provenance": provenance.model_dump()}
     path.write_text(write_toml(_without_empty_tables(document)), encoding="utf-8")
 
 
@@ -172,7 +227,9 @@ def _known_keys(key: str, known: list[str]) -> str:
 
 def _fields_at(model: type[BaseModel], table: list[int | str]) -> list[str]:
     for name in table:
-        field_type = model.model_fields[str(name)].annotation
+        annotation = model.model_fields[str(name)].annotation
+        # `Table | None`: the table.
+        field_type = next((one for one in get_args(annotation) if one is not NoneType), annotation)
         assert isinstance(field_type, type)
         assert issubclass(field_type, BaseModel)
         model = field_type

@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.errors import ModelNotFoundError, ModelStoreError
-from service.model_store.files import check_safetensors
+from service.model_store.files import check_safetensors, read_text
 from service.model_store.model_toml import (
     MODEL_TOML,
     WEIGHTS_FILE,
     Dtype,
+    Int8Table,
     ModelToml,
     ProvenanceTable,
     WeightsTable,
     read_model_toml,
     write_model_toml,
 )
+from service.model_store.quantizers import Quantizers, read_quantizers, write_quantizers
 from service.modeling.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 README = "README.md"
+DEFAULT_FILE = "default"
+"""In the folder of a name: the version that the name alone stands for."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -76,6 +80,7 @@ class StoredModel:
         """What is wrong with the folder, or None. The hash of the weights is checked by `load_weights` only."""
         try:
             check_safetensors(self.weights_path)
+            self.load_quantizers()
         except ModelStoreError as error:
             return str(error)
         return None
@@ -89,6 +94,15 @@ class StoredModel:
         from service.model_store.weights import load_weights
 
         return load_weights(self.weights_path, self.model_toml.weights.sha256)
+
+    def load_quantizers(self) -> Quantizers | None:
+        """What runs in int8, checked against the sha256 in `model.toml`; None if nothing does.
+
+        Raises:
+            ModelStoreError: `model.toml` or that file is invalid.
+        """
+        table = self.model_toml.int8
+        return None if table is None else read_quantizers(self.path / table.file, table.sha256)
 
 
 class ModelStore:
@@ -142,11 +156,11 @@ class ModelStore:
         """Find a model.
 
         Args:
-            reference: `name` (its highest version) or `name@version`.
+            reference: `name` (see `by_preference`) or `name@version`.
 
         Raises:
             ModelNotFoundError: there is none; the message lists the known models.
-            ModelStoreError: the store's folder is missing or cannot be read.
+            ModelStoreError: the store's folder is missing or cannot be read, or the file `default` is wrong.
         """
         name, at, version = reference.partition("@")
         models = self.list()
@@ -154,7 +168,24 @@ class ModelStore:
         if not matches:
             known = ", ".join(model.key for model in models) or "none"
             raise ModelNotFoundError(f"no model {reference!r} in {self.root}; known: {known}")
-        return matches[-1]
+        return matches[0] if at else self.by_preference(matches)[0]
+
+    def by_preference(self, versions: Sequence[StoredModel]) -> Sequence[StoredModel]:
+        """The versions of one name, best first: the one that the file `default` in the name's folder says, such as 1;
+        then from the highest version to the lowest.
+
+        Raises:
+            ModelStoreError: the file says something else than one of these versions.
+        """
+        file = self.root / versions[0].name / DEFAULT_FILE
+        ordered = sorted(versions, key=lambda model: model.version, reverse=True)
+        if not file.exists():
+            return ordered
+        text = read_text(file).strip()
+        if text not in (str(model.version) for model in versions):
+            known = ", ".join(str(model.version) for model in versions)
+            raise ModelStoreError(f"{file}: expected one of the versions {known}, got {text!r:.80}")
+        return sorted(ordered, key=lambda model: str(model.version) != text)
 
     def next_version(self, name: str) -> int:
         """The next version: one above the highest existing one, or 1 for a new name."""
@@ -172,6 +203,7 @@ class ModelStore:
         readme: str,
         dtype: Dtype = "float32",
         source: str | None = None,
+        int8: tuple[Int8Table, Quantizers] | None = None,
     ) -> StoredModel:
         """Write a model's folder, whole or not at all.
 
@@ -179,6 +211,7 @@ class ModelStore:
             readme: the model card, Markdown.
             dtype: how floating-point weights are stored.
             source: where the weights came from, for `[weights]`.
+            int8: what runs in int8; None if nothing does. Its weights are stored in int8.
 
         Raises:
             ModelStoreError: the name or version is invalid, the version exists already, or the weights cannot be
@@ -193,9 +226,12 @@ class ModelStore:
         unfinished = path.with_name(f".unfinished-{version}-{secrets.token_hex(4)}")
         try:
             unfinished.mkdir(parents=True)
-            sha256 = save_weights(unfinished / WEIGHTS_FILE, state_dict, dtype=dtype)
+            table, quantizers = int8 or (None, Quantizers())
+            sha256 = save_weights(unfinished / WEIGHTS_FILE, state_dict, dtype=dtype, in_int8=quantizers.weights)
             weights = WeightsTable(sha256=sha256, dtype=dtype, source=source)
-            write_model_toml(unfinished / MODEL_TOML, config, weights, provenance)
+            write_model_toml(unfinished / MODEL_TOML, config, weights, provenance, int8=table)
+            if table is not None:
+                write_quantizers(unfinished / table.file, quantizers)
             (unfinished / README).write_text(readme, encoding="utf-8")
             if path.exists():
                 raise ModelStoreError(f"{path} exists already; a stored model is never overwritten")

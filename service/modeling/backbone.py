@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import mobilenet, resnet, vgg
 from torchvision.models._api import get_model, list_models
 from torchvision.models._utils import IntermediateLayerGetter
@@ -25,7 +26,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
-    LastLevelMaxPool,
     LastLevelP6P7,
 )
 
@@ -227,18 +227,20 @@ def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -
     return Backbone(module, pooled, strides=(*pooled.values(), *extra), out_channels=config.out_channels)
 
 
-class EverySecondCell(LastLevelMaxPool):
-    """torchvision's coarsest map: every second cell of the one before."""
+class EverySecondCell(ExtraFPNBlock):
+    """torchvision's `LastLevelMaxPool`: the coarsest map is every second cell of the one before."""
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """See `ExtraFPNBlock`."""
-        if not torch.compiler.is_compiling():
-            maps: tuple[list[Tensor], list[str]] = super().forward(results, x, names)
-            return maps
-        # By indices, since torch 2.11 compiles its pooling for an even or for an odd number of cells, but not for both:
-        # pictures of other sizes would run uncompiled.
-        rows, columns = (torch.arange(0, side, 2, device=results[-1].device) for side in results[-1].shape[2:])
-        return [*results, results[-1].index_select(2, rows).index_select(3, columns)], [*names, "pool"]
+        last = results[-1]
+        if torch.compiler.is_compiling():
+            # By indices, since torch 2.11 compiles pooling for an even or for an odd number of cells, not for both:
+            # pictures of other sizes would run uncompiled.
+            rows, columns = (torch.arange(0, side, 2, device=last.device) for side in last.shape[2:])
+            coarsest = last.index_select(2, rows).index_select(3, columns)
+        else:
+            coarsest = functional.max_pool2d(last, kernel_size=1, stride=2)
+        return [*results, coarsest], [*names, "pool"]
 
 
 def _extra_blocks(config: BackboneConfig, trunk_channels: int) -> ExtraFPNBlock | None:

@@ -9,31 +9,29 @@ from collections.abc import Sequence
 
 Size = tuple[int, int]
 
-SIZE_DIVISIBLE = 32
-"""Batches are padded to multiples of this, the coarsest stride of the backbones."""
-
 _ASPECT_RATIOS = (1.0, 4 / 3, 3 / 2, 2.0, 3.0)
 """Of the longer side to the shorter: what cameras take, and two longer ones."""
 _WORTHWHILE = 0.93
 """A bucket is left out if its area is more than this share of another one's that contains it."""
 
 
-def round_up(size: Size) -> Size:
-    """Each side rounded up to a multiple of 32."""
-    height, width = (math.ceil(side / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in size)
+def round_up(size: Size, multiple: int) -> Size:
+    """Each side rounded up to a multiple of a number."""
+    height, width = (math.ceil(side / multiple) * multiple for side in size)
     return height, width
 
 
-def derive_buckets(min_size: int, max_size: int) -> tuple[Size, ...]:
+def derive_buckets(min_size: int, max_size: int, multiple: int = 32) -> tuple[Size, ...]:
     """The buckets of a network, by area: at most eleven, of which one holds each image that it resizes.
 
     Args:
         min_size: length of the resized image's shorter side, unless the longer one would exceed `max_size`.
         max_size: limit of its longer side.
+        multiple: each bucket's sides are multiples of this.
     """
     # At this ratio an image has both lengths, so its bucket holds every other one.
     ratios = {*_ASPECT_RATIOS, max_size / min_size}
-    shapes = {round_up(_resized(ratio, min_size, max_size)) for ratio in ratios}
+    shapes = {round_up(_resized(ratio, min_size, max_size), multiple) for ratio in ratios}
     landscape = [
         shape
         for shape in shapes

@@ -47,6 +47,7 @@ NUM_CHANNELS: Mapping[ColourChannels, int] = {"rgb": 3, "grey": 1, "rgba": 4}
 """The number of channels that the network reads."""
 PatchOp = Literal["roi_pool", "roi_align", "roi_align_max", "roi_warp"]
 RoIOp = Literal[PatchOp, "spp", "crop"]
+Style = Literal["torchvision", "detectron2"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
@@ -205,14 +206,20 @@ class TransformConfig(_Table):
     `min_size` pixels unless the longer one would then exceed `max_size`.
 
     Attributes:
+        style: `torchvision` normalises, then interpolates between the four nearest pixels, and rounds the new size
+            down; `detectron2` resizes bytes as Pillow does, averaging over all pixels that a new one covers, to the
+            nearest size, then normalises.
+        size_divisible: a batch is padded to a multiple of this; detectron2 does not pad for C4, which is 1.
         channels: input of the first convolution: `rgb`; `grey`, the luminance 0.299 R + 0.587 G + 0.114 B rounded to a
             byte like Pillow; or `rgba`, whose alpha is always 1, because pictures are decoded onto a background.
         mean: of each channel; subtracted.
         std: of each channel; the difference is divided by it.
     """
 
+    style: Style = "torchvision"
     min_size: Pixels = 800
     max_size: Pixels = 1333
+    size_divisible: Annotated[int, Field(ge=1, le=256)] = 32
     channels: ColourChannels = "rgb"
     mean: tuple[Annotated[float, Field(ge=-1000, le=1000)], ...] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(ge=1e-6, le=1000)], ...] = (0.229, 0.224, 0.225)
@@ -433,6 +440,17 @@ class DetectionsConfig(_Table):
     detections_per_img: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
+class MasksConfig(_Table):
+    """How small masks become pixels of the image.
+
+    Attributes:
+        style: whose `paste_masks_in_image` spreads a mask over its box: `torchvision` over whole pixels, `detectron2`
+            (and mmdetection) over the exact box.
+    """
+
+    style: Style = "torchvision"
+
+
 class ModelConfig(_Table):
     """A whole network.
 
@@ -454,6 +472,7 @@ class ModelConfig(_Table):
     proposals: ProposalsConfig = ProposalsConfig()
     roi: RoIConfig = RoIConfig()
     detections: DetectionsConfig = DetectionsConfig()
+    masks: MasksConfig = MasksConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -567,6 +586,7 @@ class ModelConfig(_Table):
             yield "rpn", (), reason
         if not self.has_masks:
             yield "roi", ("mask_output_size", "mask_head_channels", "mask"), f"a {self.architecture} has no masks"
+            yield "masks", (), f"a {self.architecture} has no masks"
             if not roi.box_head_convs:
                 yield "roi", ("head_norm",), "there are no convolutions in its heads"
         if self.backbone.has_res5_head:

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -40,12 +40,14 @@ class ImageDetections:
         labels: (D,) int64, 1-based.
         scores: (D,) float32.
         masks: (D, M, M) float32 probabilities spread over the box; None if not requested.
+        extras: further outputs by name: (D, ...) float32.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
     masks: Tensor | None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
@@ -108,9 +110,14 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
                 )
                 masks = [predicted[index] if index in wanted else None for index in range(len(found))]
         with timed("postprocess"):
-            boxes = _to_original([one.boxes for one in found], sizes, [one.shape[:2] for one in images])
+            boxes = _to_original(
+                [one.boxes for one in found],
+                sizes,
+                [one.shape[:2] for one in images],
+                clips=self.transform.is_detectron2s,
+            )
             return [
-                ImageDetections(image_boxes, one.labels, one.scores, mask)
+                ImageDetections(image_boxes, one.labels, one.scores, mask, one.extras)
                 for image_boxes, one, mask in zip(boxes, found, masks, strict=True)
             ]
 
@@ -158,14 +165,24 @@ class GeneralizedRCNN(generalized_rcnn.GeneralizedRCNN):
 
 
 def _to_original(
-    boxes: Sequence[Tensor], resized: Sequence[Sequence[int]], original: Sequence[Sequence[int]]
+    boxes: Sequence[Tensor], resized: Sequence[Sequence[int]], original: Sequence[Sequence[int]], *, clips: bool
 ) -> Sequence[Tensor]:
-    """Like torchvision's `resize_boxes`, for all images at once."""
+    """Like torchvision's `resize_boxes`, for all images at once.
+
+    Args:
+        clips: whether to clip the boxes to the images once more, as detectron2 does: rounding may leave a box a little
+            outside.
+    """
     counts = [len(one) for one in boxes]
     ratios = torch.tensor(original, dtype=torch.float32) / torch.tensor(resized, dtype=torch.float32)
     device = boxes[0].device
-    of_box = device_of(device).upload(ratios[:, [1, 0, 1, 0]])[image_indices(counts, device)]
-    return torch.split(torch.cat(list(boxes)) * of_box, counts)
+    image_of_box = image_indices(counts, device)
+    upload = device_of(device).upload
+    scaled = torch.cat(list(boxes)) * upload(ratios[:, [1, 0, 1, 0]])[image_of_box]
+    if clips:
+        limits = torch.tensor(original, dtype=torch.float32)[:, [1, 0, 1, 0]]
+        scaled = torch.minimum(scaled, upload(limits)[image_of_box])
+    return torch.split(scaled, counts)
 
 
 def _to_resized(boxes: Tensor, original: Sequence[int], resized: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: R proposals of the whole batch, D detections of one image, C classes wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Selection:
         labels: only these class ids; None for all.
         nms_thresh: IoU above which the better of two detections suppresses the other; None for the network's own.
         class_agnostic_nms: whether it does so regardless of class; None for the network's own setting.
+        with_class_scores: whether the scores of all classes are kept, too.
     """
 
     score_thresh: float
@@ -42,15 +43,19 @@ class Selection:
     labels: frozenset[int] | None = None
     nms_thresh: float | None = None
     class_agnostic_nms: bool | None = None
+    with_class_scores: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoxDetections:
-    """One image's kept boxes on the device: (D, 4) in pixels of the resized image, (D,) int64, (D,)."""
+    """One image's kept boxes on the device: (D, 4) in pixels of the resized image, (D,) int64, (D,), and further
+    outputs by name: (D, ...) float32.
+    """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def none(self) -> BoxDetections:
         """The same image without any boxes."""
@@ -135,7 +140,7 @@ class RoIHeads(roi_heads.RoIHeads):
             image_of_row
         ]
         rows, labels = is_candidate.nonzero(as_tuple=True)
-        images, scores = image_of_row[rows], scores[rows, labels]
+        class_scores, images, scores = scores, image_of_row[rows], scores[rows, labels]
         # 2. Decode only their boxes, and clip them to each image.
         regression = box_regression.reshape(len(box_regression), num_classes, 4)[rows, labels]
         boxes = decode_boxes(self.box_coder, regression, torch.cat(list(proposals))[rows])
@@ -161,7 +166,15 @@ class RoIHeads(roi_heads.RoIHeads):
             iou_thresh=device_of(device).upload(torch.from_numpy(iou_threshs)),
             largest_group=max(map(len, proposals)) * (num_classes if any(agnostic) else 1),
         ).up_to([one.detections_per_img for one in selections])
-        return [BoxDetections(boxes[one], labels[one], scores[one]) for one in kept]
+        return [
+            BoxDetections(
+                boxes[one],
+                labels[one],
+                scores[one],
+                {"class_scores": class_scores[rows[one]]} if selection.with_class_scores else {},
+            )
+            for one, selection in zip(kept, selections, strict=True)
+        ]
 
 
 def _wanted(selections: Sequence[Selection], num_classes: int, device: torch.device) -> Tensor:

@@ -20,8 +20,10 @@ from service.modeling.per_image import to_device
 from service.ops.nms import best_of_each_image
 
 Size = tuple[int, int]
-_ANCHOR_SETS_KEPT = 16
-"""The number of batch sizes whose anchors are cached; a batch of 1088 x 800 pixels has 3.5 MB of anchors."""
+_MOST_ANCHOR_BYTES = 1 << 28
+"""Anchors of the batch sizes used last are cached up to this; a batch of 1088 x 800 pixels has 3.5 MB of them, so that
+the sizes of all aspect ratios fit.
+"""
 
 
 class RegionProposalNetwork(rpn.RegionProposalNetwork):
@@ -100,18 +102,19 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         return torch.cat(best, dim=1), torch.cat(levels)
 
     def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
-        """(A, 4) float32 anchors for a batch of this size, cached for the last few sizes."""
+        """(A, 4) float32 anchors for a batch of this size, cached."""
         key = (padded_size, *grid_sizes, device)
         if key not in self._anchors:
+            # On the host: an operation takes them from there without waiting for the device.
             strides = [
-                [torch.tensor(side // cells, device=device) for side, cells in zip(padded_size, grid, strict=True)]
+                [torch.tensor(side // cells) for side, cells in zip(padded_size, grid, strict=True)]
                 for grid in grid_sizes
             ]
             self.anchor_generator.set_cell_anchors(torch.float32, device)
             self._anchors[key] = torch.cat(
                 self.anchor_generator.grid_anchors([list(one) for one in grid_sizes], strides)
             )
-            if len(self._anchors) > _ANCHOR_SETS_KEPT:
+            while len(self._anchors) > 1 and sum(one.nbytes for one in self._anchors.values()) > _MOST_ANCHOR_BYTES:
                 self._anchors.popitem(last=False)
         self._anchors.move_to_end(key)
         return self._anchors[key]

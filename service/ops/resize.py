@@ -42,7 +42,7 @@ def resize_normalise_and_pad(
         (N, 3, H', W') float32, each image at the top left, zeros around it.
     """
     batch = torch.empty(len(images), 3, *padded_size)
-    table = _normalised_bytes(mean, std)
+    table = normalised_bytes(mean, std)
     with parallel_loops():
         for image, (height, width), output in zip(images, sizes, batch.numpy(), strict=True):
             rows, row_weights = _source_cells(image.shape[0], height)
@@ -52,7 +52,7 @@ def resize_normalise_and_pad(
     return batch
 
 
-def _normalised_bytes(mean: Sequence[float], std: Sequence[float]) -> Floats:
+def normalised_bytes(mean: Sequence[float], std: Sequence[float]) -> Floats:
     """(3 * 256,) the normalised value of each byte in each channel, rounded exactly like torchvision."""
     bytes_ = torch.arange(256, dtype=torch.float32).div_(255)
     table: Floats = ((bytes_ - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).flatten().numpy()

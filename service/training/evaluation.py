@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from service.errors import DatasetError
 from service.masks.rle import encode_rle
-from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
+from service.structures import Detections, DetectOptions, Image, MaskStyle, ModelInfo, Prediction, Query
 from service.training.coco.segmentations import Rle
 from service.training.dataset import CocoDataset, Sample
 from service.training.proposals import ProposalCache
@@ -104,7 +104,7 @@ def evaluate(
     results: list[dict[str, Any]] = []
     for sample in dataset.samples:
         found = predictor.predict([query_of(sample, options, proposals)])[0].detections
-        results += coco_results(found, sample, label_of)
+        results += coco_results(found, sample, label_of, mask_style=predictor.info.mask_style)
         advance()
     kinds = ("bbox", "segm") if with_masks else ("bbox",)
     boxes, *masks = (_average_precision(results, dataset, kind, limit) for kind in kinds)
@@ -126,17 +126,20 @@ def query_of(sample: Sample, options: DetectOptions, proposals: ProposalCache | 
     return Query(Image(sample.read_pixels()), options)
 
 
-def coco_results(detections: Detections, sample: Sample, label_of: Mapping[int, int]) -> list[dict[str, Any]]:
+def coco_results(
+    detections: Detections, sample: Sample, label_of: Mapping[int, int], *, mask_style: MaskStyle = "torchvision"
+) -> list[dict[str, Any]]:
     """One image's detections in COCO's results format.
 
     Args:
         label_of: the data set's label of each label of the model.
+        mask_style: the model's.
     """
     widths_heights = detections.boxes[:, 2:] - detections.boxes[:, :2]
     boxes = np.concatenate([detections.boxes[:, :2], widths_heights], axis=1)
     rles: Sequence[object] = [None] * len(detections)
     if detections.masks is not None:
-        rles = encode_rle(detections.masks, detections.boxes, sample.image_size)
+        rles = encode_rle(detections.masks, detections.boxes, sample.image_size, style=mask_style)
     return [
         {
             "image_id": sample.image_id,

@@ -147,7 +147,7 @@ def export_model(
         command=command,
         created=datetime.date.today(),
         software={"torch": torch.__version__, "torchvision": version("torchvision")},
-        metrics={kind: _figures(figures) for kind, figures in evaluation.rows()},
+        metrics={kind: figures_of(figures) for kind, figures in evaluation.rows()},
     )
     model = target.store.write_model(
         target.name,
@@ -193,7 +193,7 @@ def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:
     return statistics.median(milliseconds)
 
 
-def _figures(figures: AveragePrecision) -> dict[str, int | float]:
+def figures_of(figures: AveragePrecision) -> dict[str, int | float]:
     """COCO's names, for `[provenance.metrics]`; figures without any objects in the data set are left out."""
     named = {
         "AP": figures.ap,
@@ -221,7 +221,7 @@ def _card(
     findings: Mapping[str, Sequence[str]],
 ) -> str:
     """The model card, Markdown."""
-    tables = {kind: _figures(figures) for kind, figures in evaluation.rows()}
+    tables = {kind: figures_of(figures) for kind, figures in evaluation.rows()}
     kinds = list(tables)
     rows = [
         f"| {figure} | "

@@ -21,6 +21,7 @@ import orjson
 from service import errors
 from service.errors import ServiceError
 from service.structures import (
+    Coco,
     DetectOptions,
     Drawing,
     Encoded,
@@ -28,6 +29,7 @@ from service.structures import (
     Json,
     ModelInfo,
     Pixels,
+    Roboflow,
     Source,
     Tensors,
     Verification,
@@ -97,6 +99,7 @@ def options_from(fields: Header) -> DetectOptions:
         | {
             "label_ids": None if label_ids is None else frozenset(label_ids),
             "proposals": None if proposals is None else tuple(tuple(box) for box in proposals),
+            "extras": tuple(fields["extras"]),
         }
     )
 
@@ -125,7 +128,13 @@ def source_from(fields: Header, body: bytes) -> Source:
 
 
 # The answer forms, by their names in a header.
-_FORMS: Mapping[str, type[Form]] = {"json": Json, "drawing": Drawing, "tensors": Tensors}
+_FORMS: Mapping[str, type[Form]] = {
+    "json": Json,
+    "drawing": Drawing,
+    "tensors": Tensors,
+    "coco": Coco,
+    "roboflow": Roboflow,
+}
 
 
 def form_to(form: Form) -> Header:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
+from service.cores import Share
 from service.errors import NotReadyError
 from service.settings import Settings
 from service.structures import ModelInfo
@@ -59,11 +60,15 @@ class WorkerHandle(asyncio.Protocol):
         self._starting: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
 
-    async def start(self, settings: Settings, factory: PredictorFactory) -> None:
-        """Start the process; afterwards either `got_ready` or `ended` is set."""
+    async def start(self, settings: Settings, factory: PredictorFactory, share: Share | None = None) -> None:
+        """Start the process; afterwards either `got_ready` or `ended` is set.
+
+        Args:
+            share: what it gets of the CPU, if it runs its models there; all of it by default.
+        """
         ours, theirs = socket.socketpair()
         process = multiprocessing.get_context("forkserver").Process(
-            target=_run_worker, args=(theirs, settings, factory), daemon=True
+            target=_run_worker, args=(theirs, settings, factory, share or Share()), daemon=True
         )
         self._process = process
         # In a thread, since starting it blocks until the fork server has imported its preloaded modules.
@@ -161,11 +166,11 @@ class WorkerHandle(asyncio.Protocol):
         return await asyncio.to_thread(_await_end, self._process)
 
 
-def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
+def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory, share: Share) -> None:
     # Imported in the worker only: it imports torch, which the process that serves HTTP does not need.
     from service.workers.process import run_worker
 
-    run_worker(end, settings, factory)
+    run_worker(end, settings, factory, share)
 
 
 def _start_with_signals_blocked(process: BaseProcess) -> None:

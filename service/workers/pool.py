@@ -8,11 +8,13 @@ import asyncio
 import logging
 import math
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+from service.cores import Share, available_cores, divide_cores, numa_nodes
 from service.errors import NotReadyError, ServiceError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -50,6 +52,7 @@ class WorkerPool:
         self._dispatcher = Dispatcher(self._ready_workers, max_jobs=self._max_jobs)
         self._models = ServedModels(self._ready_workers, on_change=self._dispatcher.dispatch)
         self._devices: list[DeviceSupervisor] = []
+        self._shares = _cpu_shares(settings)
         self._tasks: set[asyncio.Task[None]] = set()
         self._started: asyncio.Future[Sequence[ModelInfo]] | None = None
 
@@ -159,8 +162,16 @@ class WorkerPool:
         self._in_background(supervisor.run())
 
     async def _start_worker(self, worker: WorkerHandle, device: str) -> None:
-        update = {"device": device, **({"models": tuple(self._models.infos)} if self._models.infos else {})}
-        await worker.start(self._settings.model_copy(update=update), self._factory)
+        index = next(place for place, one in enumerate(self._devices) if one.worker is worker)
+        share = self._shares[index % len(self._shares)]
+        # To a worker the setting says how many share its cores.
+        update: dict[str, object] = {"device": device, "workers": share.sharers}
+        if "decode_threads" not in self._settings.model_fields_set:
+            cores = available_cores() if share.cores is None else len(share.cores)
+            update["decode_threads"] = min(self._settings.decode_threads, max(1, cores // share.sharers))
+        if self._models.infos:
+            update["models"] = tuple(self._models.infos)
+        await worker.start(self._settings.model_copy(update=update), self._factory, share)
 
     def _receive(self, worker: WorkerHandle, header: Header, body: bytes) -> None:
         device = next((one for one in self._devices if one.worker is worker), None)
@@ -185,7 +196,8 @@ class WorkerPool:
         is_shared = ":" in self._settings.device or gpus == 0
         if not is_shared:
             self._devices[0].device = "cuda:0"
-        for index in range(1, self._settings.workers or (1 if is_shared else gpus)):
+        by_default = gpus if not is_shared else 1 if gpus else len(self._shares)
+        for index in range(1, self._settings.workers or by_default):
             self._add_device(self._settings.device if is_shared else f"cuda:{index % gpus}")
 
     def _worker_ready(self, worker: WorkerHandle, infos: Sequence[ModelInfo]) -> None:
@@ -227,3 +239,12 @@ class WorkerPool:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _cpu_shares(settings: Settings) -> Sequence[Share]:
+    """What each worker gets if they run on the CPU. By default there is one per NUMA node, unless a quota or
+    OMP_NUM_THREADS, which Ray sets too, allows fewer threads than there are cores.
+    """
+    nodes = numa_nodes()
+    is_limited = available_cores() < sum(map(len, nodes)) or "OMP_NUM_THREADS" in os.environ
+    return divide_cores(settings.workers or (1 if is_limited else len(nodes)), settings.bind_workers)

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict
 
+from service.cores import Share
 from service.devices import count_gpus
 from service.errors import ServiceError
 from service.logs import configure_logging, request_id_context
@@ -34,13 +35,17 @@ from service.workers.local import LocalDetector
 logger = logging.getLogger(__name__)
 
 
-def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory) -> None:
-    """Serve the process at the other end of the socket until that end closes."""
+def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory, share: Share) -> None:
+    """Serve the process at the other end of the socket until that end closes.
+
+    Args:
+        share: what it gets of the CPU, if it runs its models there.
+    """
     configure_logging(log_format=settings.log_format, log_level=settings.log_level)
     # Workers start no processes, but numba creates a multiprocessing lock on import. With `fork` that lock is unnamed,
     # so the resource tracker has no leak to warn about at exit.
     multiprocessing.set_start_method("fork", force=True)
-    asyncio.run(_Worker(BlockingChannel(end), settings, factory).serve())
+    asyncio.run(_Worker(BlockingChannel(end), settings, factory, share).serve())
 
 
 class _MarkedProgress(Progress):
@@ -67,8 +72,9 @@ class _MarkedProgress(Progress):
 class _Worker:
     """One worker; see the module."""
 
-    def __init__(self, channel: BlockingChannel, settings: Settings, factory: PredictorFactory) -> None:
+    def __init__(self, channel: BlockingChannel, settings: Settings, factory: PredictorFactory, share: Share) -> None:
         self._channel = channel
+        self._share = share
         self._settings = settings
         self._factory = factory
         self._observations: deque[Observation] = deque()
@@ -88,6 +94,9 @@ class _Worker:
         if gpus > 0 and self._settings.device in ("auto", "cuda"):
             # Named like the other workers' devices, so that all workers on one GPU report the same label.
             self._settings = self._settings.model_copy(update={"device": "cuda:0"})
+        if gpus == 0:
+            # Before the models are loaded, so that their memory lies at the same node.
+            self._share.bind()
         self._detector = LocalDetector(self._settings, self._factory, self._observe)
         try:
             infos = await self._detector.start()

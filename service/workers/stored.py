@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from service.cores import available_cores
@@ -11,7 +11,7 @@ from service.errors import ModelNotFoundError, ModelStoreError, ServiceError
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.model_store.store import StoredModel
+    from service.model_store.store import ModelStore, StoredModel
     from service.pipeline import Predictor
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def stored_key(settings: Settings, reference: str) -> str:
 def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterator[Predictor]:
     """The models that the settings name, each loaded when the iterator reaches it.
 
-    If the settings name none: of each name, the newest version that is not broken.
+    If the settings name none: of each name, the first version of `ModelStore.by_preference` that is not broken.
 
     Args:
         settings: which models to load, and how.
@@ -53,10 +53,14 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
     store = ModelStore(settings.model_store)
     known = store.list()
     # For each model to serve, the candidate versions, best first. A model that is named twice is loaded once.
+    choices: dict[str, Sequence[StoredModel]]
     if settings.models:
         choices = {stored.key: [stored] for stored in map(store.find, settings.models)}
     else:
-        choices = {one.name: [other for other in reversed(known) if other.name == one.name] for one in known}
+        choices = {
+            name: _by_preference(store, [one for one in known if one.name == name])
+            for name in dict.fromkeys(one.name for one in known)
+        }
     names = {name for choice in choices.values() for stored in choice for name in (stored.name, stored.key)}
     if settings.default_model is not None and settings.default_model not in names:
         words = ", ".join(sorted(names)) or "none"
@@ -89,6 +93,15 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
                 break
     if are_all_broken:
         raise ModelStoreError(f"every model in {store.root} is broken")
+
+
+def _by_preference(store: ModelStore, versions: Sequence[StoredModel]) -> Sequence[StoredModel]:
+    """The versions of one name, best first; none if the store does not say validly which that is."""
+    try:
+        return store.by_preference(versions)
+    except ModelStoreError as error:
+        logger.error("model is broken", extra={"fields": {"model": versions[0].name, "reason": str(error)}})
+        return []
 
 
 def _share_cores(settings: Settings) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cluster, model, ops, request, serve
+from benchmarks import cluster, cores, model, ops, request, serve
 
 
 def tables(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -55,3 +58,18 @@ def test_cluster(tmp_path: Path) -> None:
     steady, step = (tables(tmp_path, "cluster")[title] for title in (cluster.SIMULATED, cluster.STEP))
     assert [row["machines"] for row in steady] == [1, 1, 1, 4, 4, 4]
     assert max(row["replicas ready"] for row in step) > step[0]["replicas ready"]
+
+
+def test_cores(tmp_path: Path) -> None:
+    cores.main(simulate_only=True, quick=True, milliseconds=60, parallel=0.9, out=tmp_path)
+    [rows] = tables(tmp_path, "cores").values()
+    assert [(row["workers"], row["threads each"]) for row in rows] == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    # Amdahl: 6 ms do not shrink, 54 ms do. One worker cannot keep up with 60 % of what eight can do.
+    assert [float(row["one picture ms"]) for row in rows] == pytest.approx([12.75, 19.5, 33, 60], rel=0.01)
+    assert [row["p99 ms"] == "–" for row in rows] == [True, False, False, False]
+
+
+def test_one_picture_is_timed_on_a_core(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.cores", "--time-on", str(min(os.sched_getaffinity(0)))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(cores.__file__).parents[1])
+    assert float(run.stdout.split()[-1]) > 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco_mask
+from torch import Tensor
 
 from service.imaging.decode import ImageLimits, decode_image
 from service.inference.loading import load_predictor
@@ -30,6 +33,11 @@ AIMS = {
 @pytest.fixture(scope="module", params=DATA)
 def stored(request: pytest.FixtureRequest) -> StoredModel:
     return STORE.find(request.param)
+
+
+@pytest.fixture(scope="module")
+def nuclei() -> Predictor:
+    return load_predictor(STORE.find("nuclei"), device="cpu")
 
 
 def example(name: str) -> Image:
@@ -69,10 +77,31 @@ def test_it_reaches_the_figures_of_its_card(stored: StoredModel) -> None:
         assert figures.ap75 == pytest.approx(card["AP75"], abs=0.005)
 
 
+@pytest.mark.parametrize("name", DATA)
+def test_its_quantised_version_is_small_keeps_its_ap_and_fits_what_is_installed(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    quantised = STORE.find(f"{name}@2")
+    assert sum(file.stat().st_size for file in quantised.path.iterdir()) <= 6_000_000
+    table = quantised.model_toml.int8
+    assert table is not None
+    for kind, ap in table.ap["float32"].items():
+        assert table.ap["int8"][kind] >= ap - 0.003
+        assert f"{100 * table.ap['int8'][kind]:.2f}" in (quantised.path / "README.md").read_text()
+    predictor = load_predictor(quantised, device="cpu", precision="int8", cache_dir=tmp_path)
+    predictor.warm_up()
+    assert (predictor.info.engine, predictor.info.precision) == ("openvino", "int8")
+
+
+def test_the_version_that_a_name_stands_for_is_the_one_in_float32() -> None:
+    assert [STORE.find(name).key for name in DATA] == ["nuclei@1", "blood-cells@1"]
+
+
 @pytest.mark.parametrize(("name", "at_least"), [("nuclei-1.png", 20), ("nuclei-2.png", 20), ("nuclei-stained.png", 15)])
-def test_nuclei_are_found_in_the_examples_with_masks_that_lie_in_their_boxes(name: str, at_least: int) -> None:
+def test_nuclei_are_found_in_the_examples_with_masks_that_lie_in_their_boxes(
+    nuclei: Predictor, name: str, at_least: int
+) -> None:
     picture = example(name)
-    found = answer(load_predictor(STORE.find("nuclei"), device="cpu"), picture)
+    found = answer(nuclei, picture)
     assert len(found) >= at_least
     assert found.masks is not None
     for rle, box in zip(encode_rle(found.masks, found.boxes, picture.size), found.boxes, strict=True):
@@ -83,6 +112,35 @@ def test_nuclei_are_found_in_the_examples_with_masks_that_lie_in_their_boxes(nam
         assert (columns.min(), rows.min()) >= tuple(np.floor(box[:2] - slack))
         assert columns.max() <= box[2] + slack[0]
         assert rows.max() <= box[3] + slack[1]
+
+
+def test_two_operators_get_the_same_proposals(nuclei: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says so of two requests that differ in nothing but the operator."""
+    heads = nuclei._model.roi_heads
+    detect_boxes, given = heads.detect_boxes, []
+
+    def spy(features: Any, proposals: list[Tensor], *arguments: Any, **options: Any) -> object:
+        given.append(proposals[0].clone())
+        return detect_boxes(features, proposals, *arguments, **options)
+
+    monkeypatch.setattr(heads, "detect_boxes", spy)
+    picture = example("nuclei-1.png")
+    found = [nuclei.predict([Query(picture, DetectOptions(roi_op=op))])[0].detections for op in (None, "roi_pool")]
+    assert len(given[0]) > 100
+    assert torch.equal(*given)
+    assert not np.array_equal(found[0].scores, found[1].scores)
+
+
+def test_a_lower_score_changes_nothing_above_it(nuclei: Predictor) -> None:
+    """The page asks with a low score and filters by itself."""
+    low, high = (
+        nuclei.predict([Query(example("nuclei-1.png"), DetectOptions(score_thresh=score))])[0].detections
+        for score in (0.05, 0.5)
+    )
+    kept = low[np.flatnonzero(low.scores > 0.5)]
+    assert len(low) > len(kept) > 0
+    for name, values in high.arrays().items():
+        np.testing.assert_allclose(kept.arrays()[name], values, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["blood-smear-1.jpg", "blood-smear-2.jpg"])

@@ -250,3 +250,18 @@ def test_head_and_a_large_body_may_come_in_one_piece(live: Live) -> None:
             answer = HTTPResponse(connection)
             answer.begin()
             assert (answer.status, len(orjson.loads(answer.read())["detections"]) > 0) == (200, True)
+
+
+def test_class_scores_are_answered_on_request(live: Live) -> None:
+    cat, dog = live.detect(picture(red=204), extras="class_scores").json()["detections"]
+    assert cat["class_scores"] == pytest.approx([0.2, 0.8, 0])
+    assert dog["class_scores"][dog["label_id"]] == dog["score"]
+    assert "class_scores" not in live.detect(picture(red=204)).json()["detections"][0]
+    for options, words in (
+        ({"extras": "embeddings"}, "'embeddings' is not one of class_scores"),
+        ({"extras": "class_scores", "format": "coco", "image_id": 1}, "COCO results have no place"),
+    ):
+        refused = live.detect(picture(), **options)
+        assert (refused.status_code, words in refused.json()["detail"]) == (422, True), refused.text
+    refused = live.client.post("/v1/annotate", content=picture(), params={"extras": "class_scores"})
+    assert (refused.status_code, "ask /v1/detect" in refused.json()["detail"]) == (422, True)

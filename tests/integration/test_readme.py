@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -110,3 +111,19 @@ def test_many_at_once_get_the_answers_they_get_alone(server: httpx.Client) -> No
     assert max(answer["batch_size"] for answer in together) > 1
     for answer, expected in zip(together, alone * 4, strict=True):
         assert_alike(answer["detections"], expected)
+
+
+@pytest.mark.parametrize("page", ["client/README.md", "docs/client.md"])
+def test_the_clients_example_prints_what_its_page_says(server: httpx.Client, page: str) -> None:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    example = example.replace("http://127.0.0.1:8000", str(server.base_url))
+    run = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "client"), "NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in text

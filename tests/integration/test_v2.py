@@ -48,7 +48,7 @@ def test_client_finds_the_server_and_its_models(said: dict[str, Any]) -> None:
     assert said["model"]["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
     outputs = {one["name"]: (one["datatype"], one["shape"]) for one in said["model"]["outputs"]}
     assert outputs["boxes"] == ("FP32", [-1, 4])
-    assert outputs.keys() == {"boxes", "labels", "scores", "masks", "image_index"}
+    assert outputs.keys() == {"boxes", "labels", "scores", "masks", "image_index", "class_scores"}
     assert said["config"]["parameters"] == {"labels": {"string_value": "cat,dog"}}
 
 
@@ -195,3 +195,17 @@ def test_keys_guard_models_but_not_probes(guarded: Live) -> None:
     assert (response.status_code, "administrator" in response.json()["error"]) == (403, True)
     response = client.post("/v2/repository/models/fake/unload", headers=admins)
     assert (response.status_code, response.json()["code"]) == (409, "model_needed")
+
+
+def test_class_scores_come_only_if_they_are_named(live: Live) -> None:
+    document = {"inputs": [IMAGE], "outputs": [{"name": "class_scores"}, {"name": "labels"}]}
+    answer = live.client.post("/v2/models/fake/infer", json=document).json()
+    [scores, labels] = answer["outputs"]
+    assert (scores["datatype"], scores["shape"], labels["data"]) == ("FP32", [2, 3], [1, 2])
+    assert scores["data"] == pytest.approx([0.2, 0.8, 0, 0.92, 0, 0.08])
+    unnamed = live.client.post("/v2/models/fake/infer", json={"inputs": [IMAGE]}).json()
+    assert "class_scores" not in [one["name"] for one in unnamed["outputs"]]
+    refused = live.client.post(
+        "/v2/models/fake/infer", json={"inputs": [IMAGE], "parameters": {"extras": "class_scores"}}
+    )
+    assert (refused.status_code, "parameter 'extras'" in refused.json()["error"]) == (422, True)

@@ -10,11 +10,11 @@ import io
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -139,11 +139,11 @@ class Load:
             await open_loop(self._send, self.record, rate=rate, seconds=seconds)
         return summarise(self.record.samples)
 
-    async def during(self, event: Coroutine[Any, Any, T], *, concurrency: int) -> tuple[Summary, T]:
+    async def during(self, event: Awaitable[T], *, concurrency: int) -> tuple[Summary, T]:
         """A closed loop that lasts as long as something else does."""
         now = asyncio.get_running_loop().time
         begin = now()
-        happening = asyncio.create_task(event)
+        happening = asyncio.ensure_future(event)
 
         async def caller() -> None:
             while not happening.done():

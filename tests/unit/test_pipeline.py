@@ -37,6 +37,7 @@ from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Pipeline, ThreadTask, Work, run_batch
 from service.structures import (
+    AnnotatorMasks,
     Detections,
     DetectOptions,
     Drawing,
@@ -126,19 +127,24 @@ async def test_job_is_decoded_predicted_and_encoded_and_each_stage_timed() -> No
         assert bench.count("roiserve_stage_duration_seconds_count", stage=stage, model="fake@1") == 1
 
 
-async def test_batch_that_ran_again_in_float32_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["overflowed", "uncompiled"])
+async def test_batch_that_did_not_run_as_it_should_is_counted_once(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     predict = bench.predictor.predict
+    metric = f"roiserve_{what}_batches_total"
 
-    def overflow(queries: Sequence[Query]) -> list[Prediction]:
-        return [replace(prediction, overflowed=True) for prediction in predict(queries)]
+    def misbehave(queries: Sequence[Query]) -> list[Prediction]:
+        return [
+            replace(prediction, overflowed=what == "overflowed", uncompiled=what == "uncompiled")
+            for prediction in predict(queries)
+        ]
 
     async with running(bench):
         await bench.pipeline.run(bench.job())
-        assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 0
-        monkeypatch.setattr(bench.predictor, "predict", overflow)
+        assert bench.count(metric, model="fake@1") == 0
+        monkeypatch.setattr(bench.predictor, "predict", misbehave)
         await bench.pipeline.run(bench.job())
-    assert bench.count("roiserve_overflowed_batches_total", model="fake@1") == 1
+    assert bench.count(metric, model="fake@1") == 1
 
 
 async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
@@ -148,7 +154,7 @@ async def test_detections_are_drawn_if_a_picture_is_wanted() -> None:
 
 
 async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of two threads waits until the other has begun too. Sides of 50 x (400 + 500) pixels make three parts."""
+    """Each of two threads waits until the other has begun too. Sides of 50 x (400 + 500) pixels make ten parts."""
     rng = np.random.default_rng(0)
     image = Image(np.zeros((600, 800, 3), np.uint8))
     boxes = np.tile(np.array([100, 50, 500, 550], np.float32), (50, 1))
@@ -168,7 +174,7 @@ async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypat
     monkeypatch.setattr(pipeline, "encoder_for", InCompany)
     with ThreadPoolExecutor(2) as bench.pipeline._encoders, bench.held_pixels.hold() as holding:
         assert await bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding) == whole
-    assert len(begun) == 3
+    assert len(begun) == 10
 
 
 def many_masks(number: int = 40) -> tuple[Image, Detections]:
@@ -179,10 +185,11 @@ def many_masks(number: int = 40) -> tuple[Image, Detections]:
 
 
 @pytest.mark.parametrize(
-    ("masks", "advice"), [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none")]
+    ("masks", "advice"),
+    [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none"), ("label_studio", "rectangles")],
 )
 async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smaller(
-    masks: MaskFormat, advice: str, monkeypatch: pytest.MonkeyPatch
+    masks: MaskFormat | AnnotatorMasks, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
     encode = JsonEncoder.encode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from service.devices import Device
 from service.errors import ServiceError, first_line
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
-from service.inference.half import DTYPES, HalfNetwork
+from service.inference.half import DTYPES, HalfNetwork, PrecisionError
+from service.model_store.quantizers import Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.poolers import RoIPooler
 
 logger = logging.getLogger(__name__)
 
-_OPENVINO_PRECISIONS = ("float32", "bfloat16")
+_OPENVINO_PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,13 @@ class Placed:
             weights.
         find_problem: call it after a batch has run; returns why the engine is not doing what its name says, or None if
             it is.
+        take_uncompiled: returns the parts that `compiled` ran uncompiled since its last call.
     """
 
     engine: str
     half: HalfNetwork | None = None
     find_problem: Callable[[], str | None] = lambda: None
+    take_uncompiled: Callable[[], Sequence[str]] = tuple
 
 
 def put_engine(
@@ -47,6 +50,7 @@ def put_engine(
     precision: str,
     key: str,
     cache_dir: Path | None,
+    quantizers: Quantizers | None = None,
 ) -> Placed:
     """Replace the network's parts by an engine's, in place.
 
@@ -57,13 +61,14 @@ def put_engine(
         precision: one of the device's.
         key: names the network's weights and configuration.
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
+        quantizers: what runs in int8; needed for that precision, and only used by it.
 
     Returns:
         The engine now in use. `auto` falls back to `eager` if the fastest engine cannot run this model.
 
     Raises:
         ServiceError: the engine is not installed, or does not support this device and precision.
-        ModelStoreError: see `HalfNetwork`.
+        PrecisionError: see `HalfNetwork`; or the model cannot run in int8 here.
     """
     chosen = device.fastest_engine if engine == "auto" else engine
     folder = _cache_folder(cache_dir)
@@ -72,10 +77,13 @@ def put_engine(
     fold(model)
     problem = _why_not(chosen, model, device, precision)
     if problem is None and chosen == "openvino":
-        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir)
+        used = quantizers if precision == "int8" else None
+        problem = _put_openvino(model, key=key, precision=precision, cache_dir=cache_dir, quantizers=used)
         if problem is None:
             return Placed(chosen)
     if problem is not None:
+        if precision == "int8":
+            raise PrecisionError(problem)
         if engine != "auto":
             raise ServiceError(problem)
         fields = {"engine": "eager", "reason": problem}
@@ -87,12 +95,32 @@ def put_engine(
         model.parts = network.parts()
     if half is not None:
         model.parts = half.wrapped(model.parts or model.own_parts())
-    return Placed(chosen, half, find_problem=lambda: None if network is None else _why_uncompiled(network))
+    if network is None:
+        return Placed(chosen, half)
+    return Placed(chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled)
 
 
-def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None) -> str | None:
+def why_not_int8(*, engine: str, device: Device) -> str | None:
+    """Why no model can run in int8 here, as a message; None if a quantised one can.
+
+    Args:
+        engine: as configured.
+    """
+    if device.fastest_engine != "openvino":
+        return f"int8 runs on the CPU, not on {device.label}"
+    if engine not in ("auto", "openvino"):
+        return f"int8 runs on the engine 'openvino', not on {engine!r}"
+    if importlib.util.find_spec("openvino") is None:
+        return "int8 needs the engine 'openvino', which is not installed: pip install openvino"
+    return None
+
+
+def _put_openvino(
+    model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path | None, quantizers: Quantizers | None
+) -> str | None:
     """Install the engine. Returns the reason if that is impossible, else None."""
     # Imported here: an optional extra that may not be installed.
+    from service.inference.engines.int8 import UnfitQuantizersError
     from service.inference.engines.openvino import OpenVinoNetwork, has_bfloat16
 
     if precision == "bfloat16" and not has_bfloat16():
@@ -101,7 +129,10 @@ def _put_openvino(model: GeneralizedRCNN, *, key: str, precision: str, cache_dir
     if folder is None:
         return "engine 'openvino' finds no home folder to keep compiled parts in: set ROISERVE_ENGINE_CACHE_DIR"
     try:
-        model.parts = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder).parts()
+        network = OpenVinoNetwork(model, key=key, precision=precision, cache_dir=folder, quantizers=quantizers)
+        model.parts = network.parts()
+    except UnfitQuantizersError as error:
+        return f"{error}; these versions of torch and OpenVINO convert it in another way: quantise the model again"
     except RuntimeError as error:
         return f"OpenVINO cannot express this network: {first_line(error)}"
     return None

@@ -2,14 +2,16 @@
 
 Each part is compiled once for all image sizes and patch counts, and once more for a single image, because torch treats
 a length of 1 as a constant. Both happen while the predictor warms up. Later inputs that fit neither (a feature map one
-cell wide) run uncompiled.
+cell wide) run uncompiled, as does everything while the process has another number of threads, autocast or TF32 than
+when it warmed up: torch checks them at each call. `take_uncompiled` tells.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -52,6 +54,8 @@ class CompiledNetwork:
 
         self._backend = cast(Backend, lookup_backend(backend))
         self._compilations: Counter[str] = Counter()
+        self._runs: Counter[str] = Counter()
+        self._ran_uncompiled: set[str] = set()
         own, backbone, rpn_head = model.own_parts(), model.backbone, model.rpn.head
         own_box_head, own_mask_head = own.box_head, own.mask_head
 
@@ -93,31 +97,53 @@ class CompiledNetwork:
         """Parts that every batch needs but that were never compiled. Read it after a batch."""
         return sorted(self._needed - self._compilations.keys())
 
+    def take_uncompiled(self) -> list[str]:
+        """Parts that ran uncompiled since the last call of this method."""
+        parts, self._ran_uncompiled = sorted(self._ran_uncompiled), set()
+        return parts
+
     def run_trunk(self, batch: Tensor) -> TrunkOutput:
         """See `Parts.trunk`."""
-        return self._trunk(_of_any_size(batch, 0, 2, 3))
+        with self._watched("trunk"):
+            return self._trunk(_of_any_size(batch, 0, 2, 3))
 
     def run_backbone(self, batch: Tensor) -> Mapping[str, Tensor]:
         """See `Parts.backbone`."""
-        return self._backbone(_of_any_size(batch, 0, 2, 3))
+        with self._watched("backbone"):
+            return self._backbone(_of_any_size(batch, 0, 2, 3))
 
     def run_box_head(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """See `Parts.box_head`."""
-        class_logits, box_regression = self._box_head(_filled_up(pooled))
+        with self._watched("box head"):
+            class_logits, box_regression = self._box_head(_filled_up(pooled))
         return class_logits[: len(pooled)], box_regression[: len(pooled)]
 
     def run_mask_head(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """See `Parts.mask_head`."""
-        return self._mask_head(_filled_up(pooled), _filled_up(labels))[: len(pooled)]
+        with self._watched("mask head"):
+            return self._mask_head(_filled_up(pooled), _filled_up(labels))[: len(pooled)]
+
+    @contextmanager
+    def _watched(self, part: str) -> Iterator[None]:
+        """Notice whether a call of this part runs compiled code."""
+        runs = self._runs[part]
+        yield
+        if self._runs[part] == runs:
+            self._ran_uncompiled.add(part)
 
     def _compiled(self, part: str, function: Function) -> Function:
-        backend, compilations = self._backend, self._compilations
+        backend, compilations, runs = self._backend, self._compilations, self._runs
 
         # Must not reference the network: dynamo never releases a backend.
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
             run = backend(graph, inputs)
             compilations[part] += 1
-            return run
+
+            def run_and_count(*values: Any) -> Any:
+                runs[part] += 1
+                return run(*values)
+
+            return run_and_count
 
         # dynamo caches compiled code per code object, and stops compiling for one that has `recompile_limit` entries.
         # All networks would share the code object of this function, so each gets its own copy; its cache entries are
@@ -128,8 +154,8 @@ class CompiledNetwork:
 
 
 def _filled_up(rows: Tensor) -> Tensor:
-    """The rows, padded with zero rows to a multiple of `_PATCHES`."""
-    missing = -len(rows) % _PATCHES
+    """The rows, padded with zero rows to a multiple of `_PATCHES`, at least one."""
+    missing = -len(rows) % _PATCHES if len(rows) else _PATCHES
     filled = functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing)) if missing else rows
     return _of_any_size(filled, 0)
 

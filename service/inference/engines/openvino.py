@@ -27,16 +27,20 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from service.inference.engines.int8 import of_backbone, put_quantizers, simplify
+from service.model_store.quantizers import Part, PartQuantizers, Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.parts import Parts, TrunkOutput, run_trunk
 from service.modeling.poolers import RoIPooler
 
 logger = logging.getLogger(__name__)
 
-PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
-"""OpenVINO's names. Without a hint it uses bfloat16 wherever the processor supports it."""
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+"""OpenVINO's names; in int8, of what the quantisers leave. Without a hint it uses bfloat16 wherever the processor
+supports it.
+"""
 
-_FORMAT = 1
+_FORMAT = 2
 """Increase this when the inputs or outputs of a part change, so that older files are not read."""
 _DIGEST_BYTES = 32
 _PACKAGES = ("roiserve", "openvino", "torch", "torchvision", "timm")
@@ -55,6 +59,17 @@ def has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def has_int8() -> bool:
+    """Whether the processor has instructions for sums of products in int8 (VNNI, AMX). Without them int8 is hardly
+    faster, and AVX2's own instructions clip pairs of products, which changes answers.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(text.split())
+
+
 class OpenVinoNetwork:
     """The parts of one network.
 
@@ -63,12 +78,22 @@ class OpenVinoNetwork:
         key: names its weights and configuration.
         precision: one of `PRECISION_HINTS`.
         cache_dir: where compiled parts are kept; made if missing.
+        quantizers: what runs in int8; nothing by default.
     """
 
-    def __init__(self, model: GeneralizedRCNN, *, key: str, precision: str, cache_dir: Path) -> None:
+    def __init__(
+        self,
+        model: GeneralizedRCNN,
+        *,
+        key: str,
+        precision: str,
+        cache_dir: Path,
+        quantizers: Quantizers | None = None,
+    ) -> None:
         self._model = model
         self._own = model.own_parts()
-        self._compiler = _Compiler(key=key, precision=precision, cache_dir=cache_dir)
+        self._quantizers = quantizers or Quantizers()
+        self._compiler = _Compiler(key=(key, self._quantizers.sha256), precision=precision, cache_dir=cache_dir)
         self._picture_shape = (-1, model.transform.num_channels, -1, -1)
         example = torch.zeros(1, model.transform.num_channels, _EXAMPLE_SIDE, _EXAMPLE_SIDE)
         with torch.inference_mode():
@@ -117,24 +142,47 @@ class OpenVinoNetwork:
     def _named(self, maps: Sequence[Tensor]) -> Mapping[str, Tensor]:
         return {name: one.permute(0, 3, 1, 2) for name, one in zip(self._names, maps, strict=True)}
 
+    def graph(self, part: Part) -> Any:
+        """A part as an `openvino.Model` in float32, in the form that quantisers are chosen for.
+
+        Raises:
+            RuntimeError: OpenVINO cannot express it.
+        """
+        graph = _converted(*self._module(part))
+        simplify(graph)
+        return graph
+
     @cached_property
     def _trunk(self) -> _Compiled:
-        return self._compiler.compile("trunk", _Trunk(self._model), [self._picture_shape])
+        return self._compiled("trunk")
 
     @cached_property
     def _backbone(self) -> _Compiled:
         """Compiled for the first batch that needs it: most servers never get one."""
-        return self._compiler.compile("backbone", _Backbone(self._model), [self._picture_shape])
+        quantizers = of_backbone(self._quantizers.trunk)
+        return self._compiler.compile("backbone", _Backbone(self._model), [self._picture_shape], quantizers)
 
     @cached_property
     def _box_head(self) -> _Compiled:
-        shape = self._patch_shape(self._model.roi_heads.box_roi_pool)
-        return self._compiler.compile("box_head", _Patches(self._own.box_head), [shape])
+        return self._compiled("box_head")
 
     @cached_property
     def _mask_head(self) -> _Compiled:
-        shape = self._patch_shape(self._model.roi_heads.mask_roi_pool)
-        return self._compiler.compile("mask_head", _Patches(self._own.mask_head), [shape, (-1,)])
+        return self._compiled("mask_head")
+
+    def _compiled(self, part: Part) -> _Compiled:
+        return self._compiler.compile(part, *self._module(part), self._quantizers.of(part))
+
+    def _module(self, part: Part) -> tuple[nn.Module, Sequence[Shape]]:
+        """What computes a part, and the shapes of its inputs."""
+        heads = self._model.roi_heads
+        match part:
+            case "trunk":
+                return _Trunk(self._model), [self._picture_shape]
+            case "box_head":
+                return _Patches(self._own.box_head), [self._patch_shape(heads.box_roi_pool)]
+            case "mask_head":
+                return _Patches(self._own.mask_head), [self._patch_shape(heads.mask_roi_pool), (-1,)]
 
     def _patch_shape(self, pooler: RoIPooler) -> Shape:
         size = pooler.output_size
@@ -205,7 +253,7 @@ class _Compiled:
 class _Compiler:
     """Compiles parts, or loads them from disk. Each is cached in a file that begins with the SHA-256 of the rest."""
 
-    def __init__(self, *, key: str, precision: str, cache_dir: Path) -> None:
+    def __init__(self, *, key: object, precision: str, cache_dir: Path) -> None:
         self._core = openvino.Core()
         self._config = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
@@ -219,16 +267,21 @@ class _Compiler:
         made_for = (_FORMAT, key, _versions(), platform.machine(), processor, self._config)
         self._key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
 
-    def compile(self, part: str, module: nn.Module, shapes: Sequence[Shape]) -> _Compiled:
+    def compile(self, part: str, module: nn.Module, shapes: Sequence[Shape], quantizers: PartQuantizers) -> _Compiled:
         """Compile a module for inputs of these shapes, -1 for any length; all inputs after the first are int64.
 
         Raises:
+            UnfitQuantizersError: the quantisers were made for another graph.
             RuntimeError: OpenVINO cannot express it.
         """
         file = self._cache_dir / f"{self._key}-{part}.openvino"
         compiled = self._read(file)
         if compiled is None:
-            compiled = self._core.compile_model(_converted(module, shapes), "CPU", self._config)
+            graph = _converted(module, shapes)
+            if quantizers.layers:
+                simplify(graph)
+                put_quantizers(graph, quantizers)
+            compiled = self._core.compile_model(graph, "CPU", self._config)
             blob = io.BytesIO()
             compiled.export_model(blob)
             _write(file, blob.getvalue())

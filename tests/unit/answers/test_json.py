@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -9,10 +10,11 @@ import orjson
 import pytest
 
 from service.answers import encode, encoder_for
+from service.answers.array import MASK_ENCODERS
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
 from service.errors import AnswerTooLargeError
-from service.structures import Detections, Image, Json, MaskFormat
+from service.structures import AnnotatorMasks, Detections, Image, Json, MaskFormat, MaskStyle
 from tests.fakes import FAKE_INFO
 from tests.unit.masks.cases import objects
 
@@ -25,17 +27,28 @@ def found(number: int) -> Detections:
     return Detections(boxes, labels, scores, masks)
 
 
-@pytest.mark.parametrize("masks", get_args(MaskFormat))
-def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None:
+@pytest.mark.parametrize("masks", get_args(MaskFormat) + get_args(AnnotatorMasks))
+def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat | AnnotatorMasks) -> None:
     detections, form = found(30), Json(masks)
     whole = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
     assert encode(form, IMAGE, detections, FAKE_INFO) == whole
     assert [set(one) - {"mask"} for one in orjson.loads(whole)] == [{"box", "label", "label_id", "score"}] * 30
 
 
+@pytest.mark.parametrize("form", sorted(MASK_ENCODERS))
+@pytest.mark.parametrize("style", get_args(MaskStyle))
+def test_every_form_follows_the_models_mask_style(form: MaskFormat | AnnotatorMasks, style: MaskStyle) -> None:
+    detections = found(3)
+    assert detections.masks is not None
+    encoded = encode(Json(form), IMAGE, detections, replace(FAKE_INFO, mask_style=style))
+    expected = MASK_ENCODERS[form](detections.masks, detections.boxes, IMAGE.size, style=style)
+    as_json = orjson.loads(orjson.dumps(expected, option=orjson.OPT_SERIALIZE_NUMPY))
+    assert [one["mask"] for one in orjson.loads(encoded)] == as_json
+
+
 @pytest.mark.parametrize(
     ("sides", "parts"),
-    [([], 1), ([100] * 60, 1), ([1000] * 9, 1), ([1000] * 20, 3), ([3000] * 99, 30), ([1] * 200, 4)],
+    [([], 1), ([100] * 60, 4), ([1000] * 9, 4), ([1000] * 20, 9), ([3000] * 99, 99), ([1] * 200, 13)],
 )
 def test_parts_end_where_they_would_take_long(sides: list[int], parts: int) -> None:
     detections = squares(sides)

@@ -38,6 +38,22 @@ def test_part_with_a_filename_of_either_form_is_a_file(parameters: str, is_file:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ('filename="a.png"', "a.png"),
+        ('filename="C:\\\\pictures\\\\a.png"', "a.png"),
+        ('filename="folder/a.png"', "a.png"),
+        ("filename*=UTF-8''na%C3%AFve.png", "naïve.png"),
+        ("filename=\"a.png\"; filename*=UTF-8''b.png", "a.png"),
+        ('filename=""', ""),
+        ('x="y"', ""),
+    ],
+)
+def test_file_has_the_last_part_of_its_name(parameters: str, name: str) -> None:
+    assert parse(f'form-data; name="image"; {parameters}').file_name == name
+
+
+@pytest.mark.parametrize(
     "disposition",
     ['form-data; name="a"; name="b"', 'form-data; name="a"\r\nContent-Disposition: form-data; name="b"', 'x; name="a'],
 )

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli import app
+from service.commands._local_servers import local_server
 from service.commands.bench import _hint_at_few, _Level
+from service.errors import ServiceError
 from service.load.summary import Summary
 from tests.fakes import picture
 
@@ -29,6 +31,27 @@ def test_wrong_options_are_refused_by_name(tmp_path: Path, arguments: list[str],
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected --url of a server that runs, or --find-workers"),
+        (["--find-workers", "--url", "http://127.0.0.1:1"], "leave --url, --rate and"),
+        (["--find-workers", "--find-knee"], "leave --url, --rate and"),
+    ],
+)
+def test_a_server_that_runs_or_servers_of_its_own(tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "--images", str(tmp_path), *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+async def test_a_local_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ROISERVE_MODEL_STORE", str(tmp_path / "none"))
+    with pytest.raises(ServiceError, match=r"with 2 workers ended with [12]:\n(.*\n)*.*none"):
+        async with local_server(2, start_seconds=60):
+            pass
 
 
 def level(value: float, requests: int) -> _Level:

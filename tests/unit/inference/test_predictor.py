@@ -187,3 +187,17 @@ def test_warming_up_brings_its_own_proposals_where_the_model_has_none(architectu
         predictor.warm_up()
     (call,) = detect_boxes.call_args_list
     assert len(call.args[1][0]) == 1
+
+
+def test_class_scores_come_with_the_detections_of_the_image_that_asks(predictor: Predictor) -> None:
+    asking = DetectOptions(extras=("class_scores",))
+    plain, asked = detect(predictor, Query(picture(1)), Query(picture(1), asking))
+    assert dict(plain.extras) == {}
+    assert np.array_equal(asked.boxes, plain.boxes)
+    class_scores = asked.extras["class_scores"]
+    assert class_scores.shape == (len(asked), 3)  # the background and two labels
+    assert np.allclose(class_scores.sum(axis=1), 1, atol=1e-6)
+    assert np.array_equal(class_scores[np.arange(len(asked)), asked.labels], asked.scores)
+    assert len(asked) > 5
+    (none,) = detect(predictor, Query(picture(1), DetectOptions(extras=("class_scores",), score_thresh=1.0)))
+    assert none.extras["class_scores"].shape == (0, 3)

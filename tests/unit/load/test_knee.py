@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.load.knee import Knee, find_knee, suggest
+from service.load.knee import Division, Knee, find_knee, suggest, suggest_division, worker_counts
 from service.load.summary import Summary
 
 
@@ -88,3 +88,26 @@ async def test_suggested_queue_holds_a_batch_at_least() -> None:
         {1: summary(p99_ms=100, throughput=10), 4: summary(p99_ms=100, throughput=40)}, knee, max_p99_ms=1
     )
     assert suggestion.max_queue_size == suggestion.max_batch_size == 4
+
+
+def division(workers: int, alone_ms: float, rate: float) -> Division:
+    return Division(workers, 16 // workers, alone_ms / 2, alone_ms, rate, 1000.0)
+
+
+def test_the_fewest_workers_that_reach_nearly_the_best_throughput_are_suggested() -> None:
+    measured = [division(1, 30, 40), division(2, 40, 70), division(4, 60, 98), division(8, 110, 100)]
+    assert suggest_division(measured).workers == 4
+    assert suggest_division(measured[:1]).workers == 1
+
+
+def test_a_limit_for_the_latency_bounds_the_workers() -> None:
+    measured = [division(1, 30, 40), division(2, 40, 70), division(4, 60, 98)]
+    assert suggest_division(measured, max_p99_ms=50).workers == 2
+    assert suggest_division(measured, max_p99_ms=10).workers == 1, "the quickest, where none is quick enough"
+
+
+@pytest.mark.parametrize(
+    ("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])]
+)
+def test_worker_counts_double_up_to_one_for_each_core(cores: int, counts: list[int]) -> None:
+    assert worker_counts(cores) == counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pycocotools import mask as coco
 from service.masks._sparse_png import png_file, smallest_file
 from service.masks.png import encode_crops, encode_png
 from service.masks.rle import encode_rle
-from service.structures import UInt8Array
+from service.structures import MaskStyle, UInt8Array
 from tests.unit.masks.cases import drawn, objects
 
 
@@ -29,12 +30,16 @@ def pixels(png: str) -> UInt8Array:
     return np.asarray(picture(png)).astype(np.uint8)
 
 
+@pytest.mark.parametrize("style", get_args(MaskStyle))
 @pytest.mark.parametrize("image_size", [(90, 120), (1, 1), (1, 3000), (3000, 1)])
-def test_pictures_have_the_pixels_of_the_rle(image_size: tuple[int, int]) -> None:
+def test_pictures_have_the_pixels_of_the_rle(image_size: tuple[int, int], style: MaskStyle) -> None:
     masks, boxes = objects(3, image_size)
-    decoded = coco.decode(encode_rle(masks, boxes, image_size)).transpose(2, 0, 1)
+    decoded = coco.decode(encode_rle(masks, boxes, image_size, style=style)).transpose(2, 0, 1)
     for expected, whole, crop in zip(
-        decoded, encode_png(masks, boxes, image_size), encode_crops(masks, boxes, image_size), strict=True
+        decoded,
+        encode_png(masks, boxes, image_size, style=style),
+        encode_crops(masks, boxes, image_size, style=style),
+        strict=True,
     ):
         assert np.array_equal(pixels(whole), expected)
         (x, y), (height, width) = crop["origin"], crop["size"]

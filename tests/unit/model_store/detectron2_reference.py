@@ -1,10 +1,12 @@
 """What detectron2 computes with one of its state dicts: Faster and Mask R-CNN on ResNet-FPN and ResNet-C4, one
-picture at inference, written from its sources in plain PyTorch and torchvision's operators. Shares no code with ours.
+picture at inference, written from its sources in plain PyTorch, torchvision's operators and Pillow. Shares no code with
+ours.
 
-The sources: `modeling/backbone/resnet.py` and `fpn.py`, `modeling/anchor_generator.py`, `modeling/box_regression.py`,
-`modeling/proposal_generator/rpn.py` and `proposal_utils.py`, `modeling/poolers.py`, `modeling/roi_heads/roi_heads.py`,
-`fast_rcnn.py` and `mask_head.py`; the numbers are those of `config/defaults.py`, `Base-RCNN-C4.yaml` and
-`Base-RCNN-FPN.yaml`.
+The sources: `engine/defaults.py`, `data/transforms/augmentation_impl.py` and `transform.py`,
+`modeling/postprocessing.py`, `layers/mask_ops.py`, `modeling/backbone/resnet.py` and `fpn.py`,
+`modeling/anchor_generator.py`, `modeling/box_regression.py`, `modeling/proposal_generator/rpn.py` and
+`proposal_utils.py`, `modeling/poolers.py`, `modeling/roi_heads/roi_heads.py`, `fast_rcnn.py` and `mask_head.py`; the
+numbers are those of `config/defaults.py`, `Base-RCNN-C4.yaml` and `Base-RCNN-FPN.yaml`.
 
 Shapes: A anchors, R proposals, K classes without the background, which detectron2 counts last.
 """
@@ -13,8 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import batched_nms, roi_align
@@ -31,6 +37,75 @@ DETECTIONS_PER_IMAGE = 100
 Weights = Mapping[str, Tensor]
 
 
+def detectron2_prediction(
+    weights: Weights,
+    picture: NDArray[np.uint8],
+    *,
+    min_size: int,
+    max_size: int,
+    sizes: Sequence[float] = SIZES,
+    **pixels: Any,
+) -> dict[str, Tensor]:
+    """What `DefaultPredictor` gives, in float64.
+
+    Args:
+        picture: (H, W, 3) RGB, of any size.
+        min_size: INPUT.MIN_SIZE_TEST.
+        max_size: INPUT.MAX_SIZE_TEST.
+        sizes: ANCHOR_GENERATOR.SIZES, one for each map.
+        pixels: `mean`, `std` and `stride_in_1x1` as in `detectron2_answer`, whose network reads BGR.
+
+    Returns:
+        As `detectron2_answer`, but in pixels of the picture, and with a mask head `pasted`, (D, H, W) probabilities.
+    """
+    height, width = picture.shape[:2]
+    new_height, new_width = shortest_edge_size(height, width, min_size, max_size)
+    resized = resized_by_pillow(picture, new_height, new_width)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        doubles = {key: one.double() for key, one in weights.items()}
+        image = torch.from_numpy(resized[:, :, ::-1].astype(np.float64)).permute(2, 0, 1)
+        found = detectron2_answer(doubles, image, sizes=sizes, **pixels)
+        # `detector_postprocess`
+        scale = torch.tensor([width / new_width, height / new_height]).repeat(2)
+        found["boxes"] = _clipped(found["boxes"] * scale, (height, width))
+        sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
+        found = {key: one[(sides > 0).all(dim=1)] for key, one in found.items()}
+        if "masks" in found:
+            found["pasted"] = pasted(found["masks"], found["boxes"], height, width)
+    finally:
+        torch.set_default_dtype(default)
+    return found
+
+
+def shortest_edge_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """`ResizeShortestEdge.get_output_shape`."""
+    scale = min_size * 1.0 / min(height, width)
+    new_height, new_width = (min_size, scale * width) if height < width else (scale * height, min_size)
+    if max(new_height, new_width) > max_size:
+        scale = max_size * 1.0 / max(new_height, new_width)
+        new_height, new_width = new_height * scale, new_width * scale
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+def resized_by_pillow(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """`ResizeTransform.apply_image`. In two calls, as Pillow 13 may take the other order."""
+    wide = PIL.Image.fromarray(picture).resize((width, len(picture)), PIL.Image.Resampling.BILINEAR)
+    return np.array(wide.resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
+def pasted(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """`paste_masks_in_image` before its threshold: (D, M, M) and (D, 4) to (D, height, width)."""
+    canvases = []
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        y = (torch.arange(height) + 0.5 - y0) / (y1 - y0) * 2 - 1
+        x = (torch.arange(width) + 0.5 - x0) / (x1 - x0) * 2 - 1
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)
+        canvases.append(functional.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0])
+    return torch.stack(canvases) if canvases else masks.new_zeros(0, height, width)
+
+
 def detectron2_answer(
     weights: Weights,
     image: Tensor,
@@ -38,24 +113,32 @@ def detectron2_answer(
     mean: Sequence[float] = PIXEL_MEAN_BGR,
     std: Sequence[float] = (1.0, 1.0, 1.0),
     stride_in_1x1: bool = True,
+    sizes: Sequence[float] = SIZES,
 ) -> dict[str, Tensor]:
-    """What detectron2 finds in a picture that needs no resizing and no padding.
+    """What detectron2 finds in a picture that needs no resizing.
 
     Args:
-        image: (3, H, W) float32, in 0 to 255, in the order of colours that the network reads (INPUT.FORMAT).
+        image: (3, H, W) in 0 to 255, in the order of colours that the network reads (INPUT.FORMAT).
         mean: PIXEL_MEAN in that order.
         std: PIXEL_STD likewise.
         stride_in_1x1: RESNETS.STRIDE_IN_1X1.
+        sizes: ANCHOR_GENERATOR.SIZES.
 
     Returns:
         `boxes` (D, 4), `scores` (D,), `labels` (D,) from 0, and with a mask head `masks` (D, M, M) probabilities.
     """
     x = ((image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
-    answer = _on_c4 if "backbone.res2.0.conv1.weight" in weights else _on_a_pyramid
-    return answer(weights, x, (image.shape[1], image.shape[2]), stride_in_1x1)
+    height, width = image.shape[1:]
+    if "backbone.res2.0.conv1.weight" in weights:
+        return _on_c4(weights, x, (height, width), stride_in_1x1, sizes)
+    # `ImageList.from_tensors` pads to the pyramid's `size_divisibility`; a ResNet alone has none.
+    x = functional.pad(x, (0, -width % 32, 0, -height % 32))
+    return _on_a_pyramid(weights, x, (height, width), stride_in_1x1, sizes)
 
 
-def _on_c4(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool) -> dict[str, Tensor]:
+def _on_c4(
+    weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool, sizes: Sequence[float]
+) -> dict[str, Tensor]:
     """`Res5ROIHeads`: boxes and masks see res5 of the same pooled patches."""
     features = _trunk(weights, "backbone.", x, stride_in_1x1)[-1:]
 
@@ -63,12 +146,14 @@ def _on_c4(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bo
         patches = _pool(features, [16], boxes, 14)
         return _stage(weights, "roi_heads.res5.", patches, stride=2, stride_in_1x1=stride_in_1x1)
 
-    proposals = _proposals(weights, features, [16], [SIZES], size, *C4_TOPK)
+    proposals = _proposals(weights, features, [16], [sizes], size, *C4_TOPK)
     found = _boxes(weights, proposals, res5(proposals).mean(dim=[2, 3]), size)
     return _with_masks(weights, found, res5)
 
 
-def _on_a_pyramid(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool) -> dict[str, Tensor]:
+def _on_a_pyramid(
+    weights: Weights, x: Tensor, size: tuple[int, int], stride_in_1x1: bool, sizes: Sequence[float]
+) -> dict[str, Tensor]:
     """`StandardROIHeads`: each branch has its own pooler; p6 is for proposals only."""
     maps = _pyramid(weights, _trunk(weights, "backbone.bottom_up.", x, stride_in_1x1))
     strides = [4, 8, 16, 32, 64]
@@ -80,7 +165,7 @@ def _on_a_pyramid(weights: Weights, x: Tensor, size: tuple[int, int], stride_in_
                 patches = _conv(weights, f"roi_heads.mask_head.mask_fcn{number}.", patches, padding=1).relu()
         return patches
 
-    proposals = _proposals(weights, maps, strides, [[side] for side in SIZES], size, *FPN_TOPK)
+    proposals = _proposals(weights, maps, strides, [[side] for side in sizes], size, *FPN_TOPK)
     box_patches = _pool(maps[:4], strides[:4], proposals, 7)
     for number in (1, 2, 3, 4):
         if f"roi_heads.box_head.conv{number}.weight" in weights:
@@ -137,9 +222,13 @@ def _stage(weights: Weights, prefix: str, x: Tensor, *, stride: int, stride_in_1
         name, stride_here = f"{prefix}{block}.", stride if block == 0 else 1
         # STRIDE_IN_1X1: the first convolution strides, not the 3 x 3.
         strides = (stride_here, 1) if stride_in_1x1 else (1, stride_here)
-        out = _conv(weights, f"{name}conv1.", x, stride=strides[0]).relu()
-        out = _conv(weights, f"{name}conv2.", out, stride=strides[1], padding=1).relu()
-        out = _conv(weights, f"{name}conv3.", out)
+        if f"{name}conv3.weight" in weights:
+            out = _conv(weights, f"{name}conv1.", x, stride=strides[0]).relu()
+            out = _conv(weights, f"{name}conv2.", out, stride=strides[1], padding=1).relu()
+            out = _conv(weights, f"{name}conv3.", out)
+        else:  # `BasicBlock`
+            out = _conv(weights, f"{name}conv1.", x, stride=stride_here, padding=1).relu()
+            out = _conv(weights, f"{name}conv2.", out, padding=1)
         has_shortcut = f"{name}shortcut.weight" in weights
         shortcut = _conv(weights, f"{name}shortcut.", x, stride=stride_here) if has_shortcut else x
         x = (out + shortcut).relu()
@@ -177,9 +266,11 @@ def _proposals(
         deltas = deltas.permute(2, 3, 0, 1).reshape(-1, 4)
         best, indices = logits.topk(min(len(logits), pre_nms_topk))
         decoded = _applied(deltas, _anchors(height, width, stride, sides), (1, 1, 1, 1))
-        boxes.append(_clipped(decoded[indices], image_size))
-        scores.append(best)
-        levels.append(torch.full_like(indices, level))
+        clipped = _clipped(decoded[indices], image_size)
+        nonempty = (clipped[:, 2:] > clipped[:, :2]).all(dim=1)  # padding has anchors, too
+        boxes.append(clipped[nonempty])
+        scores.append(best[nonempty])
+        levels.append(torch.full_like(indices, level)[nonempty])
     keep = batched_nms(torch.cat(boxes), torch.cat(scores), torch.cat(levels), 0.7)[:post_nms_topk]
     return torch.cat(boxes)[keep]
 
@@ -217,7 +308,7 @@ def _pool(maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, side: i
     """`ROIPooler` with ROIAlignV2: aligned, as many samples as the box needs; each box from its own level."""
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     levels = torch.floor(4 + torch.log2(areas.sqrt() / 224)).clamp(math.log2(strides[0]), math.log2(strides[-1]))
-    pooled = torch.zeros(len(boxes), maps[0].shape[1], side, side)
+    pooled = maps[0].new_zeros(len(boxes), maps[0].shape[1], side, side)
     for x, stride in zip(maps, strides, strict=True):
         mine = levels == math.log2(stride)
         pooled[mine] = roi_align(x, [boxes[mine]], side, 1 / stride, sampling_ratio=0, aligned=True)

@@ -96,7 +96,8 @@ def zoo_config(name: str) -> ModelConfig:
         },
         "roi": {"box_output_size": 14, "mask_output_size": 14, "mask_head_channels": [256]},
     }
-    tables: dict[str, dict[str, Any]] = {"anchors": {}, "roi": {}} | (c4 if on.endswith("C4") else pyramid)
+    is_c4 = on.endswith("C4")
+    tables: dict[str, dict[str, Any]] = {"anchors": {}, "roi": {}} | (c4 if is_c4 else pyramid)
     tables["anchors"] |= {"style": "detectron2"}
     tables["roi"] |= {"sampling_ratio": 0, "aligned": True, "batch_size_per_image": 512}
     return ModelConfig.model_validate(
@@ -104,7 +105,13 @@ def zoo_config(name: str) -> ModelConfig:
             "architecture": architecture,
             "labels": LABELS,
             "backbone": {"name": f"resnet{on.lower()}", "stride_in_1x1": True},
-            "transform": {"mean": (123.675 / 255, 116.28 / 255, 103.53 / 255), "std": (1 / 255, 1 / 255, 1 / 255)},
+            "transform": {
+                "style": "detectron2",
+                "size_divisible": 1 if is_c4 else 32,
+                "mean": (123.675 / 255, 116.28 / 255, 103.53 / 255),
+                "std": (1 / 255, 1 / 255, 1 / 255),
+            },
+            **({"masks": {"style": "detectron2"}} if architecture == "mask_rcnn" else {}),
             **tables,
         }
     )
@@ -163,14 +170,16 @@ def test_a_detectron2_checkpoint_answers_as_detectron2_and_as_the_same_network_i
 ) -> None:
     torch.manual_seed(0)
     config = zoo_config(name)
-    # C4's head is heavy, a pyramid needs more to look at.
-    image = torch.from_numpy(blobs(32, 64) if name.endswith("C4") else blobs(64, 96))
+    # C4's head is heavy, a pyramid needs more to look at. detectron2 pads for a pyramid and not for C4.
+    image = torch.from_numpy(blobs(36, 68) if name.endswith("C4") else blobs(60, 88))
     network = network_of(ImportedModel(config, build_model(config).state_dict()), image)
     enliven(network, lambda: answer(network, image))
     detectron2 = as_detectron2(network.state_dict())
     save(detectron2)
     imported = import_checkpoint(path, labels=LABELS)
     assert imported.config.model_copy(update={"transform": config.transform}) == config
+    assert imported.config.transform.style == "detectron2"
+    assert imported.config.transform.size_divisible == config.transform.size_divisible
     assert imported.config.transform.mean == pytest.approx(config.transform.mean)
     assert imported.config.transform.std == pytest.approx(config.transform.std)
 

@@ -146,3 +146,22 @@ def test_names_that_leave_the_store_or_could_not_be_found_are_refused(
     with pytest.raises(ModelStoreError, match=r"expected a (model name|version number)"):
         write(store, name, version)
     assert not store.root.exists()
+
+
+def test_a_name_stands_for_the_version_that_the_file_default_says(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    for version in ("1", "2", "10"):
+        (tmp_path / "cells" / version).mkdir(parents=True)
+    assert store.find("cells").key == "cells@10"
+    (tmp_path / "cells" / "default").write_text("2\n")
+    assert store.find("cells").key == "cells@2"
+    assert store.find("cells@10").key == "cells@10"
+    assert [one.version for one in store.by_preference(store.list())] == [2, 10, 1]
+
+
+@pytest.mark.parametrize("text", ["", "3", "newest", "x" * 1000])
+def test_a_default_that_is_no_version_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cells" / "1").mkdir(parents=True)
+    (tmp_path / "cells" / "default").write_text(text)
+    with pytest.raises(ModelStoreError, match="expected one of the versions 1, got"):
+        ModelStore(tmp_path).find("cells")

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.devices.cpu import CpuDevice
 from service.inference.predictor import _to_host
 from service.modeling import poolers
+from service.modeling import rpn as modeling_rpn
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.poolers import RoIPooler
@@ -157,3 +158,28 @@ def test_a_batch_waits_once_for_its_proposals_and_twice_for_its_detections(num_i
         counted.append(waits.count)
     assert [len(one.boxes) for one in found] == [10] * num_images
     assert counted == [1, 2]
+
+
+def test_anchors_of_more_sizes_than_a_server_sees_are_laid_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rpn = build_model(CONFIG).eval().rpn
+    laid = []
+    generator = type(rpn.anchor_generator)
+    lay = generator.grid_anchors
+
+    def grid_anchors(*args: Any) -> list[Tensor]:
+        laid.append(args)
+        anchors: list[Tensor] = lay(*args)
+        return anchors
+
+    def use(width: int) -> Tensor:
+        return rpn.lay_anchors((64, 32 * width), [(16, 8 * width), (8, 4 * width), *GRIDS[2:]], torch.device("cpu"))
+
+    monkeypatch.setattr(generator, "grid_anchors", grid_anchors)
+    first = [use(width) for width in range(1, 41)]
+    assert all(use(width) is one for width, one in zip(range(1, 41), first, strict=True))
+    assert len(laid) == 40
+    # Beyond the limit the sizes that were not used for longest go.
+    monkeypatch.setattr(modeling_rpn, "_MOST_ANCHOR_BYTES", 3 * first[-1].nbytes)
+    for width, expected in [(50, 41), (40, 41), (50, 41), (1, 42)]:
+        use(width)
+        assert len(laid) == expected

@@ -14,12 +14,14 @@ import pytest
 from service.errors import DeadlineExceededError, InferenceError, OverloadedError, ServiceError
 from service.structures import (
     NOT_FINITE,
+    Coco,
     DetectOptions,
     Drawing,
     Encoded,
     Form,
     Json,
     Pixels,
+    Roboflow,
     Tensors,
     Verification,
     VerifiedValue,
@@ -77,7 +79,7 @@ def test_frames_of_many_threads_do_not_mix() -> None:
         DetectOptions(
             score_thresh=0.1, label_ids=frozenset({3, 1}), proposals=((0.1, 0.2, 1e9, 3.0),), roi_op="roi_pool"
         ),
-        DetectOptions(label_ids=frozenset(), proposals=(), with_masks=False),
+        DetectOptions(label_ids=frozenset(), proposals=(), with_masks=False, extras=("class_scores",)),
     ],
 )
 def test_options_mean_the_same_on_the_other_side(options: DetectOptions) -> None:
@@ -104,7 +106,18 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
     assert "ZeroDivisionError" in str(again.__cause__)
 
 
-@pytest.mark.parametrize("form", [Json("rle"), Json(), Drawing("image/jpeg"), Tensors()])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Json("rle"),
+        Json(),
+        Drawing("image/jpeg"),
+        Tensors(),
+        Coco("a.png", True, [7]),
+        Coco(139),
+        Roboflow("points"),
+    ],
+)
 def test_forms_come_back_as_they_were(form: Form) -> None:
     assert form_from(through_json(form_to(form))) == form
 

@@ -16,6 +16,7 @@ import orjson
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service import cores
 from service.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -29,11 +30,11 @@ from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
-from service.workers import served_models, supervision
+from service.workers import pool, served_models, supervision
 from service.workers.detector import PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD
-from tests.fakes import HANG, KILLER, POISON, load_fakes, picture
+from tests.fakes import HANG, KILLER, POISON, load_fakes, load_telling, picture
 from tests.faulty_workers import (
     DEADLY_TAIL,
     ENDLESS,
@@ -214,6 +215,55 @@ async def test_several_workers_share_the_work_and_cover_for_each_other() -> None
         os.kill(bench.pool.pids[0], signal.SIGKILL)
         assert [score(answer) for answer in await asyncio.gather(*jobs)] == list(range(30, 90))
         assert bench.pool.is_alive
+
+
+CORES = sorted(os.sched_getaffinity(0))
+needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="there is one core")
+
+
+def bound_to(bench: Bench) -> list[list[int]]:
+    """The cores of each worker."""
+    return sorted(sorted(os.sched_getaffinity(pid)) for pid in bench.pool.pids)
+
+
+def told(bench: Bench) -> set[str]:
+    return {handle.models["fake@1"].engine for handle in bench.pool._workers()}
+
+
+@needs_two_cores
+async def test_workers_are_bound_to_cores_of_their_own_and_so_is_a_replacement() -> None:
+    half = len(CORES) // 2
+    async with running(load_telling, workers=2, bind_workers="cores") as bench:
+        first, second = bound_to(bench)
+        assert not set(first) & set(second)
+        assert sorted(first + second) == CORES
+        assert f"1 sharing, {min(8, half)} decoding" in told(bench)
+        os.kill(bench.pool.pids[0], signal.SIGKILL)
+        while not (bench.restarts("killed") and len(bench.pool._ready_workers()) == 2):
+            await asyncio.sleep(0.01)
+        assert bound_to(bench) == [first, second]
+
+
+@needs_two_cores
+async def test_a_worker_for_each_numa_node_is_the_default_and_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_nodes(**_: object) -> list[tuple[int, ...]]:
+        return [tuple(CORES[:1]), tuple(CORES[1:])]
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for module in (cores, pool):
+        monkeypatch.setattr(module, "numa_nodes", two_nodes)
+    async with running(load_telling) as bench:
+        assert bound_to(bench) == [CORES[:1], CORES[1:]]
+        assert "1 sharing, 1 decoding" in told(bench)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    async with running(load_telling) as bench:
+        assert bound_to(bench) == [CORES]
+
+
+async def test_workers_that_are_not_bound_share_all_cores() -> None:
+    async with running(load_telling, workers=2, bind_workers="off", decode_threads=5) as bench:
+        assert bound_to(bench) == [CORES, CORES]
+        assert told(bench) == {"2 sharing, 5 decoding"}
 
 
 async def test_models_that_cannot_be_loaded_end_the_start() -> None:

@@ -60,9 +60,10 @@ def plain() -> Predictor:
 def predictor_on(backend: Backend) -> Predictor:
     model = network()
     fold(model)
-    model.parts = CompiledNetwork(model, backend=backend).parts()
+    compiled = CompiledNetwork(model, backend=backend)
+    model.parts = compiled.parts()
     info = replace(evaluation_info(CONFIG), engine="compiled")
-    return Predictor(model, info=info, device=torch.device("cpu"))
+    return Predictor(model, info=info, device=torch.device("cpu"), take_uncompiled=compiled.take_uncompiled)
 
 
 def test_what_the_warm_up_compiled_serves_other_sizes_and_numbers() -> None:
@@ -71,28 +72,77 @@ def test_what_the_warm_up_compiled_serves_other_sizes_and_numbers() -> None:
     predictor.warm_up()
     compiled = backend.compiled
     assert compiled == 4  # the trunk for one picture and for several, the two heads
-    for count, size in [(1, (120, 200)), (1, (97, 61)), (2, (64, 64)), (3, (40, 90)), (5, (120, 200))]:
+    for count, size in [(1, (120, 200)), (1, (97, 61)), (2, (64, 64)), (3, (40, 90)), (5, (120, 200)), (8, (97, 61))]:
         queries = [Query(picture(*size, seed=seed), DetectOptions(score_thresh=0.0)) for seed in range(count)]
         before = backend.runs
         found = answers(predictor, queries)
         assert backend.runs == before + 3  # by the compiled code, each part once
+        assert predictor._take_uncompiled() == []
         for one, expected in zip(found, answers(plain(), queries), strict=True):
             assert_same(one, expected, scale=2)
     assert backend.compiled == compiled
 
 
-def test_what_fits_no_compiled_code_runs_without() -> None:
-    """Maps of one cell a side, and nothing found: lengths of which torch makes constants."""
+def test_what_fits_no_compiled_code_runs_without_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A map of one cell a side, a length of which torch makes a constant."""
     backend = Backend()
     predictor = predictor_on(backend)
     predictor.warm_up()
     compiled = backend.compiled
-    for query in [
-        Query(picture(1, 3000), DetectOptions(score_thresh=0.0)),
-        Query(picture(120, 200), DetectOptions(score_thresh=1.0)),
-    ]:
-        (found,), (expected,) = answers(predictor, [query]), answers(plain(), [query])
-        assert_same(found, expected, scale=3000 / 192)
+    query = Query(picture(1, 3000), DetectOptions(score_thresh=0.0))
+    (expected,) = answers(plain(), [query])
+    for _ in range(2):
+        (prediction,) = predictor.predict([query])
+        assert prediction.uncompiled
+        assert_same(prediction.detections, expected, scale=3000 / 192)
+    assert backend.compiled == compiled
+    (message,) = [record for record in caplog.records if "fits no compiled code" in record.message]  # not each time
+    assert message.__dict__["fields"]["parts"] == "trunk"
+
+
+def test_nothing_found_runs_compiled_code() -> None:
+    predictor = predictor_on(Backend())
+    predictor.warm_up()
+    (prediction,) = predictor.predict([Query(picture(120, 200), DetectOptions(score_thresh=1.0))])
+    assert not prediction.uncompiled
+    assert len(prediction.detections) == 0
+
+
+def test_other_settings_of_the_process_than_in_the_warm_up_are_noticed() -> None:
+    """torch checks its number of threads, among others, at each call of compiled code."""
+    predictor = predictor_on(Backend())
+    predictor.warm_up()
+    queries = [Query(picture(120, 200), DetectOptions())] * 8
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert all(one.uncompiled for one in predictor.predict(queries))
+    finally:
+        torch.set_num_threads(threads)
+    assert not any(one.uncompiled for one in predictor.predict(queries))
+
+
+class LimitedBackend(Backend):
+    """Makes code that holds for fewer than five pictures, as a compiler may."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        values: list[Any] = list(inputs)  # among them sizes
+        sizes: list[Any] = [value for value in values if isinstance(value, torch.SymInt)]
+        for size in sizes:
+            if 1 < int(size.node.hint) < 5:
+                assert size < 5  # adds a guard
+        return super().__call__(graph, inputs)
+
+
+def test_batches_of_eight_get_their_own_code_if_that_for_two_does_not_hold_for_them() -> None:
+    backend = LimitedBackend()
+    predictor = predictor_on(backend)
+    predictor.warm_up()
+    compiled = backend.compiled
+    assert compiled > 4
+    for count in (1, 2, 8):
+        queries = [Query(picture(120, 200, seed=seed), DetectOptions(score_thresh=0.0)) for seed in range(count)]
+        assert not any(one.uncompiled for one in predictor.predict(queries))
     assert backend.compiled == compiled
 
 

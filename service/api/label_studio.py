@@ -1,0 +1,339 @@
+"""Label Studio's protocol for machine learning backends: connect a project to `http://host:8000/label-studio/nuclei`,
+and its tasks get the model's detections as rectangles, polygons or brush strokes, whichever the project has tags for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel, Field, ValidationError
+
+from service.api.ask import Ask, Asked, Order
+from service.api.auth import require_key
+from service.api.disconnect import while_connected
+from service.api.errors import RouteNotFoundError, describe_option_errors, detail_of, report
+from service.api.health import ready
+from service.api.json_body import decode_base64, parse_document
+from service.api.label_studio_config import Control, RegionType, read_controls
+from service.api.models import Name
+from service.api.openapi import describe_json, describe_plain_errors
+from service.api.schemas import json_response
+from service.api.state import State
+from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
+from service.structures import Answer, Encoded, Json, ModelInfo, Progress
+from service.tasks import all_of
+
+D = TypeVar("D", bound=BaseModel)
+Detection = Mapping[str, Any]
+
+# Tasks may bring the brush strokes of their annotations: bytes as JSON numbers.
+_MAX_VALUES = 1024 * 1024
+_NO_TRAINING = "models are trained with `roiserve train`, not from Label Studio"
+
+
+class SetupRequest(BaseModel):
+    """What Label Studio says of a project when it connects."""
+
+    schema_: str = Field(alias="schema", description="The labeling configuration, XML.")
+    project: str | None = None
+
+
+class Event(BaseModel):
+    """A change in a project; further fields are ignored."""
+
+    action: str | None = Field(None, examples=["ANNOTATION_CREATED"])
+
+
+class Task(BaseModel):
+    """One task; further fields are ignored."""
+
+    id: Any = None
+    data: dict[str, Any] = Field(
+        description="Holds the image under the key that the configuration names: a path on the server that the setting "
+        "`label_studio_url` names, or a `data:` URL.",
+        examples=[{"image": "/data/upload/1/3c5a-photo.jpg"}],
+    )
+
+
+class PredictRequest(BaseModel):
+    """Tasks of one project; further fields are ignored."""
+
+    tasks: list[Task] = Field(max_length=1000)
+    label_config: str = Field(
+        description="XML.",
+        examples=[
+            '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
+            '<Label value="nucleus"/></RectangleLabels></View>'
+        ],
+    )
+
+
+class Prediction(BaseModel):
+    """What was found in one task's image."""
+
+    model_version: str
+    score: float | None = Field(description="The mean of the regions' scores, to sort tasks by.")
+    result: list[dict[str, Any]] = Field(description="Regions, in Label Studio's own form.")
+
+
+class PredictAnswer(BaseModel):
+    """Of each task its prediction; an empty list where there is none, and Label Studio will ask again."""
+
+    results: list[Prediction | list[Any]]
+
+
+class SetupAnswer(BaseModel):
+    """The model, as name@version."""
+
+    model_version: str
+
+
+router = APIRouter(
+    prefix="/label-studio/{name}",
+    tags=["label studio"],
+    dependencies=[Depends(require_key)],
+    responses=describe_plain_errors(401, 403, 404, 408, 413, 415, 422, 503),
+)
+
+
+@router.get("/health")
+async def health(name: Name, state: State) -> Response:
+    """Whether the model can be asked."""
+    await ready(state)
+    info = state.models.find(name)
+    return json_response({"status": "UP", "model_class": info.key})
+
+
+@router.get("/versions")
+async def list_versions(name: Name, state: State) -> Response:
+    """The loaded versions of the model."""
+    state.lifecycle.require_serving()
+    info = state.models.find(name)
+    return json_response({"versions": [one.key for one in state.models if one.name == info.name]})
+
+
+@router.post("/setup", response_model=SetupAnswer, openapi_extra=describe_json(SetupRequest))
+async def set_up(name: Name, ask: Asked) -> Response:
+    """Check that the project's configuration has a place for what the model finds."""
+    info = ask.state.models.find(name)
+    document = await asyncio.to_thread(_parse, SetupRequest, await ask.read())
+    _places(read_controls(document.schema_), info)
+    return json_response({"model_version": info.key})
+
+
+@router.post(
+    "/predict",
+    response_model=PredictAnswer,
+    openapi_extra=describe_json(PredictRequest),
+    responses=describe_plain_errors(429, 504, 507),
+)
+async def predict(name: Name, ask: Asked) -> Response:
+    """Find the objects in the image of each task. A task whose image cannot be had, or for which no time was left, gets
+    no prediction; if none gets one, the first one's error is the answer.
+    """
+    info = ask.state.models.find(name)
+    document = await asyncio.to_thread(_parse, PredictRequest, await ask.read())
+    if not document.tasks:
+        return json_response({"results": []})
+    places = _places(read_controls(document.label_config), info)
+    with_masks = any(place.control.type != "rectanglelabels" for place in places)
+    options = {"masks": "rle" if with_masks else "none", "score_thresh": min(place.score_thresh for place in places)}
+    parameters = ask.parameters({"model": info.key, **options})
+    order = ask.order(parameters, Json("label_studio" if with_masks else "none"), images=len(document.tasks))
+    predictions = _Predictions(ask, order, places)
+    results = await while_connected(ask.request, predictions.of(document.tasks))
+    return json_response({"results": results})
+
+
+@router.post("/webhook", openapi_extra=describe_json(Event))
+async def hear_event(name: Name, ask: Asked) -> Response:
+    """Take note of a change in a project, of which Label Studio tells every backend; none matters here."""
+    document = await asyncio.to_thread(_parse, Event, await ask.read())
+    if document.action == "START_TRAINING":
+        raise InvalidRequestError(_NO_TRAINING)
+    return json_response({"status": "ignored"})
+
+
+@router.post("/train")
+async def train(name: Name) -> Response:
+    """Training is not offered."""
+    raise RouteNotFoundError(_NO_TRAINING)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where regions go.
+
+    Attributes:
+        labels: the project's label for each of the model's that it has.
+        score_thresh: keep what scores above this.
+    """
+
+    control: Control
+    labels: Mapping[str, str]
+    score_thresh: float
+
+
+def _places(controls: Sequence[Control], info: ModelInfo) -> list[_Place]:
+    """Where the model's detections can go, all in the same image.
+
+    Raises:
+        InvalidRequestError: nowhere.
+    """
+    controls = [one for one in controls if info.has_masks or one.type == "rectanglelabels"]
+    if not controls:
+        raise InvalidRequestError(f"{info.key} has no masks, so that the project needs a tag RectangleLabels")
+    places = [
+        _Place(one, labels, info.score_thresh if one.score_thresh is None else one.score_thresh)
+        for one in controls
+        if (labels := one.match(info.labels))
+    ]
+    if not places:
+        theirs = ", ".join(label for one in controls for label in one.labels)
+        raise InvalidRequestError(
+            f"the project has none of the labels of {info.key}; it has: {theirs or 'none'}; the model's are: "
+            f"{', '.join(info.labels)}"
+        )
+    return [place for place in places if place.control.to_name == places[0].control.to_name]
+
+
+class _Predictions:
+    """The predictions for the tasks of one request."""
+
+    def __init__(self, ask: Ask, order: Order, places: Sequence[_Place]) -> None:
+        self._ask = ask
+        self._order = order
+        self._places = places
+        self._size = 0
+        self._errors: list[ServiceError] = []
+        self._without_label = 0
+
+    async def of(self, tasks: Sequence[Task]) -> list[orjson.Fragment | list[object]]:
+        """JSON of a prediction for each task, or an empty list.
+
+        Raises:
+            ServiceError: no task has a prediction; the first one's error.
+        """
+        # Two batches' worth at a time keep the device busy and leave room in the queue for others.
+        at_a_time = 2 * self._ask.state.settings.max_batch_size
+        predict_one = partial(self._predict_or_note, is_bulk=len(tasks) > 1)
+        results = await all_of(predict_one, tasks, at_a_time=at_a_time)
+        if len(self._errors) == len(tasks):
+            raise self._errors[0]
+        notes: dict[str, object] = {"images": len(tasks)}
+        if self._errors:
+            notes |= {"failed": len(self._errors), "first_error": detail_of(self._errors[0])}
+        if self._without_label:
+            notes["without_label"] = self._without_label
+        self._ask.record.notes |= notes
+        return results
+
+    async def _predict_or_note(self, task: Task, *, is_bulk: bool) -> orjson.Fragment | list[object]:
+        try:
+            return orjson.Fragment(await self._predict(task, is_bulk=is_bulk))
+        except CancelledRequestError:
+            raise
+        except ServiceError as error:
+            report(error, self._ask.state.metrics)
+            self._errors.append(error)
+            return []
+
+    async def _predict(self, task: Task, *, is_bulk: bool) -> bytes:
+        progress = Progress("fetch", trace_id=self._ask.record.trace_id) if is_bulk else self._ask.record.progress
+        progress.enter("fetch")
+        image, held_bytes = await self._fetch(task)
+        try:
+            answer = await self._ask.run(self._order, Encoded(image), progress, is_bulk=is_bulk)
+        finally:
+            self._ask.record.holding.release(held_bytes)
+        encoded, without_label = await asyncio.to_thread(_write, answer, self._order.info, self._places)
+        self._without_label += without_label
+        self._size += len(encoded)
+        if self._size > (most := self._ask.state.settings.max_answer_bytes):
+            raise AnswerTooLargeError(f"the tasks' predictions would have more than {most} bytes; send fewer tasks")
+        return encoded
+
+    async def _fetch(self, task: Task) -> tuple[bytes, int]:
+        """A task's image, and how many bytes are held for it beside the request's body."""
+        key = self._places[0].control.data_key
+        address = task.data.get(key)
+        if not isinstance(address, str):
+            raise InvalidRequestError(f"task {task.id}: expected the address of an image as {key!r} of its data")
+        if address[:5].lower() == "data:":
+            return await asyncio.to_thread(decode_base64, address.encode(errors="replace")), 0
+        images = self._ask.state.label_studio_images
+        if images is None:
+            raise InvalidRequestError(
+                f"this server fetches no images, got the address {address[:100]!r}; start it with "
+                "ROISERVE_LABEL_STUDIO_URL, the address of your Label Studio, and ROISERVE_LABEL_STUDIO_API_KEY"
+            )
+        image = await images.fetch(address, deadline=self._order.deadline, holding=self._ask.record.holding)
+        return image, len(image)
+
+
+def _write(answer: Answer, info: ModelInfo, places: Sequence[_Place]) -> tuple[bytes, int]:
+    """A prediction as JSON, and the number of detections whose labels the project does not have."""
+    detections = orjson.loads(answer.encoded)
+    regions = [
+        {
+            "id": secrets.token_hex(5),
+            "type": place.control.type,
+            "from_name": place.control.from_name,
+            "to_name": place.control.to_name,
+            "original_width": answer.image_size[1],
+            "original_height": answer.image_size[0],
+            "image_rotation": 0,
+            "score": one["score"],
+            "value": value | {place.control.type: [place.labels[one["label"]]]},
+        }
+        for one in detections
+        for place in places
+        if one["label"] in place.labels and one["score"] > place.score_thresh
+        for value in _SHAPES[place.control.type](one, answer.image_size)
+    ]
+    mean = sum(region["score"] for region in regions) / len(regions) if regions else None
+    known = {label for place in places for label in place.labels}
+    prediction = {"model_version": info.key, "score": mean, "result": regions}
+    return orjson.dumps(prediction), sum(one["label"] not in known for one in detections)
+
+
+def _rectangles(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
+    x1, y1, x2, y2 = one["box"]
+    [[x, y], [width, height]] = _percent([x1, y1, x2 - x1, y2 - y1], image_size)
+    return [{"x": x, "y": y, "width": width, "height": height, "rotation": 0}]
+
+
+def _polygons(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
+    return [{"points": _percent(outline, image_size), "closed": True} for outline in one["mask"]["outlines"]]
+
+
+def _brushes(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
+    return [{"format": "rle", "rle": one["mask"]["brush"]}] if one["mask"]["outlines"] else []
+
+
+def _percent(flat: Sequence[float], image_size: tuple[int, int]) -> list[list[float]]:
+    """Pairs of numbers along x and y, in percent of the image."""
+    height, width = image_size
+    return [[round(100 * x / width, 4), round(100 * y / height, 4)] for x, y in zip(flat[::2], flat[1::2], strict=True)]
+
+
+# Each takes a detection and the image's (height, width), and returns the values of its regions.
+_SHAPES: Mapping[RegionType, Callable[[Detection, tuple[int, int]], list[dict[str, Any]]]] = {
+    "rectanglelabels": _rectangles,
+    "polygonlabels": _polygons,
+    "brushlabels": _brushes,
+}
+
+
+def _parse(kind: type[D], body: bytes) -> D:
+    try:
+        return kind.model_validate(parse_document(body, max_values=_MAX_VALUES), strict=True)
+    except ValidationError as error:
+        raise InvalidRequestError(describe_option_errors(error.errors())) from None
