@@ -43,6 +43,8 @@ from benchmarks._measure import (
     spread,
     until_done,
 )
+from benchmarks._quantised import quantised
+from service.errors import ModelStoreError
 from service.inference.predictor import Predictor
 from service.model_store.store import StoredModel
 from service.structures import Image, Prediction, Query
@@ -92,7 +94,13 @@ def main(
         str, typer.Option(help="Only models whose names contain one of these words, with commas between.")
     ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, for both sides.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="Ours; torchvision's is float32.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Ours, separated by commas, such as float32,bfloat16,int8; eager has the first alone, torchvision "
+            "float32. Networks with random weights are quantised on the spot, which needs the extra quantize."
+        ),
+    ] = "auto",
     batches: Annotated[str, typer.Option(help="Only batches of these sizes, with commas between.")] = "1,4,8",
     quick: Annotated[bool, typer.Option(help="One round of small networks: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
@@ -108,7 +116,8 @@ def main(
     rows: dict[str, list[list[Cell]]] = {name: [] for name in COLUMNS}
     end = time.monotonic() + seconds
     with TemporaryDirectory() as folder:
-        networks = _Networks(Path(folder), list(dict.fromkeys([*engines.split(","), "eager"])), device, precision)
+        asked = list(dict.fromkeys([*engines.split(","), "eager"]))
+        networks = _Networks(Path(folder), asked, device, precision.split(","))
         for number, case in enumerate(cases):
             if time.monotonic() > end:
                 left = "; ".join(f"{one.model} {one.size} batch {one.batch}" for one in cases[number:])
@@ -143,24 +152,34 @@ class _Networks:
         folder: for a model store.
         engines: of our predictors.
         device: of both.
-        precision: of our predictors.
+        precisions: of our predictors, except `eager` beside another engine, which has the first alone.
     """
 
-    def __init__(self, folder: Path, engines: Sequence[str], device: str, precision: str) -> None:
+    def __init__(self, folder: Path, engines: Sequence[str], device: str, precisions: Sequence[str]) -> None:
         self._folder = folder
         self._engines = engines
         self.device = device
-        self._precision = precision
+        self._precisions = precisions
         self._loaded: dict[str, tuple[GeneralizedRCNN, dict[str, Predictor]]] = {}
 
     def load(self, model: str) -> tuple[GeneralizedRCNN, dict[str, Predictor]]:
-        """torchvision's, and our predictors by the engine that they chose."""
+        """torchvision's, and our predictors by engine, and by precision where there are several."""
         if model not in self._loaded:
             theirs, stored = self._bundled(model) if model in self._bundled_names() else self._random(model)
-            ours = [
-                our_predictor(stored, engine, device=self.device, precision=self._precision) for engine in self._engines
-            ]
-            self._loaded[model] = theirs.to(self.device), {predictor.info.engine: predictor for predictor in ours}
+            ours: dict[str, Predictor] = {}
+            for engine in self._engines:
+                for precision in self._precisions[:1] if engine == "eager" else self._precisions:
+                    version = quantised(stored) if precision == "int8" else stored
+                    try:
+                        predictor = our_predictor(version, engine, device=self.device, precision=precision)
+                    except ModelStoreError as error:  # random weights may ask for more digits than a precision has
+                        print(f"not measured: {error}", flush=True)
+                        continue
+                    name = predictor.info.engine
+                    if len(self._precisions) > 1 and engine != "eager":
+                        name = f"{name} {predictor.info.precision}"
+                    ours[name] = predictor
+            self._loaded[model] = theirs.to(self.device), ours
         return self._loaded[model]
 
     def _bundled_names(self) -> list[str]:

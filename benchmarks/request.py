@@ -27,7 +27,9 @@ from benchmarks._detectors import (
     torchvision_twin,
 )
 from benchmarks._measure import REPORTS, Cell, Report, alternate, megabytes, milliseconds, peak_memory_bytes, ratio
+from benchmarks._quantised import quantised
 from service.inference.predictor import Predictor
+from service.model_store.store import StoredModel
 
 SIZES = {"480p": (640, 480), "1080p": (1920, 1080)}
 COLUMNS = [
@@ -51,6 +53,9 @@ def main(
     builder: Annotated[
         str, typer.Option(help="Which of torchvision's detectors to measure.")
     ] = "maskrcnn_resnet50_fpn",
+    precision: Annotated[
+        str, typer.Option(help="Of our predictor: auto, or such as int8, for which random weights are quantised first.")
+    ] = "auto",
     sizes: Annotated[str, typer.Option(help="Of the pictures, separated by commas.")] = ",".join(SIZES),
     quick: Annotated[bool, typer.Option(help="One round, the bundled models only: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
@@ -60,7 +65,7 @@ def main(
     report = Report("request", out)
     rounds = 1 if quick else rounds
     rows: list[list[Cell]] = []
-    for name, sides in _services(builder, engine, quick=quick):
+    for name, sides in _services(builder, engine, precision, quick=quick):
         for picture in ["480p"] if quick else sizes.split(","):
             rows.append(_row(name, picture, *sides, rounds=rounds))
             report.table("JPEG to JSON, one picture at a time", COLUMNS, rows)
@@ -71,21 +76,25 @@ def main(
 Sides = tuple[StraightforwardService, Predictor]
 
 
-def _services(builder: str, engine: str, *, quick: bool) -> Iterator[tuple[str, Sides]]:
+def _services(builder: str, engine: str, precision: str, *, quick: bool) -> Iterator[tuple[str, Sides]]:
     if not quick:
-        with _stored_random(builder, engine) as sides:
+        with _stored_random(builder, engine, precision) as sides:
             yield builder, sides
     for stored in bundled_models():
         straightforward = StraightforwardService(torchvision_twin(stored), stored.model_toml.labels)
-        yield stored.name, (straightforward, our_predictor(stored, engine))
+        yield stored.name, (straightforward, _ours(stored, engine, precision))
 
 
 @contextmanager
-def _stored_random(builder: str, engine: str) -> Iterator[Sides]:
+def _stored_random(builder: str, engine: str, precision: str) -> Iterator[Sides]:
     model = random_detector(builder, as_image(example_picture(*SIZES["1080p"])))
     with TemporaryDirectory() as folder:
-        predictor = our_predictor(store_detector(model, builder, Path(folder)), engine)
+        predictor = _ours(store_detector(model, builder, Path(folder)), engine, precision)
         yield StraightforwardService(model, predictor.info.labels), predictor
+
+
+def _ours(stored: StoredModel, engine: str, precision: str) -> Predictor:
+    return our_predictor(quantised(stored) if precision == "int8" else stored, engine, precision=precision)
 
 
 def _row(
@@ -104,7 +113,7 @@ def _row(
     return [
         model,
         size,
-        predictor.info.engine,
+        f"{predictor.info.engine}, {predictor.info.precision}",
         f"{objects[0]}, {objects[1]}",
         milliseconds(seconds["straightforward"]),
         milliseconds(seconds["ours"]),

@@ -66,14 +66,19 @@ class Predictor(Protocol):
         """Free what the device holds in reserve, after a lack of memory."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Work:
-    """What waits in the batcher: a query and the model that will answer it."""
+    """What waits in the batcher: a query and the model that will answer it.
+
+    Attributes:
+        waits: whether it has not reached the device yet, even if another entry of its job has.
+    """
 
     predictor: Predictor
     query: Query
     padded_pixels: int
     progress: Progress
+    waits: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +115,7 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     batch_id = uuid.uuid4().hex
     with ExitStack() as at_risk:
         for work in batch:
+            work.waits = False
             work.progress.batch_id = batch_id
             work.progress.enter("inference")
             at_risk.enter_context(work.progress.at_risk("inference"))
@@ -203,11 +209,7 @@ class Pipeline:
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """The resized and padded pixels of each image that waits for the device, for one model."""
-        return [
-            work.padded_pixels
-            for work in self._submitted
-            if work.progress.stage == "queue" and work.predictor.info.key == model_key
-        ]
+        return [work.padded_pixels for work in self._submitted if work.waits and work.predictor.info.key == model_key]
 
     async def run(self, job: Job) -> Answer:
         """Take one job from its source to its answer. Cancelling it drops the work that has not begun.
@@ -249,7 +251,7 @@ class Pipeline:
         job.progress.enter("queue")
         plan = self._plan_for(job)
         submit = partial(self._submit, job, predictor)
-        return image, plan.merge(image, await all_of(submit, plan.split(image)))
+        return image, plan.merge(image, await all_of(submit, plan.split(image), at_a_time=job.entries))
 
     def _predictor(self, model_key: str) -> Predictor:
         predictor = self._predictors.get(model_key)

@@ -20,7 +20,7 @@ from service.cores import Binding, available_cores
 
 ENV_PREFIX = "ROISERVE_"
 
-Engine = Literal["auto", "eager", "compiled", "openvino"]
+Engine = Literal["auto", "eager", "compiled", "graphs", "openvino"]
 Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"]
 
 OTHER_VARIABLES = frozenset(

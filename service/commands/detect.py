@@ -79,7 +79,8 @@ def detect(
     store: StoreOption = DEFAULT_STORE,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[
-        Literal["auto", "eager", "compiled", "openvino"], typer.Option(help="What runs the network; auto: the fastest.")
+        Literal["auto", "eager", "compiled", "graphs", "openvino"],
+        typer.Option(help="What runs the network; auto: the fastest."),
     ] = "auto",
 ) -> None:
     """Detect objects in files, with the answers that the server would give.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.backends import cuda, cudnn
 
-from service.devices.device import Clock, Device, Kernels
+from service.devices.device import Clock, Device, Kernels, Recording
 from service.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ class CudaDevice(Device):
     runs_ahead = True
     fastest_engine = "compiled"
     half_precision = "float16"
+    can_record = True
     precisions = ("float32", "tf32", "float16", "bfloat16")
     out_of_memory_words = (
         "out of memory",  # "CUDA error: ", "Triton Error [CUDA]: ", and the driver's own
@@ -64,6 +66,15 @@ class CudaDevice(Device):
             return None
         return "triton"
 
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """See `Device`: captures a CUDA graph. All graphs of a device share one pool of working memory."""
+        with self.use():
+            return _Graph(work, self._graph_pool)
+
+    @cached_property
+    def _graph_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
     def clock(self) -> Clock:
         """See `Device`."""
         return _EventClock()
@@ -102,6 +113,31 @@ def _launch_probe(device: torch.device) -> None:
     _triton_probe.add_one[(2,)](values)
     if values.tolist() != [1.0, 1.0]:
         raise RuntimeError(f"expected a kernel to make [1, 1], got {values.tolist()}")
+
+
+class _Graph:
+    """A captured CUDA graph; see `Recording`."""
+
+    def __init__(self, work: Callable[[], Tensor], pool: Any) -> None:
+        # Kernels are compiled and libraries allocate workspaces in their first runs, which must not happen during the
+        # capture; these runs have to be on another stream than the default one.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.output = work()
+
+    def replay(self) -> None:
+        """See `Recording`."""
+        self._graph.replay()
+
+    def release(self) -> None:
+        """See `Recording`."""
+        self._graph.reset()
 
 
 class _EventClock:

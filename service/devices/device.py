@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -31,6 +31,22 @@ class Clock(Protocol):
         """The time of each stage. Read it once the batch's results are on the host."""
 
 
+class Recording(Protocol):
+    """Work that was recorded once and can be replayed with other values in the same memory.
+
+    Attributes:
+        output: what the work returned; each replay overwrites it, and so may that of another recording.
+    """
+
+    output: Tensor
+
+    def replay(self) -> None:
+        """Queue the work."""
+
+    def release(self) -> None:
+        """Free its memory. It cannot be replayed afterwards."""
+
+
 class Device(ABC):
     """One device.
 
@@ -41,12 +57,14 @@ class Device(ABC):
         fastest_engine: the engine that `auto` stands for.
         half_precision: the number format that `auto` stands for with an engine other than `eager`.
         precisions: the formats that a network can run in here.
+        can_record: whether `record` works.
     """
 
     runs_ahead: ClassVar[bool]
     fastest_engine: ClassVar[str]
     half_precision: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    can_record: ClassVar[bool] = False
     # Phrases that identify a RuntimeError as out of memory. PyTorch has a dedicated class only for its CUDA allocator.
     out_of_memory_words: ClassVar[tuple[str, ...]]
 
@@ -88,6 +106,15 @@ class Device(ABC):
     @abstractmethod
     def memory(self) -> Mapping[str, float]:
         """Bytes by kind: `allocated`, `reserved` and `total` of a GPU; the process's `resident` memory on the CPU."""
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """Record work on the device. It must not wait for the device or copy from the host, and its tensors must have
+        the same sizes each time; it is run some times before it is recorded.
+
+        Raises:
+            RuntimeError: it cannot be recorded.
+        """
+        raise RuntimeError(f"{self.label} cannot record work")
 
     def release_memory(self) -> None:
         """Free memory that is no longer used."""

@@ -136,6 +136,8 @@ def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
             precision=precision,
             key=config.model_dump_json(),
             cache_dir=order.cache_dir,
+            num_classes=len(config.labels) + 1,
+            max_detections=config.detections.detections_per_img,
             quantizers=order.stored.load_quantizers(),
         )
     except ModelStoreError as error:
@@ -156,6 +158,7 @@ def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
         find_problem=placed.find_problem,
         take_uncompiled=placed.take_uncompiled,
+        graphs=placed.graphs,
         plan_b=partial(_load, plans[0], plans=plans[1:]) if plans else None,
     )
 

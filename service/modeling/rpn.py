@@ -17,7 +17,7 @@ from torchvision.models.detection import rpn
 from service.devices import device_of
 from service.modeling.box_regression import decode_boxes
 from service.modeling.per_image import to_device
-from service.ops.nms import best_of_each_image
+from service.ops.nms import Kept, best_of_each_image
 
 Size = tuple[int, int]
 _MOST_ANCHOR_BYTES = 1 << 28
@@ -56,6 +56,50 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             of proposals would synchronize, the number is fixed and missing proposals are empty boxes, which yield no
             detections.
         """
+        limits = to_device(image_sizes, torch.float32, objectness.device)
+        boxes, kept = self._choose(objectness, deltas, padded_size, grid_sizes, limits)
+        if device_of(boxes.device).runs_ahead:
+            return list(self._table(boxes, kept).unbind())
+        return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
+
+    def propose_table(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        *,
+        padded_size: Size,
+        grid_sizes: Sequence[Size],
+        image_sizes: Tensor,
+    ) -> Tensor:
+        """Like `propose`, with results of a size that does not depend on what is found, and without any copy between
+        host and device.
+
+        Args:
+            objectness: see `propose`.
+            deltas: see `propose`.
+            padded_size: see `propose`.
+            grid_sizes: see `propose`.
+            image_sizes: (N, 2) float32 (height, width) on the device.
+
+        Returns:
+            (N, P, 4) float32: each image's proposals, best first, then empty boxes.
+        """
+        return self._table(*self._choose(objectness, deltas, padded_size, grid_sizes, image_sizes))
+
+    def _table(self, boxes: Tensor, kept: Kept) -> Tensor:
+        num_images = len(kept.starts) - 1
+        rows, exist = kept.table(min(self.post_nms_top_n(), len(boxes) // num_images))
+        return boxes[rows] * exist.unsqueeze(2)
+
+    def _choose(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        padded_size: Size,
+        grid_sizes: Sequence[Size],
+        image_sizes: Tensor,
+    ) -> tuple[Tensor, Kept]:
+        """All images' candidates, (N * T, 4), and which of them are proposals."""
         anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
         # 1. The best of each level, by logit.
         places, levels = self._best_of_each_level(objectness, grid_sizes)
@@ -64,7 +108,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         # 2. Decode their boxes, and clip them to each image.
         boxes = decode_boxes(self.box_coder, best_deltas.flatten(end_dim=1), anchors[places].flatten(end_dim=1))
         boxes = boxes.reshape(*places.shape, 4)
-        heights, widths = to_device(image_sizes, boxes.dtype, boxes.device).unsqueeze(1).unbind(dim=2)
+        heights, widths = image_sizes.unsqueeze(1).unbind(dim=2)
         limits = torch.stack([widths, heights, widths, heights], dim=2)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
         # 3. Drop empty and unlikely boxes, then boxes that overlap a better one of their level.
@@ -84,10 +128,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             iou_thresh=self.nms_thresh,
             largest_group=self.pre_nms_top_n(),
         )
-        if device_of(boxes.device).runs_ahead:
-            rows, exist = kept.table(min(self.post_nms_top_n(), places.shape[1]))
-            return list((boxes[rows] * exist.unsqueeze(2)).unbind())
-        return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
+        return boxes, kept
 
     def _best_of_each_level(self, objectness: Tensor, grid_sizes: Sequence[Size]) -> tuple[Tensor, Tensor]:
         """(N, T) indices of anchors, and (T,) the level of each."""

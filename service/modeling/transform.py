@@ -81,6 +81,15 @@ class Transform(GeneralizedRCNNTransform):
         height, width = (math.ceil(side / multiple) * multiple for side in self.resized_size(image_size))
         return height, width
 
+    @property
+    def most_pixels(self) -> int:
+        """No padded image has more pixels than this."""
+        multiple, longest = self._config.size_divisible, self._config.max_size
+        shorter, longer = (
+            math.ceil(side / multiple) * multiple for side in (min(self._config.min_size, longest), longest)
+        )
+        return shorter * longer
+
     def normalize(self, image: Tensor) -> Tensor:
         """The step before `resize`: (3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, like torchvision's. In
         detectron2's style nothing, since `resize` wants bytes.

@@ -9,6 +9,7 @@ size. A cell is one element of a feature map, `1 / scale` image pixels wide.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -57,8 +58,8 @@ def multi_scale_roi_align(
     if len(rois):
         _roi_align[(len(rois) * output_size**2,)](
             cells,
-            device_of(device).upload(torch.tensor(layout, dtype=torch.int64)),
-            device_of(device).upload(torch.tensor(scales, dtype=torch.float32)),
+            _on_device(tuple(layout), torch.int64, device),
+            _on_device(tuple(scales), torch.float32, device),
             harmless.contiguous(),
             levels,
             pooled,
@@ -69,6 +70,14 @@ def multi_scale_roi_align(
             at_once=triton.next_power_of_2(channels),
         )
     return pooled.permute(0, 3, 1, 2)
+
+
+@cache
+def _on_device(values: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers on the device, copied once. There are as many as sizes of a batch, and a CUDA graph may read them
+    at any time, so none is dropped.
+    """
+    return device_of(device).upload(torch.tensor(values, dtype=dtype))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as all of Triton

@@ -77,7 +77,7 @@ def test_it_reaches_the_figures_of_its_card(stored: StoredModel) -> None:
         assert figures.ap75 == pytest.approx(card["AP75"], abs=0.005)
 
 
-@pytest.mark.parametrize("name", ["blood-cells"])
+@pytest.mark.parametrize("name", DATA)
 def test_its_quantised_version_is_small_keeps_its_ap_and_fits_what_is_installed(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     quantised = STORE.find(f"{name}@2")

@@ -35,7 +35,7 @@ from service.errors import (
 from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
-from service.pipeline import Pipeline, ThreadTask, Work, run_batch
+from service.pipeline import Pipeline, ThreadTask, WholeImage, Work, run_batch
 from service.structures import (
     AnnotatorMasks,
     Detections,
@@ -302,6 +302,48 @@ async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs()
     assert [one["box"] for one in found if one["label"] == "cat"] == [[0, 0, 16, 48], [32, 0, 48, 48]]
     assert (answer.detections, answer.image_size) == (4, (48, 64))
     assert sum(bench.predictor.batches) == 2
+
+
+@dataclass(frozen=True)
+class Columns(Halves):
+    """A plan: each column of pixels by itself."""
+
+    def split(self, image: Image) -> list[Query]:
+        return [Query(Image(image.pixels[:, [x]]), self.job.options) for x in range(image.width)]
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        assert len(predictions) == image.width
+        return predictions[0]
+
+
+@pytest.mark.parametrize("entries", [1, 3, 8])
+async def test_image_never_has_more_entries_in_the_queue_than_places(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is answered, though there is no room for 64, and another image does not wait for all of them."""
+    widths: list[int] = []
+    async with running(Bench()) as bench:
+        predict = bench.predictor.predict
+
+        def noted(queries: Sequence[Query]) -> list[Prediction]:
+            widths.extend(query.image.width for query in queries)
+            return predict(queries)
+
+        monkeypatch.setattr(bench.predictor, "predict", noted)
+        bench.predictor.device_is_free.clear()
+        bench.pipeline._plan_for = Columns
+        large = asyncio.create_task(bench.pipeline.run(replace(bench.job(), entries=entries)))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        assert len(bench.pipeline.waiting_pixels("fake@1")) == entries - len(widths)
+        bench.pipeline._plan_for = WholeImage
+        # Of the other priority, in which there is room whatever this one holds.
+        other = asyncio.create_task(bench.pipeline.run(replace(bench.job(), is_bulk=True)))
+        while len(bench.pipeline.waiting_pixels("fake@1")) == entries - len(widths):
+            await asyncio.sleep(0)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(large, other)
+    assert sorted(widths) == [1] * 64 + [64]
+    assert widths.index(64) < 40
 
 
 async def test_images_of_a_batch_request_that_are_being_decoded_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

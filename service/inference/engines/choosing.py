@@ -13,6 +13,7 @@ from service.devices import Device
 from service.errors import ServiceError, first_line
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
+from service.inference.engines.graphs import GraphedDetector, why_not_recorded
 from service.inference.half import DTYPES, HalfNetwork, PrecisionError
 from service.model_store.quantizers import Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -20,6 +21,8 @@ from service.modeling.poolers import RoIPooler
 
 logger = logging.getLogger(__name__)
 
+COMPILING = ("compiled", "graphs")
+"""Engines whose parts are compiled by torch."""
 _OPENVINO_PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -28,18 +31,20 @@ class Placed:
     """What runs a network now.
 
     Attributes:
-        engine: `eager`, `compiled` or `openvino`.
+        engine: `eager`, `compiled`, `graphs` or `openvino`.
         half: casts the weights to half precision; None for float32 and for `openvino`, which has its own copy of the
             weights.
         find_problem: call it after a batch has run; returns why the engine is not doing what its name says, or None if
             it is.
         take_uncompiled: returns the parts that `compiled` ran uncompiled since its last call.
+        graphs: runs whole batches; None except with `graphs`.
     """
 
     engine: str
     half: HalfNetwork | None = None
     find_problem: Callable[[], str | None] = lambda: None
     take_uncompiled: Callable[[], Sequence[str]] = tuple
+    graphs: GraphedDetector | None = None
 
 
 def put_engine(
@@ -50,17 +55,21 @@ def put_engine(
     precision: str,
     key: str,
     cache_dir: Path | None,
+    num_classes: int = 0,
+    max_detections: int = 0,
     quantizers: Quantizers | None = None,
 ) -> Placed:
     """Replace the network's parts by an engine's, in place.
 
     Args:
         model: loaded, in evaluation mode, on its device. It can no longer be trained.
-        engine: `eager`, `compiled`, `openvino`, or `auto` for the device's fastest.
+        engine: `eager`, `compiled`, `graphs`, `openvino`, or `auto` for the device's fastest.
         device: where the network is.
         precision: one of the device's.
         key: names the network's weights and configuration.
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
+        num_classes: with the background; needed by `graphs`.
+        max_detections: of an image unless a request says otherwise; needed by `graphs`.
         quantizers: what runs in int8; needed for that precision, and only used by it.
 
     Returns:
@@ -72,7 +81,7 @@ def put_engine(
     """
     chosen = device.fastest_engine if engine == "auto" else engine
     folder = _cache_folder(cache_dir)
-    if chosen == "compiled" and folder is not None:
+    if chosen in COMPILING and folder is not None:
         keep_compiled_code(folder)
     fold(model)
     problem = _why_not(chosen, model, device, precision)
@@ -90,14 +99,29 @@ def put_engine(
         logger.info("the fastest engine cannot run this model", extra={"fields": fields})
         chosen = "eager"
     half = HalfNetwork(model, precision) if precision in DTYPES else None
-    network = CompiledNetwork(model) if chosen == "compiled" else None
+    network = CompiledNetwork(model) if chosen in COMPILING else None
     if network is not None:
         model.parts = network.parts()
     if half is not None:
         model.parts = half.wrapped(model.parts or model.own_parts())
     if network is None:
         return Placed(chosen, half)
-    return Placed(chosen, half, find_problem=lambda: _why_uncompiled(network), take_uncompiled=network.take_uncompiled)
+    graphs = None
+    if chosen == "graphs":
+        graphs = GraphedDetector(
+            model,
+            device=device,
+            num_classes=num_classes,
+            max_detections=max_detections,
+            take_check=None if half is None else half.take_check,
+        )
+    return Placed(
+        chosen,
+        half,
+        find_problem=lambda: _why_uncompiled(network),
+        take_uncompiled=network.take_uncompiled,
+        graphs=graphs,
+    )
 
 
 def why_not_int8(*, engine: str, device: Device) -> str | None:
@@ -158,7 +182,7 @@ def _cache_folder(cache_dir: Path | None) -> Path | None:
 def _why_uncompiled(network: CompiledNetwork) -> str | None:
     if not network.uncompiled:
         return None
-    return f"engine 'compiled' did not compile the {' and the '.join(network.uncompiled)} of this network"
+    return f"the engine did not compile the {' and the '.join(network.uncompiled)} of this network"
 
 
 def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str) -> str | None:
@@ -172,6 +196,8 @@ def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str
             return f"engine 'openvino' runs in {' or '.join(_OPENVINO_PRECISIONS)}, not in {precision}"
     if engine != "eager" and not isinstance(model.roi_heads.box_roi_pool, RoIPooler):
         return f"engine {engine!r} does not run R-CNN, whose network is run on each proposal's pixels"
-    if engine == "compiled" and device.compiler_problem is not None:
-        return f"engine 'compiled' cannot compile here: {device.compiler_problem}"
+    if engine == "graphs" and (problem := why_not_recorded(model, device)) is not None:
+        return problem
+    if engine in COMPILING and device.compiler_problem is not None:
+        return f"engine {engine!r} cannot compile here: {device.compiler_problem}"
     return None

@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -148,3 +148,50 @@ def test_what_the_compiler_lacks_is_said_in_one_line() -> None:
     with patch.object(torch, "compile", side_effect=RuntimeError("\n  no C compiler found\nand much more")):
         assert device.compiler_problem == "no C compiler found"
     assert device.compiler_problem == "no C compiler found"  # asked once
+
+
+def test_work_is_recorded_after_runs_on_another_stream_and_all_recordings_share_one_pool() -> None:
+    """What CUDA is told: without a GPU nothing is recorded."""
+    told: list[str] = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        told.append(f"{name} begins")
+        yield
+        told.append(f"{name} ends")
+
+    def work() -> torch.Tensor:
+        told.append("work")
+        return torch.zeros(1)
+
+    def stream() -> MagicMock:
+        return MagicMock(wait_stream=lambda other: told.append("wait"))
+
+    graph = MagicMock(replay=lambda: told.append("replay"), reset=lambda: told.append("reset"))
+    pools = []
+
+    def capture(of: MagicMock, *, pool: object) -> AbstractContextManager[None]:
+        pools.append(pool)
+        return noted("capture")
+
+    device = CudaDevice("cuda:0")
+    with ExitStack() as patches:
+        for name, fake in {
+            "device": lambda device: nullcontext(),
+            "Stream": stream,
+            "current_stream": stream,
+            "stream": lambda stream: noted("stream"),
+            "CUDAGraph": lambda: graph,
+            "graph": capture,
+            "graph_pool_handle": object,
+        }.items():
+            patches.enter_context(patch.object(torch.cuda, name, fake))
+        recording = device.record(work)
+        device.record(work)
+        recording.replay()
+        recording.release()
+    once = ["wait", "stream begins", "work", "work", "stream ends", "wait", "capture begins", "work", "capture ends"]
+    assert told == [*once, *once, "replay", "reset"]
+    assert pools[0] is pools[1]
+    with pytest.raises(RuntimeError, match="cpu cannot record"):
+        CpuDevice("cpu").record(work)

@@ -1,0 +1,238 @@
+"""The engine `graphs` replays whole batches. Recorded here by a fake that runs the work again at each replay, into the
+same memory, as a CUDA graph does.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from service.devices import device_named
+from service.devices.cpu import CpuDevice
+from service.devices.device import Recording
+from service.errors import ServiceError
+from service.inference.engines.choosing import put_engine
+from service.inference.engines.graphs import GraphedDetector
+from service.inference.predictor import Predictor
+from service.modeling.build import build_model
+from service.modeling.config import ModelConfig
+from service.structures import Detections, DetectOptions, Query
+from service.training.loop import evaluation_info
+from tests.unit.inference.engines.networks import FAMILIES, SMALL, picture, weights_of
+from tests.unit.inference.engines.test_parity import answers, assert_same
+from tests.unit.modeling.test_waiting import as_on_cuda, counted_waits
+
+FAMILY = "fpn with masks"
+CONFIG = ModelConfig.model_validate(SMALL | FAMILIES[FAMILY] | {"transform": {"min_size": 128, "max_size": 192}})
+INFO = evaluation_info(CONFIG)
+WIDE, HIGH = (120, 180), (180, 120)
+
+
+class FakeRecording:
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        self._work = work
+        self.output = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.output.copy_(self._work())
+
+    def release(self) -> None:
+        del self._work
+
+
+class RecordingDevice(CpuDevice):
+    """A CPU that can record."""
+
+    can_record = True
+
+    def __init__(self, label: str = "cpu") -> None:
+        super().__init__(label)
+        self.recordings: list[FakeRecording] = []
+        self.fails = False
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recordings.append(FakeRecording(work))
+        return self.recordings[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of images of each recording."""
+        return [len(one.output) for one in self.recordings]
+
+
+@pytest.fixture
+def device() -> Iterator[RecordingDevice]:
+    with as_on_cuda():
+        yield RecordingDevice()
+
+
+def predictor_on(
+    device: RecordingDevice, *, capacity: int = 4096, take_check: Callable[[], Tensor] | None = None
+) -> Predictor:
+    model = build_model(CONFIG)
+    model.load_state_dict(weights_of(FAMILY))
+    graphs = GraphedDetector(
+        model.eval(),
+        device=device,
+        num_classes=len(CONFIG.labels) + 1,
+        max_detections=INFO.max_detections,
+        capacity=capacity,
+        take_check=take_check,
+    )
+    predictor = Predictor(model, info=INFO, device=torch.device("cpu"), graphs=graphs)
+    predictor._may_compile = False  # as after the warm-up
+    return predictor
+
+
+def plain() -> Predictor:
+    model = build_model(CONFIG)
+    model.load_state_dict(weights_of(FAMILY))
+    return Predictor(model, info=INFO, device=torch.device("cpu"))
+
+
+def queries(count: int, size: tuple[int, int] = WIDE, **options: object) -> list[Query]:
+    wanted = replace(DetectOptions(score_thresh=0.0), **options)  # type: ignore[arg-type]  # any of its fields
+    return [Query(picture(*size, seed=seed), wanted) for seed in range(count)]
+
+
+def assert_all_same(found: Sequence[Detections], expected: Sequence[Detections]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) > 0
+        assert_same(ours, theirs, scale=2)
+
+
+def test_the_second_batch_of_a_kind_is_recorded_and_later_ones_are_replayed(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device), plain()
+    answers(predictor, queries(2))
+    assert device.sizes == []
+    for size in (WIDE, HIGH):  # pictures of another size share the memory of the input
+        for count in (2, 2):
+            found = answers(predictor, queries(count, size))
+            assert_all_same(found, answers(reference, queries(count, size)))
+    assert device.sizes == [2, 2]
+    assert_all_same(answers(predictor, queries(2)), answers(reference, queries(2)))
+    assert [one.replays for one in device.recordings] == [3, 1]
+
+
+def test_a_batch_is_filled_up_with_blank_pictures(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device), plain()
+    for count in (4, 4, 3):  # then three, where the fourth picture was
+        found = answers(predictor, queries(count))
+    assert device.sizes == [4]
+    assert device.recordings[0].replays == 2
+    assert_all_same(found, answers(reference, queries(3)))
+
+
+def test_a_replayed_batch_of_mixed_options_waits_once(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device), plain()
+    mixed = [
+        *queries(1, with_masks=False, max_detections=2),
+        *queries(1, score_thresh=0.3, nms_thresh=0.2),
+        *queries(1, label_ids=frozenset({1}), class_agnostic_nms=True),
+    ]
+    for _ in range(2):
+        answers(predictor, mixed)
+    with counted_waits() as waits:
+        found = answers(predictor, mixed)
+    assert waits.count == 1  # for the answer
+    assert [one.masks is None for one in found] == [True, False, False]
+    assert_all_same(found, answers(reference, mixed))
+
+
+def test_what_no_recording_holds_for_takes_the_usual_path(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device), plain()
+    for others in (
+        queries(9),
+        queries(1, max_detections=INFO.max_detections + 1),
+        queries(1, proposals=((0.0, 0.0, 100.0, 100.0),)),
+        queries(1, roi_op="roi_pool"),
+    ):
+        for _ in range(2):
+            found = answers(predictor, others)
+        assert_all_same(found, answers(reference, others))
+    assert device.recordings == []
+
+
+def test_more_candidates_than_fit_take_the_usual_path(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device, capacity=5), plain()
+    for _ in range(3):
+        found = answers(predictor, queries(1))
+    assert device.recordings[0].replays == 2
+    assert_all_same(found, answers(reference, queries(1)))
+
+
+def test_what_cannot_be_recorded_is_tried_once(device: RecordingDevice, caplog: pytest.LogCaptureFixture) -> None:
+    predictor, reference = predictor_on(device), plain()
+    device.fails = True
+    for _ in range(4):
+        found = answers(predictor, queries(1))
+    assert_all_same(found, answers(reference, queries(1)))
+    assert caplog.text.count("cannot be recorded") == 1
+
+
+def test_infinities_in_a_replayed_batch_are_noticed(device: RecordingDevice) -> None:
+    finite = torch.ones(())
+    predictor = predictor_on(device, take_check=lambda: finite.clone())
+    assert predictor._graphs is not None
+    images = [torch.from_numpy(query.image.pixels) for query in queries(1)]
+    selections = [predictor._selection(query.options) for query in queries(1)]
+    for value in (1, 1, 0):
+        finite.fill_(value)
+        replayed = predictor._graphs.detect(images, selections, with_masks=[False])
+    assert replayed is not None
+    assert replayed[1] is False
+
+
+def test_the_largest_are_recorded_first_and_all_read_one_input(device: RecordingDevice) -> None:
+    graphs = predictor_on(device)._graphs
+    assert graphs is not None
+    graphs.record([(64, 64), (128, 192)], with_masks=False)
+    keys = [(one.batch.shape[0], *one.batch.shape[2:]) for one in graphs._recorded.values()]
+    areas = [int(np.prod(key)) for key in keys]
+    assert len(keys) == 8
+    assert areas == sorted(areas, reverse=True)
+    assert len({one.batch.data_ptr() for one in graphs._recorded.values()}) == 1
+    assert all(one.batch.is_contiguous(memory_format=torch.channels_last) for one in graphs._recorded.values())
+    graphs.record([(4096, 4096)], with_masks=False)  # larger than any picture becomes
+    assert len(graphs._recorded) == 8
+
+
+def test_recordings_are_bounded_and_released(device: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.inference.engines.graphs._MOST_RECORDINGS", 2)
+    predictor = predictor_on(device)
+    for count in (1, 1, 2, 2, 4, 4, 4):
+        answers(predictor, queries(count))
+    assert device.sizes == [1, 2]
+    memory = weakref.ref(device.recordings[0])
+    device.recordings.clear()
+    predictor.release_memory()
+    gc.collect()
+    assert memory() is None
+
+
+def test_unloading_releases_recordings(device: RecordingDevice) -> None:
+    predictor = predictor_on(device)
+    for _ in range(2):
+        answers(predictor, queries(1))
+    recording = weakref.ref(device.recordings.pop())
+    del predictor
+    gc.collect()
+    assert recording() is None
+
+
+def test_the_engine_is_for_cuda_and_never_chosen_by_itself() -> None:
+    cpu = device_named("cpu")
+    with pytest.raises(ServiceError, match="runs on CUDA, not on cpu"):
+        put_engine(build_model(CONFIG), engine="graphs", device=cpu, precision="float32", key="", cache_dir=None)
+    assert device_named("cuda:0").fastest_engine == "compiled"
