@@ -92,14 +92,15 @@ class Transform(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         """The step before `resize`: (3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, like torchvision's. In
-        detectron2's style nothing, since `resize` wants bytes.
+        detectron2's style still in 0..1, since `resize` wants bytes.
         """
-        return image if self.is_detectron2s else self._normalized(image)
+        image = self._with_channels(image)
+        return image if self.is_detectron2s else (image - self._mean) / self._std
 
-    def _normalized(self, image: Tensor) -> Tensor:
-        if len(image) != self.num_channels:
-            image = self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
-        return (image - self._mean) / self._std
+    def _with_channels(self, image: Tensor) -> Tensor:
+        if len(image) == self.num_channels:
+            return image
+        return self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
 
     def _grey(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB in 0..1 -> (1, H, W): the luminance, rounded to one of 256 values as Pillow does."""
@@ -115,7 +116,8 @@ class Transform(GeneralizedRCNNTransform):
         size = self.resized_size((height, width))
         if self.is_detectron2s:
             bytes_ = (image * 255).round().to(torch.uint8).permute(1, 2, 0)
-            image = self._normalized(resize_bytes(bytes_, size).permute(2, 0, 1) / 255)
+            resized_bytes = resize_bytes(bytes_, size).permute(2, 0, 1)
+            image = (resized_bytes / 255 - self._mean) / self._std
             return image, None if target is None else _resized_target(target, (height, width), size)
         if self.training or target is not None:
             resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
