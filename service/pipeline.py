@@ -66,14 +66,19 @@ class Predictor(Protocol):
         """Free what the device holds in reserve, after a lack of memory."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Work:
-    """What waits in the batcher: a query and the model that will answer it."""
+    """What waits in the batcher: a query and the model that will answer it.
+
+    Attributes:
+        waits: whether it has not reached the device yet, even if another entry of its job has.
+    """
 
     predictor: Predictor
     query: Query
     padded_pixels: int
     progress: Progress
+    waits: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +115,7 @@ def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     batch_id = uuid.uuid4().hex
     with ExitStack() as at_risk:
         for work in batch:
+            work.waits = False
             work.progress.batch_id = batch_id
             work.progress.enter("inference")
             at_risk.enter_context(work.progress.at_risk("inference"))
@@ -184,7 +190,7 @@ class Pipeline:
         held_pixels: HeldPixels,
         predictors: Mapping[str, Predictor],
         observe: Observe,
-        batch_policy: Literal["exact", "padded"] = "exact",
+        batch_policy: Literal["exact", "bucketed", "padded"] = "exact",
         max_answer_bytes: int = 64 * 1024 * 1024,
         plan_for: Callable[[Job], Plan] = WholeImage,
     ) -> None:
@@ -203,11 +209,7 @@ class Pipeline:
 
     def waiting_pixels(self, model_key: str) -> Sequence[int]:
         """The resized and padded pixels of each image that waits for the device, for one model."""
-        return [
-            work.padded_pixels
-            for work in self._submitted
-            if work.progress.stage == "queue" and work.predictor.info.key == model_key
-        ]
+        return [work.padded_pixels for work in self._submitted if work.waits and work.predictor.info.key == model_key]
 
     async def run(self, job: Job) -> Answer:
         """Take one job from its source to its answer. Cancelling it drops the work that has not begun.
@@ -249,7 +251,7 @@ class Pipeline:
         job.progress.enter("queue")
         plan = self._plan_for(job)
         submit = partial(self._submit, job, predictor)
-        return image, plan.merge(image, await all_of(submit, plan.split(image)))
+        return image, plan.merge(image, await all_of(submit, plan.split(image), at_a_time=job.entries))
 
     def _predictor(self, model_key: str) -> Predictor:
         predictor = self._predictors.get(model_key)
@@ -315,7 +317,7 @@ class Pipeline:
         try:
             answer = await self._batcher.submit(
                 work,
-                group=(job.model, query.options.roi_op, padded_size if self._batch_policy == "exact" else None),
+                group=(job.model, query.options.roi_op, None if self._batch_policy == "padded" else padded_size),
                 cost=padded_pixels,
                 shape=padded_size,
                 deadline=job.deadline,

@@ -404,7 +404,7 @@ class Coco:
 
     image_id: int | str
     with_masks: bool = False
-    category_ids: Sequence[int] | None = None
+    category_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +427,8 @@ class Job:
         form: the form of the answer.
         deadline: when the caller stops waiting, in seconds of `time.monotonic`.
         is_bulk: whether it is one of many that may take their time.
+        entries: most entries of the batcher, such as tiles, that are made of the image at a time. Each needs a place,
+            so there must not be more than the detector's capacity.
     """
 
     model: str
@@ -436,6 +438,7 @@ class Job:
     deadline: float
     progress: Progress
     is_bulk: bool = False
+    entries: int = 1
 
     @property
     def likely_pixels(self) -> int:
@@ -444,7 +447,7 @@ class Job:
             pixels = self.source.array.size // 3
         else:
             pixels = _PIXELS_PER_BYTE * len(self.source.data)
-        return min(max(_LEAST_LIKELY_PIXELS, pixels), _MOST_LIKELY_PIXELS)
+        return min(max(_LEAST_LIKELY_PIXELS * self.entries, pixels), _MOST_LIKELY_PIXELS * self.entries)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

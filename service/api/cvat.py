@@ -99,7 +99,7 @@ async def list_functions(state: State) -> Response:
     return json_response({name: one.describe() for name, one in _functions(state).items()})
 
 
-@router.get("/functions/{name}")
+@router.get("/functions/{name}", responses=describe_plain_errors(422))
 async def show_function(
     name: Annotated[str, Path(description="of a function", examples=["nuclei"])], state: State
 ) -> Response:

@@ -26,7 +26,7 @@ class Backlog:
         clock: a monotonic time in seconds.
 
     Attributes:
-        count: how many there are.
+        count: how many places they take: one each, but for jobs that make several entries of an image.
         cost: their total cost, in units of the caller's choice.
     """
 
@@ -51,22 +51,22 @@ class Backlog:
         is_guess = self._measured_cost == 0 and self.count < _UNMEASURED_JOBS
         return self.count == 0 or is_guess or self.seconds_until_done(cost) <= SAFETY * seconds_left
 
-    def add(self, cost: int) -> None:
+    def add(self, cost: int, *, places: int = 1) -> None:
         """A job begins."""
         if self.count == 0:
             self._measured_since = self._clock()
-        self.count += 1
+        self.count += places
         self.cost += cost
 
-    def remove(self, cost: int, *, work: int | None) -> None:
+    def remove(self, cost: int, *, work: int | None, places: int = 1) -> None:
         """A job has ended.
 
         Args:
-            cost: the cost passed to `add`.
+            cost: the cost passed to `add`, and `places` likewise.
             work: how much of it was done; None if the way it ended says nothing about the speed, 0 if its time was
                 wasted.
         """
-        self.count -= 1
+        self.count -= places
         self.cost -= cost
         if work is not None:
             now = self._clock()

@@ -77,7 +77,7 @@ class CocoIds:
         return Coco(
             image_id_of(file.name) if self.images is None else self.images[file.name],
             with_masks,
-            None if categories is None else [categories.get(label, _UNNAMED_CATEGORY) for label in info.labels],
+            None if categories is None else tuple(categories.get(label, _UNNAMED_CATEGORY) for label in info.labels),
         )
 
 

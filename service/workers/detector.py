@@ -70,7 +70,9 @@ class Detector(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Jobs of each priority that may be under way: those that wait for a device, and one batch on each device."""
+        """Entries of jobs of each priority that may be under way: those that wait for a device, and one batch on each
+        device.
+        """
 
     @property
     def is_alive(self) -> bool:
@@ -100,16 +102,17 @@ class Admission:
         with self._outcome_counted(job), self._place_taken(job):
             return await self._detector.run(job)
 
-    def require_place(self, *, seconds_left: float, is_bulk: bool = False, cost: int = 1) -> None:
+    def require_place(self, *, seconds_left: float, is_bulk: bool = False, cost: int = 1, places: int = 1) -> None:
         """Raise OverloadedError if a job would be refused now; takes nothing.
 
         Args:
             seconds_left: until its deadline.
             cost: its pixels, or a guess.
+            places: how many it needs.
         """
         backlog = self._backlogs[is_bulk]
         seconds = backlog.seconds_until_done(cost)
-        if backlog.count >= self._detector.capacity:
+        if backlog.count + places > self._detector.capacity:
             raise OverloadedError(
                 f"the queue is full: {backlog.count} images wait or are under way, at most {self._detector.capacity}",
                 retry_after_seconds=seconds,
@@ -123,10 +126,11 @@ class Admission:
 
     @contextmanager
     def _place_taken(self, job: Job) -> Iterator[None]:
-        """Hold one of the detector's places, and learn how long jobs take."""
-        backlog, cost = self._backlogs[job.is_bulk], job.likely_pixels
-        self.require_place(seconds_left=job.deadline - time.monotonic(), is_bulk=job.is_bulk, cost=cost)
-        backlog.add(cost)
+        """Hold its places, one for each of its entries, and learn how long jobs take."""
+        backlog, cost, places = self._backlogs[job.is_bulk], job.likely_pixels, job.entries
+        seconds_left = job.deadline - time.monotonic()
+        self.require_place(seconds_left=seconds_left, is_bulk=job.is_bulk, cost=cost, places=places)
+        backlog.add(cost, places=places)
         work: int | None = cost
         try:
             yield
@@ -137,7 +141,7 @@ class Admission:
             work = None  # how long it took to refuse or convict it says nothing about the device's speed
             raise
         finally:
-            backlog.remove(cost, work=work)
+            backlog.remove(cost, work=work, places=places)
 
     @contextmanager
     def _outcome_counted(self, job: Job) -> Iterator[None]:

@@ -38,7 +38,7 @@ class Ticket:
 
     Attributes:
         worker: the worker that has it; None while it waits for one.
-        padded_pixels: resized and padded pixels of its image; None until it waits for the device.
+        padded_pixels: resized and padded pixels of all its entries so far; None until one waits for the device.
         is_resent: whether a worker died with it.
     """
 
@@ -59,6 +59,11 @@ class Ticket:
     def is_bulk(self) -> bool:
         """Its priority."""
         return self.job.is_bulk
+
+    @property
+    def entries(self) -> int:
+        """How many places it needs."""
+        return self.job.entries
 
     @property
     def cost(self) -> int:
@@ -137,6 +142,7 @@ class Dispatcher:
                 "form": form_to(job.form),
                 "deadline": job.deadline,
                 "is_bulk": job.is_bulk,
+                "entries": job.entries,
             }
             worker.send(header, body)
 
@@ -154,8 +160,9 @@ class Dispatcher:
         elif ticket is None:
             return
         elif header["kind"] == "queued":
-            ticket.padded_pixels = header["pixels"]
-            ticket.job.progress.enter("queue")
+            ticket.padded_pixels = (ticket.padded_pixels or 0) + header["pixels"]
+            if ticket.job.progress.stage != "inference":  # that of another of its entries
+                ticket.job.progress.enter("queue")
         else:
             self._settle(worker, ticket, header, body)
 

@@ -142,6 +142,7 @@ class _Worker:
             deadline=header["deadline"],
             progress=progress,
             is_bulk=header["is_bulk"],
+            entries=header["entries"],
         )
         try:
             answer = await self._detector.run(job)

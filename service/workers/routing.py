@@ -27,6 +27,10 @@ class Routed(Protocol):
         """Its priority."""
 
     @property
+    def entries(self) -> int:
+        """How many places it needs in a worker."""
+
+    @property
     def cost(self) -> int:
         """In pixels; may be a guess."""
 
@@ -50,7 +54,7 @@ class Router(Generic[W, J]):
     """Holds the jobs that wait for a worker, and chooses their workers.
 
     Args:
-        max_jobs: most jobs of each priority in one worker.
+        max_jobs: places for jobs of each priority in one worker.
     """
 
     def __init__(self, blame: Blame, *, max_jobs: int) -> None:
@@ -132,7 +136,7 @@ class Router(Generic[W, J]):
             job.model in worker.models
             and worker is not self._emptied
             and not self._blame.tries_suspect(worker)
-            and sum(other.is_bulk is job.is_bulk for other in jobs) < self._max_jobs
+            and job.entries + sum(other.entries for other in jobs if other.is_bulk is job.is_bulk) <= self._max_jobs
         )
 
 

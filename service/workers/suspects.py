@@ -8,8 +8,9 @@ import hashlib
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
-from service.structures import Encoded, Job
+from service.structures import Coco, Encoded, Job
 
 _MAX_SIZE = 1000
 REMEMBERED_SECONDS = 3600.0
@@ -84,4 +85,6 @@ def _key(job: Job) -> Hashable:
     else:
         digest.update(repr(job.source.array.shape).encode())
         digest.update(job.source.array.tobytes())
-    return digest.digest(), job.model, job.options, job.form
+    # What the caller calls the image does not matter.
+    form = replace(job.form, image_id=0) if isinstance(job.form, Coco) else job.form
+    return digest.digest(), job.model, job.options, form

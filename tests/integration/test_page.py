@@ -611,6 +611,15 @@ def test_run_lengths_become_the_pixels_that_pycocotools_means(visit: Visit, live
     assert len(traced(page, ring)) == 2
 
 
+def test_outline_of_a_very_large_mask_has_the_same_area(visit: Visit, live: Live) -> None:
+    page = visit.open(live)
+    rows, columns = np.ogrid[:1700, :2100]
+    disc = (rows - 850) ** 2 + (columns - 1000) ** 2 < 800**2
+    [loop] = traced(page, disc)
+    x, y = np.array(loop).T
+    assert abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 == pytest.approx(disc.sum(), rel=0.01)
+
+
 def traced(page: Page, mask: np.ndarray[Any, Any]) -> list[object]:
     rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     loops: list[object] = page.evaluate(

@@ -35,7 +35,7 @@ from service.errors import (
 from service.imaging import decode
 from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
-from service.pipeline import Pipeline, ThreadTask, Work, run_batch
+from service.pipeline import Pipeline, ThreadTask, WholeImage, Work, run_batch
 from service.structures import (
     AnnotatorMasks,
     Detections,
@@ -61,7 +61,9 @@ from tests.fakes import FakePredictor, picture
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact", max_held_pixels: int = 10**9) -> None:
+    def __init__(
+        self, *, batch_policy: Literal["exact", "bucketed", "padded"] = "exact", max_held_pixels: int = 10**9
+    ) -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
@@ -304,6 +306,48 @@ async def test_plan_makes_several_entries_of_an_image_and_one_answer_of_theirs()
     assert sum(bench.predictor.batches) == 2
 
 
+@dataclass(frozen=True)
+class Columns(Halves):
+    """A plan: each column of pixels by itself."""
+
+    def split(self, image: Image) -> list[Query]:
+        return [Query(Image(image.pixels[:, [x]]), self.job.options) for x in range(image.width)]
+
+    def merge(self, image: Image, predictions: Sequence[Prediction]) -> Prediction:
+        assert len(predictions) == image.width
+        return predictions[0]
+
+
+@pytest.mark.parametrize("entries", [1, 3, 8])
+async def test_image_never_has_more_entries_in_the_queue_than_places(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is answered, though there is no room for 64, and another image does not wait for all of them."""
+    widths: list[int] = []
+    async with running(Bench()) as bench:
+        predict = bench.predictor.predict
+
+        def noted(queries: Sequence[Query]) -> list[Prediction]:
+            widths.extend(query.image.width for query in queries)
+            return predict(queries)
+
+        monkeypatch.setattr(bench.predictor, "predict", noted)
+        bench.predictor.device_is_free.clear()
+        bench.pipeline._plan_for = Columns
+        large = asyncio.create_task(bench.pipeline.run(replace(bench.job(), entries=entries)))
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        assert len(bench.pipeline.waiting_pixels("fake@1")) == entries - len(widths)
+        bench.pipeline._plan_for = WholeImage
+        # Of the other priority, in which there is room whatever this one holds.
+        other = asyncio.create_task(bench.pipeline.run(replace(bench.job(), is_bulk=True)))
+        while len(bench.pipeline.waiting_pixels("fake@1")) == entries - len(widths):
+            await asyncio.sleep(0)
+        bench.predictor.device_is_free.set()
+        await asyncio.gather(large, other)
+    assert sorted(widths) == [1] * 64 + [64]
+    assert widths.index(64) < 40
+
+
 async def test_images_of_a_batch_request_that_are_being_decoded_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread decodes them one after the other, and the device is free."""
     monkeypatch.setattr(pipeline, "_MATES_SECONDS", 30)
@@ -390,9 +434,9 @@ async def test_waiting_images_are_counted_with_their_padded_pixels() -> None:
         assert bench.pipeline.waiting_pixels("fake@1") == []
 
 
-@pytest.mark.parametrize(("policy", "batches"), [("exact", [1, 1]), ("padded", [2])])
+@pytest.mark.parametrize(("policy", "batches"), [("exact", [1, 1]), ("bucketed", [1, 1]), ("padded", [2])])
 async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
-    policy: Literal["exact", "padded"], batches: list[int]
+    policy: Literal["exact", "bucketed", "padded"], batches: list[int]
 ) -> None:
     async with running(Bench(batch_policy=policy)) as bench:
         jobs = [bench.job(picture(height=height)) for height in (32, 64)]

@@ -101,10 +101,11 @@ async function look(picture, wait) {
   brought = picture;
   requireSendable(picture.blob.size, Number(server.maxBodyBytes), "bytes");
   const bitmap = await decode(picture.blob);
-  wait.signal.throwIfAborted();
   if (bitmap) {
     picture.size = [bitmap.width, bitmap.height];
-    showPicture(picture, await reduced(bitmap));
+    const shown = await reduced(bitmap);
+    wait.signal.throwIfAborted();
+    showPicture(picture, shown);
     requireSendable(picture.size[0] * picture.size[1], Number(server.maxImagePixels), "pixels");
   }
   await loadModels(wait);
@@ -142,9 +143,10 @@ async function askWith({ blob }, operator, wait) {
 async function makePictureFit(picture, { width, height }, wait) {
   if (picture.size?.[0] === width && picture.size[1] === height) return;
   const bitmap = await decode(await readPicture(picture.blob, nameOf(chosenModel()), wait));
+  const shown = await reduced(bitmap);
   wait.signal.throwIfAborted();
   picture.size = [width, height];
-  showPicture(picture, await reduced(bitmap));
+  showPicture(picture, shown);
 }
 
 // Problems.

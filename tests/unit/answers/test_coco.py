@@ -19,8 +19,8 @@ FOUND = Detections(
 )
 
 
-@pytest.mark.parametrize(("category_ids", "expected"), [(None, [2, 1]), ([90, 7], [7, 90])])
-def test_results_are_cocos(category_ids: list[int] | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(("category_ids", "expected"), [(None, [2, 1]), ((90, 7), [7, 90])])
+def test_results_are_cocos(category_ids: tuple[int, ...] | None, expected: list[int]) -> None:
     results = orjson.loads(encode(Coco("a.png", False, category_ids), IMAGE, FOUND, FAKE_INFO))
     assert results == [
         {"image_id": "a.png", "category_id": expected[0], "bbox": [1, 2, 3, 6], "score": 0.75},

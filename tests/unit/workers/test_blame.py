@@ -109,6 +109,7 @@ class Task:
     model: str = "m"
     is_bulk: bool = False
     cost: int = 1
+    entries: int = 1
     deaths: int = 0
     accidents_alone: int = 0
     end: str | None = None

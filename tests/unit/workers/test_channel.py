@@ -113,7 +113,7 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
         Json(),
         Drawing("image/jpeg"),
         Tensors(),
-        Coco("a.png", True, [7]),
+        Coco("a.png", True),
         Coco(139),
         Roboflow("points"),
     ],

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -50,8 +51,9 @@ class Bench:
         self.detector = LocalDetector(settings, lambda _: iter([self.predictor]), self.metrics.observe)
         self.admission = Admission(self.detector, metrics=self.metrics)
 
-    def submit(self, data: bytes | None = None, *, is_bulk: bool = False) -> asyncio.Task[object]:
-        return asyncio.create_task(self.admission.run(job(picture() if data is None else data, is_bulk=is_bulk)))
+    def submit(self, data: bytes | None = None, *, is_bulk: bool = False, entries: int = 1) -> asyncio.Task[object]:
+        asked = replace(job(picture() if data is None else data, is_bulk=is_bulk), entries=entries)
+        return asyncio.create_task(self.admission.run(asked))
 
     def images(self, outcome: str) -> float | None:
         labels = {"model": "fake@1", "outcome": outcome}
@@ -81,6 +83,29 @@ async def test_one_job_too_many_is_refused_before_it_is_looked_at() -> None:
         await asyncio.gather(*admitted)
         await bench.submit()
         assert (bench.images("ok"), bench.images("overloaded")) == (3, 1)
+
+
+async def test_places_count_the_entries_that_are_made_of_an_image() -> None:
+    async with running() as bench:
+        bench.predictor.device_is_free.clear()
+        large = bench.submit(entries=2)
+        await asyncio.to_thread(bench.predictor.device_is_busy.wait)
+        with pytest.raises(OverloadedError, match="2 images wait or are under way, at most 2"):
+            await bench.submit()
+        bench.predictor.device_is_free.set()
+        await large
+        bench.predictor.device_is_free.clear()
+        small = bench.submit()
+        with pytest.raises(OverloadedError, match="at most 2"):
+            await asyncio.gather(bench.submit(entries=2))
+        bench.predictor.device_is_free.set()
+        await small
+
+
+def test_likely_pixels_grow_with_the_entries() -> None:
+    large, small = job(bytes(10_000_000)), job(b"")
+    assert replace(large, entries=3).likely_pixels == 3 * large.likely_pixels
+    assert replace(small, entries=3).likely_pixels == 3 * small.likely_pixels
 
 
 @pytest.mark.parametrize("is_bulk", [False, True])

@@ -34,7 +34,7 @@ class Bench:
     def _ready(self) -> Sequence[WorkerHandle]:
         return [worker for worker in self.workers if worker.is_ready]
 
-    def submit(self, *, seconds: float = 120, data: bytes | None = None) -> asyncio.Task[Answer]:
+    def submit(self, *, seconds: float = 120, data: bytes | None = None, entries: int = 1) -> asyncio.Task[Answer]:
         """A job; each has other bytes unless the test gives some."""
         self._submitted += 1
         job = Job(
@@ -44,6 +44,7 @@ class Bench:
             form=Json("rle"),
             deadline=time.monotonic() + seconds,
             progress=Progress("body"),
+            entries=entries,
         )
         return asyncio.create_task(self.dispatcher.run(job))
 
@@ -105,6 +106,39 @@ async def test_job_goes_to_the_worker_with_the_fewest_pixels_to_do() -> None:
     jobs += await submitted(bench, 3)
     assert (first.jobs, second.jobs) == ([0], [1, 2, 3, 4])
     await abandon(*jobs)
+
+
+async def test_entries_of_an_image_take_places_in_a_worker_and_their_pixels_add_up() -> None:
+    bench = Bench()
+    worker = Scripted(bench)
+    jobs = await submitted(bench, 2, entries=40)
+    assert worker.jobs == [0]  # 72 places
+    for _ in range(3):
+        worker.say("queued", 0, pixels=1000)
+    assert bench.dispatcher.waiting_pixels("fake@1") == [3000]
+    jobs += await submitted(bench, entries=32)
+    assert worker.jobs == [0, 2]
+    worker.fail(0)
+    assert worker.jobs == [0, 2, 1]
+    await asyncio.gather(*jobs[:1], return_exceptions=True)
+    await abandon(*jobs[1:])
+
+
+async def test_image_is_at_risk_until_the_last_of_its_entries_has_left_the_device() -> None:
+    """One entry ends, and another waits: neither clears the risk of the third, which ends the worker."""
+    bench = Bench()
+    worker, other = Scripted(bench), Scripted(bench, "other@1")
+    jobs = await submitted(bench, 2)
+    worker.begin(0, "inference")
+    worker.begin(0, "inference")
+    worker.end(0)
+    worker.say("queued", 0, pixels=1000)
+    assert bench.dispatcher.is_at_risk(worker)
+    worker.die()
+    fresh = Scripted(bench)
+    assert fresh.jobs == [0]  # alone, as a suspect; the innocent one follows
+    await abandon(*jobs)
+    assert other.jobs == []
 
 
 async def test_innocent_job_is_not_charged_with_a_death_that_an_abandoned_one_may_have_caused() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.structures import DetectOptions, Encoded, Job, Json, Pixels, Progress, Source
+from service.structures import Coco, DetectOptions, Encoded, Form, Job, Json, Pixels, Progress, Source
 from service.workers.suspects import KnownSuspects
 
 
-def job(source: Source | bytes, *, model: str = "fake@1") -> Job:
+def job(source: Source | bytes, *, model: str = "fake@1", form: Form | None = None) -> Job:
     return Job(
         model=model,
         source=Encoded(source) if isinstance(source, bytes) else source,
         options=DetectOptions(),
-        form=Json(),
+        form=form or Json(),
         deadline=0.0,
         progress=Progress("body"),
     )
@@ -32,6 +32,13 @@ def test_pixels_are_known_by_their_shape_and_values() -> None:
     known.remember(job(Pixels(np.zeros((2, 3, 3), np.uint8))), 0)
     assert known.deaths_alone(job(Pixels(np.zeros((2, 3, 3), np.uint8)))) == 0
     assert known.deaths_alone(job(Pixels(np.zeros((3, 2, 3), np.uint8)))) is None
+
+
+def test_image_is_known_whatever_it_is_called() -> None:
+    known = KnownSuspects()
+    known.remember(job(b"bad", form=Coco("a.png")), 1)
+    assert known.deaths_alone(job(b"bad", form=Coco(139))) == 1
+    assert known.deaths_alone(job(b"bad", form=Coco(139, with_masks=True))) is None
 
 
 def test_record_is_never_lowered_and_goes_when_the_image_proves_harmless() -> None:
