@@ -41,7 +41,8 @@ $(DEV_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --constraint constraints.txt --editable '.[dev,openvino,otel,quantize,ray,timm]'
 	@touch $@
 
-# A flag only where one was asked for, so that ROISERVE_HOST and the like count.
+# A flag only where one was asked for, so that ROISERVE_HOST and the like count. The page compares RoI operators.
+serve: export ROISERVE_ALLOW_ROI_OP_OVERRIDE ?= true
 serve: $(STAMP) ## Serve the bundled models on http://127.0.0.1:8000 (HOST=, PORT=, MODEL_STORE=)
 	@exec $(BIN)/roiserve serve $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') \
 		$(if $(MODEL_STORE),--model-store '$(MODEL_STORE)')

@@ -19,7 +19,7 @@ from service.load.client import Client, Target
 LOADS = "Over HTTP, photographs of mixed sizes"
 STAGE_MEANS = "Where an image's time goes, ms on average (of a whole batch for inference)"
 PROCESSES = "One and two worker processes on one device, masks=none"
-POLICIES = ("exact", "padded")
+POLICIES = ("exact", "bucketed")
 LOAD_COLUMNS = [
     "policy",
     "engine",

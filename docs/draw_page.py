@@ -1,5 +1,5 @@
 """Draw the picture of `page.md`: `python -m docs.draw_page`, beside a server with the bundled models, which
-`ROISERVE_ALLOW_ROI_OP_OVERRIDE=true make serve` starts. Needs Chromium.
+`make serve` starts. Needs Chromium.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Pipeline:
         held_pixels: HeldPixels,
         predictors: Mapping[str, Predictor],
         observe: Observe,
-        batch_policy: Literal["exact", "padded"] = "exact",
+        batch_policy: Literal["exact", "bucketed", "padded"] = "exact",
         max_answer_bytes: int = 64 * 1024 * 1024,
         plan_for: Callable[[Job], Plan] = WholeImage,
     ) -> None:
@@ -317,7 +317,7 @@ class Pipeline:
         try:
             answer = await self._batcher.submit(
                 work,
-                group=(job.model, query.options.roi_op, padded_size if self._batch_policy == "exact" else None),
+                group=(job.model, query.options.roi_op, None if self._batch_policy == "padded" else padded_size),
                 cost=padded_pixels,
                 shape=padded_size,
                 deadline=job.deadline,

@@ -21,6 +21,7 @@ from service.cores import Binding, available_cores
 ENV_PREFIX = "ROISERVE_"
 
 Engine = Literal["auto", "eager", "compiled", "graphs", "openvino"]
+BatchPolicy = Literal["exact", "bucketed", "padded"]
 Precision = Literal["auto", "float32", "tf32", "float16", "bfloat16", "int8"]
 
 OTHER_VARIABLES = frozenset(
@@ -144,11 +145,17 @@ class Settings(BaseSettings):
         le=10_000,
         description="How long a free device waits for a batch to fill, in milliseconds; 0 never holds a request back.",
     )
-    batch_policy: Literal["exact", "padded"] = Field(
+    batch_policy: BatchPolicy = Field(
         "exact",
-        description="Which images may share a batch. exact: those of the same padded size, so that no answer depends "
-        "on the others. padded: all, padded to the largest, as long as at least half of the batch is image and not "
-        "padding.",
+        description="Which images may share a batch. exact: those of the same size, padded to multiples of 32. "
+        "bucketed: those that are padded to the same one of a few sizes. With both no answer depends on the others. "
+        "padded: all, padded to the largest, as long as at least half of the batch is image and not padding.",
+    )
+    bucket_sizes: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="With the policy bucketed: the sizes to pad to, as WIDTHxHEIGHT in pixels of the resized picture, "
+        "with commas between; they are rounded up to multiples of 32. Unset derives them from each model's min_size "
+        "and max_size.",
     )
     max_queue_size: int = Field(
         64,
@@ -300,7 +307,7 @@ class Settings(BaseSettings):
         env_settings.env_vars = {**env_settings.env_vars, **from_vertex}
         return init_settings, env_settings
 
-    @field_validator("models", "cors_origins", "forwarded_allow_ips", mode="before")
+    @field_validator("models", "cors_origins", "forwarded_allow_ips", "bucket_sizes", mode="before")
     @classmethod
     def _split_at_commas(cls, value: str | Sequence[str]) -> Sequence[str]:
         return split_at_commas(value) if isinstance(value, str) else value
@@ -339,6 +346,14 @@ class Settings(BaseSettings):
                 raise PydanticCustomError("address", "expected IP addresses or networks, or *") from None
         return value
 
+    @field_validator("bucket_sizes")
+    @classmethod
+    def _check_bucket_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for size in value:
+            if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
+                raise PydanticCustomError("size", "expected sizes such as 1344x800, width before height, in pixels")
+        return value
+
     @field_validator("admin_port")
     @classmethod
     def _check_admin_port(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -352,6 +367,14 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
             raise PydanticCustomError("device", "expected auto, cpu, cuda or cuda:N")
         return value
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...] | None:
+        """(height, width) of `bucket_sizes`; None unless the policy is `bucketed`."""
+        if self.batch_policy != "bucketed":
+            return None
+        sizes = [size.split("x") for size in self.bucket_sizes]
+        return tuple((int(height), int(width)) for width, height in sizes)
 
     def without_keys(self) -> Settings:
         """The same settings for a process that has no use for secrets."""

@@ -34,6 +34,7 @@ class Detection:
         label_id: counts from 1.
         score: 0 to 1.
         mask: None without masks.
+        class_scores: the probability of every class, from the background (0) on; None unless `extras` asked for it.
     """
 
     box: tuple[float, float, float, float]
@@ -41,6 +42,7 @@ class Detection:
     label_id: int
     score: float
     mask: Mask | None = None
+    class_scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,15 @@ def _detection(document: Mapping[str, Any], image_size: tuple[int, int]) -> Dete
     x1, y1, x2, y2 = document["box"]
     data = document.get("mask")
     mask = None if data is None else Mask(data, image_size)
-    return Detection((x1, y1, x2, y2), document["label"], document["label_id"], document["score"], mask)
+    scores = document.get("class_scores")
+    return Detection(
+        box=(x1, y1, x2, y2),
+        label=document["label"],
+        label_id=document["label_id"],
+        score=document["score"],
+        mask=mask,
+        class_scores=None if scores is None else tuple(scores),
+    )
 
 
 def _coco_result(found: Detection, image_id: int, category_ids: Mapping[str, int] | None) -> dict[str, Any]:

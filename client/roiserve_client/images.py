@@ -61,8 +61,10 @@ def read_image(image: ImageLike) -> bytes:
 
 
 def name_of(image: ImageLike) -> str:
-    """A file name for the form; the server does not look at it."""
-    return Path(image).name if isinstance(image, str | os.PathLike) else "image"
+    """A file name for the form, in valid Unicode, which names of files need not be."""
+    if not isinstance(image, str | os.PathLike):
+        return "image"
+    return os.fsencode(Path(image).name).decode("utf-8", "replace")
 
 
 def _save(image: PilImage) -> bytes:

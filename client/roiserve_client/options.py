@@ -22,6 +22,7 @@ class DetectOptions(TypedDict, total=False):
         class_agnostic_nms: whether a detection suppresses those of other classes, too.
         roi_op: another RoI operator for this request, where the server allows it.
         intensity: what is white in 16-bit grey: 65535, or the picture's own largest value.
+        extras: further outputs of each detection: `class_scores`.
         proposals: (N, 4) boxes (x1, y1, x2, y2) in pixels, to classify and refine instead of the model's own proposals.
     """
 
@@ -34,6 +35,7 @@ class DetectOptions(TypedDict, total=False):
     class_agnostic_nms: bool | None
     roi_op: str | None
     intensity: Literal["full", "stretch"] | None
+    extras: Literal["class_scores"] | None
     proposals: Sequence[Sequence[float]] | npt.NDArray[Any] | None
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,6 +33,10 @@ def evaluate(
     engine: EngineOption = "auto",
     precision: PrecisionOption = "auto",
     engine_cache_dir: EngineCacheOption = None,
+    batch_policy: Annotated[
+        Literal["exact", "bucketed"],
+        typer.Option(help="How pictures are padded: as little as possible, or as a server with this policy does."),
+    ] = "exact",
     max_detections: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Detections of an image that count; the model's limit if unset.")
     ] = None,
@@ -60,6 +64,7 @@ def evaluate(
         engine=engine,
         cache_dir=engine_cache_dir,
         searching=True,
+        buckets=() if batch_policy == "bucketed" else None,
     )
     info = predictor.info
     dataset = load_with_words(
@@ -82,22 +87,24 @@ def evaluate(
             "model": info.key,
             "engine": info.engine,
             "precision": info.precision,
+            "batch_policy": batch_policy,
             "data": str(data),
         }
         run["data_findings"] = dataset.report.lines()
         typer.echo(orjson.dumps({**run, **asdict(evaluation)}, option=orjson.OPT_INDENT_2))
     else:
-        _print_table(info, evaluation)
+        _print_table(info, evaluation, batch_policy)
 
 
-def _print_table(info: ModelInfo, evaluation: Evaluation) -> None:
+def _print_table(info: ModelInfo, evaluation: Evaluation, batch_policy: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from service.training.figures import FIGURES, NOTE, percent
 
+    padding = ", padded to buckets" if batch_policy == "bucketed" else ""
     title = (
-        f"{info.key} by {info.engine} in {info.precision}, {evaluation.num_images} pictures, "
+        f"{info.key} by {info.engine} in {info.precision}{padding}, {evaluation.num_images} pictures, "
         f"at most {evaluation.max_detections} detections each"
     )
     table = Table("", *FIGURES.values(), title=title, title_justify="left", box=None, pad_edge=False)

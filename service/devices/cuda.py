@@ -127,8 +127,9 @@ class _Graph:
             for _ in range(2):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
+        # Other threads may use the GPU meanwhile.
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.output = work()
 
     def replay(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +21,16 @@ from service.inference.verification import Reference
 from service.model_store.files import check_safetensors
 from service.model_store.store import StoredModel
 from service.model_store.weights import check_fits, load_into, without_scales
+from service.modeling.buckets import derive_buckets, round_up
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig, PatchOp
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.structures import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+_BUCKETS_DIVISIBLE = 32
+"""The coarsest stride of the usual backbones."""
 
 
 def load_predictor(
@@ -36,6 +41,7 @@ def load_predictor(
     engine: str = "auto",
     cache_dir: Path | None = None,
     searching: bool = False,
+    buckets: Sequence[tuple[int, int]] | None = None,
 ) -> Predictor:
     """Load a model onto a device.
 
@@ -48,6 +54,8 @@ def load_predictor(
         cache_dir: where an engine caches compiled code for the next start; the user's cache folder if None.
         searching: whether a network that normally takes its proposals from the caller finds them itself when it gets
             none.
+        buckets: (height, width) of the sizes to which resized images are padded, in pixels, see `Transform`; empty to
+            derive them from the model's sizes, None to pad each image as little as possible.
 
     Raises:
         ModelStoreError: the folder, its configuration or its weights are invalid, there is not enough memory for the
@@ -62,6 +70,7 @@ def load_predictor(
         engine=engine,
         cache_dir=cache_dir,
         searching=searching,
+        buckets=buckets,
     )
     plans = _replacements(order, asked_precision=precision)
     keep_kernels(cache_dir)
@@ -95,6 +104,7 @@ class _Order:
     engine: str
     cache_dir: Path | None
     searching: bool
+    buckets: Sequence[tuple[int, int]] | None
 
     @property
     def config(self) -> ModelConfig:
@@ -176,6 +186,11 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
     if infinite:
         raise ModelStoreError(f"{source}: expected finite weights, got others in {infinite[0]}")
     load_into(model, weights, source=source)
+    if order.buckets is not None:
+        sizes = config.transform
+        multiple = math.lcm(sizes.size_divisible, _BUCKETS_DIVISIBLE)
+        named = tuple(round_up(size, multiple) for size in order.buckets)
+        model.transform.buckets = named or derive_buckets(sizes.min_size, sizes.max_size, multiple)
     return model.to(order.device.torch_device).eval()
 
 

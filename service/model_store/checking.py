@@ -24,9 +24,7 @@ from service.modeling.roi_heads import Selection
 from service.structures import UInt8Array
 
 MIN_IOU = 0.9
-"""Minimum overlap for two boxes to count as the same detection: detectron2 and mmdetection resize pictures with other
-filters.
-"""
+"""Minimum overlap for two boxes to count as the same detection: mmdetection resizes pictures with another filter."""
 MAX_SCORE_DIFFERENCE = 0.05
 MIN_SHARE = 0.95
 """The share of the detections on each side that must have a match on the other."""

@@ -28,21 +28,32 @@ class ActivationRange(BaseModel):
     Attributes:
         after: the operation that computes them.
         into: the inputs that get them rounded, as `operation:index`; others get them as they are.
-        low, high: the lowest and the highest level; values beyond become these.
+        low, high: the lowest and the highest level; values beyond become these. Numbers, or one for each channel.
     """
 
     model_config = _STRICT
 
     after: str
     into: tuple[str, ...]
-    low: Finite
-    high: Finite
+    low: Finite | tuple[Finite, ...]
+    high: Finite | tuple[Finite, ...]
 
     @model_validator(mode="after")
     def _check_order(self) -> ActivationRange:
-        if not self.low < self.high:
-            raise ValueError(f"expected low < high, got {self.low:g} and {self.high:g}")
+        lows, highs = self.lows, self.highs
+        if not lows or len(lows) != len(highs) or not all(low < high for low, high in zip(lows, highs, strict=True)):
+            raise ValueError(f"expected low < high, got {self.low!s:.80} and {self.high!s:.80}")
         return self
+
+    @property
+    def lows(self) -> tuple[float, ...]:
+        """One, or one for each channel."""
+        return self.low if isinstance(self.low, tuple) else (self.low,)
+
+    @property
+    def highs(self) -> tuple[float, ...]:
+        """As many as `lows`."""
+        return self.high if isinstance(self.high, tuple) else (self.high,)
 
 
 class Int8Layer(BaseModel):

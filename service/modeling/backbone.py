@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import mobilenet, resnet, vgg
 from torchvision.models._api import get_model, list_models
 from torchvision.models._utils import IntermediateLayerGetter
@@ -25,7 +26,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
-    LastLevelMaxPool,
     LastLevelP6P7,
 )
 
@@ -124,7 +124,7 @@ class TimmWithFPN(nn.Module):
         self.channels_last = channels_last
         self.places = tuple(in_channels)
         self.fpn = FeaturePyramidNetwork(
-            list(in_channels.values()), out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer
+            list(in_channels.values()), out_channels, extra_blocks=EverySecondCell(), norm_layer=norm_layer
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -227,11 +227,27 @@ def _from_resnet(trunk: nn.Module, last_channels: int, config: BackboneConfig) -
     return Backbone(module, pooled, strides=(*pooled.values(), *extra), out_channels=config.out_channels)
 
 
+class EverySecondCell(ExtraFPNBlock):
+    """torchvision's `LastLevelMaxPool`: the coarsest map is every second cell of the one before."""
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """See `ExtraFPNBlock`."""
+        last = results[-1]
+        if torch.compiler.is_compiling():
+            # By indices, since torch 2.11 compiles pooling for an even or for an odd number of cells, not for both:
+            # pictures of other sizes would run uncompiled.
+            rows, columns = (torch.arange(0, side, 2, device=last.device) for side in last.shape[2:])
+            coarsest = last.index_select(2, rows).index_select(3, columns)
+        else:
+            coarsest = functional.max_pool2d(last, kernel_size=1, stride=2)
+        return [*results, coarsest], [*names, "pool"]
+
+
 def _extra_blocks(config: BackboneConfig, trunk_channels: int) -> ExtraFPNBlock | None:
     """The coarser maps on top of the pyramid."""
     match config.extra_blocks:
         case "pool":
-            return LastLevelMaxPool()
+            return EverySecondCell()
         case "none":
             return None
         case "p6p7":
@@ -310,7 +326,7 @@ def _mobilenet_fpn(trunk_norm: NormLayer, config: BackboneConfig) -> Backbone:
         return_layers={str(index): str(level) for level, index in enumerate(stages)},
         in_channels_list=[trunk[index].out_channels for index in stages],
         out_channels=config.out_channels,
-        extra_blocks=LastLevelMaxPool(),
+        extra_blocks=EverySecondCell(),
         norm_layer=config.fpn_norm and norm_layer(config.fpn_norm),
     )
     # Both maps have stride 32, so torchvision's level mapper sends every box to the first.

@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from service.devices import device_of
+from service.modeling.buckets import Size, round_up, smallest_bucket
 from service.modeling.config import NUM_CHANNELS, TransformConfig
 from service.ops.pillow_resize import pillow_resize_normalise_and_pad, resize_bytes
 from service.ops.resize import resize_normalise_and_pad
@@ -32,8 +33,12 @@ class Transform(GeneralizedRCNNTransform):
 
     Attributes:
         num_channels: C, the channels that the network reads: 3 for RGB, 1 for grey, 4 for RGBA.
+        buckets: sizes to pad to in evaluation mode, each image to the smallest that holds it; an image that none of
+            them holds is padded to multiples of `size_divisible`, as all are if there are none.
         is_detectron2s: whether the style is detectron2's.
     """
+
+    buckets: Sequence[Size] = ()
 
     _mean: Tensor
     _std: Tensor
@@ -77,9 +82,8 @@ class Transform(GeneralizedRCNNTransform):
 
     def padded_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The size of a batch that holds only this image. Images with the same padded size may share a batch."""
-        multiple = self._config.size_divisible
-        height, width = (math.ceil(side / multiple) * multiple for side in self.resized_size(image_size))
-        return height, width
+        own = round_up(self.resized_size(image_size), self._config.size_divisible)
+        return smallest_bucket(own, self.buckets) or own
 
     @property
     def most_pixels(self) -> int:
@@ -92,14 +96,15 @@ class Transform(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         """The step before `resize`: (3, H, W) RGB or (C, H, W) in 0..1 -> (C, H, W) around 0, like torchvision's. In
-        detectron2's style nothing, since `resize` wants bytes.
+        detectron2's style still in 0..1, since `resize` wants bytes.
         """
-        return image if self.is_detectron2s else self._normalized(image)
+        image = self._with_channels(image)
+        return image if self.is_detectron2s else (image - self._mean) / self._std
 
-    def _normalized(self, image: Tensor) -> Tensor:
-        if len(image) != self.num_channels:
-            image = self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
-        return (image - self._mean) / self._std
+    def _with_channels(self, image: Tensor) -> Tensor:
+        if len(image) == self.num_channels:
+            return image
+        return self._grey(image) if self.num_channels == 1 else torch.cat([image, torch.ones_like(image[:1])])
 
     def _grey(self, image: Tensor) -> Tensor:
         """(3, H, W) RGB in 0..1 -> (1, H, W): the luminance, rounded to one of 256 values as Pillow does."""
@@ -115,12 +120,25 @@ class Transform(GeneralizedRCNNTransform):
         size = self.resized_size((height, width))
         if self.is_detectron2s:
             bytes_ = (image * 255).round().to(torch.uint8).permute(1, 2, 0)
-            image = self._normalized(resize_bytes(bytes_, size).permute(2, 0, 1) / 255)
+            resized_bytes = resize_bytes(bytes_, size).permute(2, 0, 1)
+            image = (resized_bytes / 255 - self._mean) / self._std
             return image, None if target is None else _resized_target(target, (height, width), size)
         if self.training or target is not None:
             resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
             return resized
         return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], None
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """torchvision's, except that in evaluation mode every image is padded to its bucket."""
+        if self.training or not self.buckets:
+            padded: Tensor = super().batch_images(images, size_divisible=size_divisible)
+            return padded
+        own = [round_up((image.shape[-2], image.shape[-1]), size_divisible) for image in images]
+        sizes = [smallest_bucket(one, self.buckets) or one for one in own]
+        batch = images[0].new_zeros(len(images), images[0].shape[0], *_largest(sizes))
+        for image, place in zip(images, batch, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
 
     def prepare(self, images: Sequence[Tensor]) -> ImageList:
         """Make one batch.
@@ -134,8 +152,7 @@ class Transform(GeneralizedRCNNTransform):
         # The CPU kernel handles three channels only.
         if self.num_channels == 3 and device_of(images[0].device).kernels == "numba":
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
-            padded = [self.padded_size((image.shape[0], image.shape[1])) for image in images]
-            common = max(height for height, _ in padded), max(width for _, width in padded)
+            common = _largest([self.padded_size((image.shape[0], image.shape[1])) for image in images])
             prepare = pillow_resize_normalise_and_pad if self.is_detectron2s else resize_normalise_and_pad
             return ImageList(prepare(images, sizes, common, mean=self._config.mean, std=self._config.std), sizes)
         batch: ImageList
@@ -145,6 +162,11 @@ class Transform(GeneralizedRCNNTransform):
     def scale(self, image_size: tuple[int, int]) -> float:
         """Pixels of the resized image per pixel of the original."""
         return min(self._config.min_size / min(image_size), self._config.max_size / max(image_size))
+
+
+def _largest(sizes: Sequence[Size]) -> Size:
+    """The size that holds all of them."""
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
 def _resized_target(

@@ -75,6 +75,7 @@ def stored_predictors(settings: Settings, *, searching: bool = False) -> Iterato
             engine=settings.engine,
             cache_dir=settings.engine_cache_dir,
             searching=searching,
+            buckets=settings.buckets,
         )
 
     are_all_broken = bool(choices)

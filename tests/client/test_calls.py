@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_every_kind_of_image_is_sent(live: Live, connect: Connect, kind: str, tm
     }
     answer = connect(live.url).detect(images[kind], masks="none")
     assert answer.scores == pytest.approx([0.8, 0.08])
+
+
+@pytest.mark.parametrize("name", [b'a "b" \xc3\xbc.png', b"\xff\xfe.png", b"line\r\nbreak.png"])
+def test_file_may_be_called_anything(live: Live, connect: Connect, tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(PICTURE)
+    assert connect(live.url).detect(path).labels == ["cat", "dog"]
+
+
+def test_class_scores_come_on_request(live: Live, connect: Connect) -> None:
+    cat, _ = connect(live.url).detect(PICTURE, extras="class_scores").detections
+    assert len(cat.class_scores) == 3
+    assert cat.class_scores[cat.label_id] == cat.score
+    assert connect(live.url).detect(PICTURE).detections[0].class_scores is None
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ from tests.fakes import FakePredictor, picture
 class Bench:
     """A pipeline with a fake model."""
 
-    def __init__(self, *, batch_policy: Literal["exact", "padded"] = "exact", max_held_pixels: int = 10**9) -> None:
+    def __init__(
+        self, *, batch_policy: Literal["exact", "bucketed", "padded"] = "exact", max_held_pixels: int = 10**9
+    ) -> None:
         self.metrics = Metrics(CollectorRegistry())
         self.predictor = FakePredictor()
         self.threads = ThreadPoolExecutor(1)
@@ -432,9 +434,9 @@ async def test_waiting_images_are_counted_with_their_padded_pixels() -> None:
         assert bench.pipeline.waiting_pixels("fake@1") == []
 
 
-@pytest.mark.parametrize(("policy", "batches"), [("exact", [1, 1]), ("padded", [2])])
+@pytest.mark.parametrize(("policy", "batches"), [("exact", [1, 1]), ("bucketed", [1, 1]), ("padded", [2])])
 async def test_policy_says_whether_images_of_two_sizes_share_a_batch(
-    policy: Literal["exact", "padded"], batches: list[int]
+    policy: Literal["exact", "bucketed", "padded"], batches: list[int]
 ) -> None:
     async with running(Bench(batch_policy=policy)) as bench:
         jobs = [bench.job(picture(height=height)) for height in (32, 64)]

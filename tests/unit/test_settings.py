@@ -132,6 +132,8 @@ def test_keys_are_not_printed() -> None:
         ("precision", "float8"),
         ("engine", "magic"),
         ("batch_policy", "stacked"),
+        ("bucket_sizes", "1344x"),
+        ("bucket_sizes", "1344x800,0x32"),
         ("body_timeout_seconds", 0),
         ("drain_timeout_seconds", -1),
         ("log_level", "loud"),

@@ -123,7 +123,12 @@ def _shift_bias(operation: Any, layer: Int8Layer) -> None:
 def _round_activations(by_name: Mapping[str, Any], activation: ActivationRange) -> None:
     name, _, index = activation.after.rpartition(":")
     output = _found(by_name, name).output(int(index))
-    low, high = np.float32(activation.low), np.float32(activation.high)
+    low, high = (np.array(levels, np.float32) for levels in (activation.lows, activation.highs))
+    if len(low) > 1:
+        channels = output.get_partial_shape()[1]
+        if not channels.is_static or channels.get_length() != len(low):
+            raise UnfitQuantizersError(f"{activation.after!r} has {channels} channels, not {len(low)}")
+        low, high = (levels.reshape(1, -1, 1, 1) for levels in (low, high))
     rounded = operations.fake_quantize(output, low, high, low, high, _ACTIVATION_LEVELS)
     for target in activation.into:
         name, _, index = target.rpartition(":")

@@ -179,12 +179,18 @@ def _read(part: Part, graph: Any, quantised: Any, state: Mapping[str, Tensor]) -
                 owners[f"{node.get_friendly_name()}:{target.get_index()}"] = owner
         into = sorted(f"{one.get_node().get_friendly_name()}:{one.get_index()}" for one in targets)
         if into := [name for name in into if name in owners]:
-            low, high = (float(rounding.input_value(index).get_node().get_data().item()) for index in (1, 2))
+            low, high = (_levels(rounding.input_value(index).get_node().get_data()) for index in (1, 2))
             after = f"{source.get_node().get_friendly_name()}:{source.get_index()}"
             activations.append(ActivationRange(after=after, into=tuple(into), low=low, high=high))
     return Proposal(
         quantizers=PartQuantizers(layers=tuple(layers), activations=tuple(activations)), names=names, owners=owners
     )
+
+
+def _levels(levels: Array) -> float | tuple[float, ...]:
+    """A number, or one for each channel, as depthwise convolutions want them."""
+    numbers = [float(level) for level in levels.ravel()]
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 def _rounds_a_constant(rounding: Any) -> bool:

@@ -170,7 +170,8 @@ def test_work_is_recorded_after_runs_on_another_stream_and_all_recordings_share_
     graph = MagicMock(replay=lambda: told.append("replay"), reset=lambda: told.append("reset"))
     pools = []
 
-    def capture(of: MagicMock, *, pool: object) -> AbstractContextManager[None]:
+    def capture(of: MagicMock, *, pool: object, capture_error_mode: str) -> AbstractContextManager[None]:
+        assert capture_error_mode == "thread_local"  # other threads may use the GPU
         pools.append(pool)
         return noted("capture")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given
@@ -64,3 +66,42 @@ def test_a_float_image_is_normalised_as_by_torchvision() -> None:
     ours = Transform(CONFIG)
     torch.testing.assert_close(ours.normalize(image), theirs.normalize(image), rtol=0, atol=0)
     assert not ours.state_dict()  # torchvision's weights have none of it
+
+
+DETECTRON2 = TransformConfig(style="detectron2", min_size=80, max_size=133)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (301, 203), (80, 80), (61, 747)])
+def test_in_detectron2s_style_training_and_cuda_see_the_pixels_that_the_cpu_serves(size: tuple[int, int]) -> None:
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = Transform(DETECTRON2)
+    served = ours.eval().prepare([pixels])
+    trained, _ = ours.train()([pixels.permute(2, 0, 1) / 255], [{"boxes": torch.zeros(0, 4)}])
+    assert served.image_sizes == [ours.resized_size(size)] == trained.image_sizes
+    torch.testing.assert_close(trained.tensors, served.tensors, rtol=0, atol=1e-6)
+
+
+def test_in_detectron2s_style_grey_is_resized_as_pillow_resizes_grey() -> None:
+    pixels = torch.randint(0, 256, (50, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = DETECTRON2.model_copy(update={"channels": "grey", "mean": (0.0,), "std": (1.0,)})
+    batch = Transform(config).eval().prepare([pixels])
+    grey = PIL.Image.fromarray(pixels.numpy()).convert("L").resize((80, 100), PIL.Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(grey)) / 255
+    torch.testing.assert_close(batch.tensors[0, 0, :100, :80], expected, rtol=0, atol=1e-6)
+
+
+def test_in_detectron2s_style_boxes_and_masks_of_training_follow_the_picture() -> None:
+    masks = torch.zeros(1, 40, 60, dtype=torch.uint8)
+    masks[0, 10:20, 30:60] = 1
+    target = {"boxes": torch.tensor([[30.0, 10, 60, 20]]), "masks": masks}
+    _, [resized] = Transform(DETECTRON2).train()([torch.zeros(3, 40, 60)], [target])
+    assert resized["boxes"].tolist() == [[60, 20, 120, 40]]
+    assert resized["masks"].shape == (1, 80, 120)
+    assert resized["masks"].sum() == resized["masks"][0, 20:40, 60:120].sum() == 20 * 60
+
+
+@pytest.mark.parametrize(("multiple", "padded"), [(1, (80, 107)), (32, (96, 128)), (128, (128, 128))])
+def test_batches_are_padded_to_the_multiple_of_the_configuration(multiple: int, padded: tuple[int, int]) -> None:
+    ours = Transform(DETECTRON2.model_copy(update={"size_divisible": multiple})).eval()
+    assert ours.padded_size((60, 80)) == padded
+    assert ours.prepare([torch.zeros(60, 80, 3, dtype=torch.uint8)]).tensors.shape[-2:] == padded

@@ -155,6 +155,7 @@ def test_without_a_home_the_missing_folder_is_named() -> None:
 
 
 def test_openvino_does_not_take_float16() -> None:
+    pytest.importorskip("openvino")
     with pytest.raises(ServiceError, match="float32 or bfloat16"):
         put("openvino", precision="float16")
     assert put("auto", precision="float16") == "eager"
