@@ -65,7 +65,7 @@ Sides = tuple[Callable[[], object], Callable[[], object]]
 def speed(bench: Bench) -> None:
     """Calls of every size, batch, engine and precision; torchvision's beside them at batches of 1 and 8."""
     half = bench.half
-    main_orders = [("eager", "float32")] if bench.quick else [("compiled", half), ("eager", half)]
+    main_orders = [("eager", "float32")] if bench.quick else [("graphs", half), ("compiled", half), ("eager", half)]
     others = [] if bench.quick else [("eager", precision) for precision in ("float32", "tf32", "bfloat16")]
     predictors: dict[tuple[str, str], Predictor] = {}
     for engine, precision in main_orders + others:

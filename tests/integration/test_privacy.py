@@ -15,6 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.coco_folder import write_coco_folder
+from tests.tiny_models import store_untrained
+from tests.unit.training.test_comparing import CONFIG
+
 pytest.importorskip("openvino")
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +88,17 @@ def test_detecting_calls_nobody(watched: Watched) -> None:
     watched.run("-m", "service", "detect", str(ROOT / "examples" / "blood-smear-1.jpg"))
     assert watched.calls == []
     assert list(watched.home.iterdir()) == []
+
+
+def test_quantising_calls_nobody(watched: Watched, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    write_coco_folder(tmp_path / "data", train=1, val=1)
+    store_untrained(tmp_path / "store", "discs", CONFIG)
+    data = ("--data", str(tmp_path / "data" / "train.json"), "--store", str(tmp_path / "store"))
+    watched.run("-m", "service", "quantize", "--model", "discs", *data, "--max-ap-loss", "100")
+    assert watched.calls == []
+    assert list(watched.home.iterdir()) == []
+    assert (tmp_path / "store" / "discs" / "2" / "int8.json").exists()
 
 
 def test_serving_calls_nobody(watched: Watched) -> None:

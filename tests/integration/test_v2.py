@@ -49,7 +49,10 @@ def test_client_finds_the_server_and_its_models(said: dict[str, Any]) -> None:
     outputs = {one["name"]: (one["datatype"], one["shape"]) for one in said["model"]["outputs"]}
     assert outputs["boxes"] == ("FP32", [-1, 4])
     assert outputs.keys() == {"boxes", "labels", "scores", "masks", "image_index", "class_scores"}
-    assert said["config"]["parameters"] == {"labels": {"string_value": "cat,dog"}}
+    assert said["config"]["parameters"] == {
+        "labels": {"string_value": "cat,dog"},
+        "mask_style": {"string_value": "torchvision"},
+    }
 
 
 @pytest.mark.parametrize("way", ["encoded", "gzip", "deflate"])

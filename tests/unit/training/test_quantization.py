@@ -193,6 +193,13 @@ def test_quantisers_of_another_graph_are_refused_by_name_and_passed_over_by_auto
     assert loaded(foreign, tmp_path).info.precision == "float32"
 
 
+def test_ranges_for_another_number_of_channels_are_refused(stored: StoredModel, tmp_path: Path) -> None:
+    document = json.loads((stored.path / "int8.json").read_text())
+    document["trunk"]["activations"][0] |= {"low": [0.0, 0.0], "high": [1.0, 2.0]}
+    with pytest.raises(ModelStoreError, match="channels, not 2"):
+        loaded(replace_quantizers(stored, json.dumps(document)), tmp_path, precision="int8")
+
+
 def test_ranges_that_ruin_the_answers_do_not_pass_the_verification(stored: StoredModel, tmp_path: Path) -> None:
     document = json.loads((stored.path / "int8.json").read_text())
     for one in document["trunk"]["activations"]:
