@@ -201,6 +201,21 @@ def test_file_of_other_options_is_not_continued(live: Live, connect: Connect, fo
         client.detect_folder(tmp_path / "no", out)
 
 
+@pytest.mark.parametrize("content", [b'{"images": [], "categories": []}', b"\x89PNG", b'{"fil', b""])
+def test_only_an_unfinished_line_of_results_is_cut_off(
+    live: Live, connect: Connect, folder: Path, tmp_path: Path, content: bytes
+) -> None:
+    (out := tmp_path / "val.json").write_bytes(content)
+    client = connect(live.url)
+    if b'{"file":'.startswith(content):
+        assert client.detect_folder(folder, out).answered == 3
+        assert len(lines(out)) == 4
+    else:
+        with pytest.raises(ResultsFileError, match="is not a file of results"):
+            client.detect_folder(folder, out)
+        assert out.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("options", "code"), [({"model": "x"}, "model_not_found"), ({"score_thresh": 7}, "invalid_request")]
 )
@@ -291,10 +306,16 @@ def test_command(live: Live, folder: Path, tmp_path: Path, capsys: pytest.Captur
 def test_command_says_what_was_wrong(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["detect", str(tmp_path / "no"), "--out", str(tmp_path / "r"), "--url", live.url]) == 2
     assert main(["models", "--url", "x"]) == 2
-    assert main(["models", "--url", live.url]) == 0
     words = capsys.readouterr()
     assert words.err.startswith("roiserve-client: no such folder: ")
     assert "expected a URL such as http://127.0.0.1:8000, got 'x'" in words.err
+    for content in ("", "[]", '{"images": []}', '{"images": [7], "categories": []}'):
+        (tmp_path / "val.json").write_text(content)
+        (tmp_path / "r.jsonl").touch()
+        assert main(["coco", str(tmp_path / "r.jsonl"), str(tmp_path / "val.json"), "--out", str(tmp_path / "c")]) == 2
+        assert "val.json: expected COCO's JSON with images and categories" in capsys.readouterr().err
+    assert main(["models", "--url", live.url]) == 0
+    words = capsys.readouterr()
     assert words.out.splitlines()[0] == "fake@1: mask_rcnn, eager float32, default"
 
 
