@@ -6,6 +6,11 @@ import asyncio
 import io
 import itertools
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+import roiserve_client
 from roiserve_client import (
     Answer,
     AsyncClient,
@@ -34,6 +40,7 @@ from tests.fakes import picture
 from tests.integration.conftest import Live
 
 PICTURE = picture(red=204)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(roiserve_client.__file__).parent.parent)}
 
 
 @pytest.fixture
@@ -301,6 +308,22 @@ def test_command(live: Live, folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["coco", str(out), str(annotations), "--out", str(tmp_path / "c.json")]) == 1
     assert capsys.readouterr().err == "1 annotated images have no answer, such as e.png\n"
     assert {one["category_id"] for one in json.loads((tmp_path / "c.json").read_text())} == {3}
+
+
+def test_interrupted_command_does_not_wait_for_answers(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        arguments = ["detect", str(folder), "--out", str(tmp_path / "r.jsonl"), "--url", url, "--timeout", "1000"]
+        command = subprocess.Popen([sys.executable, "-m", "roiserve_client.cli", *arguments], env=ENVIRONMENT)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(1)
+                command.send_signal(signal.SIGINT)
+                assert command.wait(timeout=100) == 130
+        finally:
+            command.kill()
+            command.wait()
 
 
 def test_command_says_what_was_wrong(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
