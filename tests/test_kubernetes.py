@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,6 +75,38 @@ def test_gpu_overlay_adds_a_gpu_and_keeps_the_rest() -> None:
     assert {key: value for key, value in gpu.items() if key not in ("env", "resources")} == {
         key: value for key, value in cpu.items() if key not in ("env", "resources")
     }
+
+
+OPERATORS_CHECK = """
+import { readFileSync } from "fs";
+import { ScaledObject } from "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject";
+import { PodMonitor } from "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/PodMonitor";
+const document = JSON.parse(readFileSync(0));
+new { ScaledObject, PodMonitor }[document.kind](document).validate();
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "wrong"),
+    [
+        ("keda/scaledobject.yaml", "maxReplicaCount", "ten"),
+        ("prometheus-operator/podmonitor.yaml", "podMetricsEndpoints", "metrics"),
+    ],
+)
+def test_operators_accept_what_is_for_them(name: str, key: str, wrong: str) -> None:
+    schemas = ROOT / ".tools/operators"
+    if not (schemas / "installed").exists():
+        pytest.skip("the operators' schemas are not installed: tests/install_tools.sh")
+    [document] = documents((FOLDER / "components" / name).read_text())
+
+    def check() -> subprocess.CompletedProcess[str]:
+        command = ["node", "--input-type=module", "--eval", OPERATORS_CHECK]
+        return subprocess.run(command, cwd=schemas, input=json.dumps(document), capture_output=True, text=True)
+
+    run = check()
+    assert run.returncode == 0, run.stderr
+    document["spec"][key] = wrong
+    assert f"{key} must be" in check().stderr
 
 
 def pod_specs() -> list[tuple[str, dict[str, Any]]]:

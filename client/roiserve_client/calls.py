@@ -80,7 +80,7 @@ class Call(Generic[T]):
         query = dict(self.query)
         if self.has_deadline:
             share = max(_SERVER_SHARE * seconds, seconds - _LARGEST_MARGIN_SECONDS)
-            query["timeout_ms"] = str(max(1, min(int(1000 * share), _LONGEST_TIMEOUT_MS)))
+            query["timeout_ms"] = str(max(1, int(min(1000 * share, _LONGEST_TIMEOUT_MS))))
         return http.build_request(
             self.method,
             self.path,
@@ -88,7 +88,8 @@ class Call(Generic[T]):
             data=self.fields or None,
             files=[("image", one) for one in self.files] or None,
             headers=self.headers,
-            timeout=httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+            # A socket cannot wait for ever, as `inf` would have it.
+            timeout=httpx.Timeout(min(seconds, _LONGEST_TIMEOUT_MS / 1000), connect=min(seconds, _CONNECT_SECONDS)),
         )
 
 
@@ -242,9 +243,17 @@ def read_images(images: Sequence[ImageLike]) -> list[tuple[bytes, ImageLike]]:
 
 
 def base_headers(api_key: str | None) -> dict[str, str]:
-    """What every request carries."""
+    """What every request carries.
+
+    Raises:
+        ValueError: a header cannot hold the key.
+    """
     headers = {"User-Agent": f"roiserve-client/{__version__}"}
-    return headers if api_key is None else headers | {"Authorization": f"Bearer {api_key}"}
+    if api_key is None:
+        return headers
+    if not _fits_header(api_key):
+        raise ValueError("api_key: expected printable ASCII characters, without line breaks")
+    return headers | {"Authorization": f"Bearer {api_key}"}
 
 
 def checked_url(url: str) -> str:
@@ -280,7 +289,15 @@ def _file(data: bytes, image: ImageLike) -> File:
 
 
 def _request_headers(request_id: str | None) -> Mapping[str, str]:
-    return {} if request_id is None else {"X-Request-ID": request_id}
+    if request_id is None:
+        return {}
+    if not _fits_header(request_id):
+        raise ValueError(f"request_id: expected printable ASCII characters, got {request_id[:100]!r}")
+    return {"X-Request-ID": request_id}
+
+
+def _fits_header(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def _read_answer(reply: Reply) -> Answer:

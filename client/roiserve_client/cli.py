@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from roiserve_client.async_client import AsyncClient
 from roiserve_client.client import Client
 from roiserve_client.errors import RoIServeError
-from roiserve_client.results import write_coco_results
+from roiserve_client.results import FolderSummary, write_coco_results
 from roiserve_client.version import __version__
 
 _INTERRUPTED = 130
@@ -75,8 +77,15 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
 
 
 def _detect(given: argparse.Namespace) -> int:
-    with Client(given.url, api_key=given.api_key) as client:
-        summary = client.detect_folder(
+    # Not by `Client`, whose requests under way would keep Ctrl+C waiting until their answers or their timeout.
+    summary = asyncio.run(_detect_folder(given))
+    print(f"{summary.answered} answered, {summary.failed} failed, {summary.skipped} were there: {given.out}")
+    return 1 if summary.failed else 0
+
+
+async def _detect_folder(given: argparse.Namespace) -> FolderSummary:
+    async with AsyncClient(given.url, api_key=given.api_key) as client:
+        return await client.detect_folder(
             given.folder,
             given.out,
             concurrency=given.concurrency,
@@ -88,8 +97,6 @@ def _detect(given: argparse.Namespace) -> int:
             labels=given.label,
             masks=given.masks,
         )
-    print(f"{summary.answered} answered, {summary.failed} failed, {summary.skipped} were there: {given.out}")
-    return 1 if summary.failed else 0
 
 
 def _models(given: argparse.Namespace) -> int:

@@ -23,6 +23,9 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", 
 # Errors that every other picture would meet as well: keys, models and options are the same for all.
 _HOPELESS_CODES = frozenset({"missing_key", "key_not_allowed", "model_not_found", "route_not_found", "invalid_request"})
 
+# How every line of a file of results begins.
+_LINE_START = b'{"file":'
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -136,6 +139,8 @@ class FolderRun:
             whole_bytes = 0
             for line in file:
                 if not line.endswith(b"\n"):
+                    if not (line.startswith(_LINE_START) or _LINE_START.startswith(line)):
+                        raise _not_results(line, self._out)
                     break
                 document = _parse(line, self._out)
                 if document.get("options") != self._options:
@@ -190,11 +195,16 @@ def write_coco_results(results: str | Path, annotations: str | Path, out: str | 
         The annotated images that have no answer.
 
     Raises:
-        ResultsFileError: a picture or a label is not among the annotations.
+        ResultsFileError: these are no annotations, or a picture or a label is not among them.
     """
-    document = json.loads(Path(annotations).read_text())
-    category_ids = {one["name"]: one["id"] for one in document["categories"]}
-    ids = {one["file_name"]: one["id"] for one in document["images"]}
+    try:
+        document = json.loads(Path(annotations).read_bytes())
+        category_ids = {one["name"]: one["id"] for one in document["categories"]}
+        ids = {one["file_name"]: one["id"] for one in document["images"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsFileError(
+            f"{annotations}: expected COCO's JSON with images and categories, each with an id and a name: {error!r}"
+        ) from None
     ends = Counter(name.rpartition("/")[2] for name in ids)
     by_end = {end: ids[name] for name in ids if ends[end := name.rpartition("/")[2]] == 1}
     found: list[dict[str, Any]] = []
@@ -221,8 +231,12 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
     except ValueError:
         document = None
     if not isinstance(document, dict) or "file" not in document:
-        raise ResultsFileError(f"{path} is not a file of results: {line[:80]!r}")
+        raise _not_results(line, path)
     return document
+
+
+def _not_results(line: bytes, path: Path) -> ResultsFileError:
+    return ResultsFileError(f"{path} is not a file of results: {line[:80]!r}")
 
 
 def _error_members(error: RoIServeError | OSError | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -65,8 +66,13 @@ class Ask:
             self.state.metrics.cancelled.labels(self.record.progress.stage).inc()
             raise
 
-    def parameters(self, given: Mapping[str, object]) -> DetectParameters:
+    def parameters(
+        self, given: Mapping[str, object], *, names: Mapping[str, str] = MappingProxyType({})
+    ) -> DetectParameters:
         """Options from their JSON form; the labels may also be one text with commas.
+
+        Args:
+            names: what the protocol calls an option, where that is not our name; for messages.
 
         Raises:
             InvalidRequestError: one is unknown, of the wrong type, or out of range.
@@ -77,7 +83,7 @@ class Ask:
                 {**given, "labels": [labels]} if isinstance(labels, str) else given, strict=True
             )
         except ValidationError as error:
-            raise InvalidRequestError(describe_option_errors(error.errors())) from None
+            raise InvalidRequestError(describe_option_errors(error.errors(), names=names)) from None
 
     def choose_model(self, parameters: DetectParameters) -> ModelInfo:
         """The requested model, kept from being unloaded until the request is answered.

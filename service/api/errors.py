@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -272,9 +273,15 @@ def _describe_missing(path: str, known: Sequence[str]) -> str:
     return f"nothing at {shown}; there are: {', '.join(known)}"
 
 
-def describe_option_errors(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the first options that pydantic refused: which they are, what was expected and what came."""
-    words = [_describe(error) for error in errors[:MAX_MISTAKES]]
+def describe_option_errors(
+    errors: Sequence[Mapping[str, Any]], *, names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Describe the first options that pydantic refused: which they are, what was expected and what came.
+
+    Args:
+        names: what the caller calls an option, where that is not our name.
+    """
+    words = [_describe(error, names) for error in errors[:MAX_MISTAKES]]
     return "; ".join([*words, *and_more(len(errors))])
 
 
@@ -283,13 +290,13 @@ def and_more(count: int) -> list[str]:
     return [f"and {count - MAX_MISTAKES} more"] if count > MAX_MISTAKES else []
 
 
-def _describe(error: Mapping[str, Any]) -> str:
+def _describe(error: Mapping[str, Any], names: Mapping[str, str]) -> str:
     option = next(
         (part for part in error["loc"] if isinstance(part, str) and part not in ("query", "body", "path", "header")), ""
     )
     if error["type"] == "unknown_option":
         return str(error["msg"])
-    return f"option {option!r}: {describe_expectation(error)}"
+    return f"option {names.get(option, option)!r}: {describe_expectation(error)}"
 
 
 def describe_expectation(error: Mapping[str, Any]) -> str:

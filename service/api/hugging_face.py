@@ -93,7 +93,8 @@ async def _answer(ask: Ask, name: str, *, with_masks: bool) -> Response:
     ask.require_place()
     body = await ask.read()
     image, options = await asyncio.to_thread(_parse, body) if body.lstrip().startswith(b"{") else (body, {})
-    parameters = ask.parameters(options | {"model": name, "masks": "png" if with_masks else "none"})
+    chosen = options | {"model": name, "masks": "png" if with_masks else "none"}
+    parameters = ask.parameters(chosen, names={"score_thresh": "threshold"} if "score_thresh" in options else {})
     [(answer, _)] = await ask.answer([Encoded(image)], parameters, Json("png" if with_masks else "none"))
     if len(answer.encoded) <= _QUICK_BYTES:
         return json_response(_found(answer.encoded))

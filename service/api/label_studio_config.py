@@ -65,7 +65,8 @@ def read_controls(config: str) -> list[Control]:
             "some tens of thousands"
         )
     reader = _Reader()
-    parser = expat.ParserCreate()
+    # The text is encoded here, whatever encoding its declaration names.
+    parser = expat.ParserCreate("utf-8")
     parser.StartElementHandler = reader.start
     parser.EndElementHandler = reader.end
     parser.StartDoctypeDeclHandler = _refuse_doctype

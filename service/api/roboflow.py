@@ -67,6 +67,11 @@ _IGNORED = frozenset(
     }
 )
 
+_CONFIDENCE = "Keep what scores above this; unset, best or default: the model's threshold."
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
 
 class EncodedPicture(BaseModel):
     """An image in base64."""
@@ -78,9 +83,6 @@ class EncodedPicture(BaseModel):
 class _Options(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    confidence: float | Literal["best", "default"] | None = Field(
-        None, description="Keep what scores above this; unset, best or default: the model's threshold."
-    )
     max_detections: int | None = Field(None, description="Keep at most so many, best first.")
     class_agnostic_nms: bool | None = Field(None, description="As in `/v1/detect`.")
     response_mask_format: Literal["polygon", "rle"] | None = Field(
@@ -110,7 +112,8 @@ class InferRequest(_Options):
 
     model_id: str = Field(description="`name`, or `name/version`.", examples=["nuclei/1"])
     image: EncodedPicture | Annotated[list[EncodedPicture], Field(min_length=1, max_length=1000)]
-    iou_threshold: float | None = Field(None, description="`nms_thresh` of `/v1/detect`.")
+    confidence: Fraction | Literal["best", "default"] | None = Field(None, description=_CONFIDENCE)
+    iou_threshold: Fraction | None = Field(None, description="`nms_thresh` of `/v1/detect`.")
     class_filter: list[str] | None = Field(None, description="Keep only these labels.")
     visualize_predictions: bool | None = Field(None, description="Only false; for drawings see `/v1/annotate`.")
 
@@ -127,7 +130,8 @@ class InferRequest(_Options):
 class QueryOptions(_Options):
     """The query of the client's API v0. A confidence or an overlap of 1 and more is in percent."""
 
-    overlap: float | None = Field(None, description="`nms_thresh` of `/v1/detect`.")
+    confidence: Percent | Literal["best", "default"] | None = Field(None, description=_CONFIDENCE)
+    overlap: Percent | None = Field(None, description="`nms_thresh` of `/v1/detect`.")
     classes: str | None = Field(None, description="Keep only these labels; commas between them.")
     format: Literal["json", "image"] | None = Field(None, description="image: the image with the detections drawn.")
     labels: bool | None = Field(None, description="Whether labels are drawn, too.")

@@ -289,8 +289,8 @@ class RequestQueue(Generic[T]):
         seconds_left = entry.deadline - entry.enqueued_at
         if seconds > SAFETY * seconds_left:
             raise OverloadedError(
-                f"with {len(self)} images waiting it would take {seconds:.1f} s, too late for the deadline in "
-                f"{seconds_left:.1f} s",
+                f"with {len(self)} images waiting it would take {seconds:.1f} s, more than {SAFETY:.0%} of the "
+                f"{seconds_left:.1f} s until the deadline",
                 retry_after_seconds=seconds - SAFETY * max(seconds_left, 0.0),
             )
 

@@ -119,8 +119,8 @@ class Admission:
             )
         if not backlog.is_in_time(cost, seconds_left):
             raise OverloadedError(
-                f"{backlog.count} images wait or are under way; one more would be done in {seconds:.1f} s, too late "
-                f"for its deadline in {seconds_left:.1f} s",
+                f"{backlog.count} images wait or are under way; one more would be done in {seconds:.1f} s, more "
+                f"than {SAFETY:.0%} of the {seconds_left:.1f} s until its deadline",
                 retry_after_seconds=seconds - SAFETY * max(seconds_left, 0.0),
             )
 

@@ -172,6 +172,18 @@ def test_image_that_breaks_the_model_is_tried_once_more_and_no_more(live: Live, 
     assert live.metric('roiserve_requests_total{route="/v1/detect",status="503"}') == before + 2
 
 
+@pytest.mark.parametrize("text", ["schl\u00fcssel", "alpha\n", "a\x00"])
+def test_what_no_header_can_hold_is_refused_in_words(live: Live, connect: Connect, text: str) -> None:
+    with pytest.raises(ValueError, match="api_key: expected printable ASCII"):
+        connect(live.url, api_key=text)
+    with pytest.raises(ValueError, match="request_id: expected printable ASCII"):
+        connect(live.url).detect(PICTURE, request_id=text)
+
+
+def test_call_may_have_all_the_time_there_is(live: Live, connect: Connect) -> None:
+    assert connect(live.url, timeout=float("inf")).detect(PICTURE).labels == ["cat", "dog"]
+
+
 def test_key_is_sent(serve: Callable[..., Live], connect: Connect) -> None:
     url = serve(api_keys="alpha").url
     assert connect(url, api_key="alpha").detect(PICTURE).labels == ["cat", "dog"]

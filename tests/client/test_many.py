@@ -6,6 +6,11 @@ import asyncio
 import io
 import itertools
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+import roiserve_client
 from roiserve_client import (
     Answer,
     AsyncClient,
@@ -34,6 +40,7 @@ from tests.fakes import picture
 from tests.integration.conftest import Live
 
 PICTURE = picture(red=204)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(roiserve_client.__file__).parent.parent)}
 
 
 @pytest.fixture
@@ -201,6 +208,21 @@ def test_file_of_other_options_is_not_continued(live: Live, connect: Connect, fo
         client.detect_folder(tmp_path / "no", out)
 
 
+@pytest.mark.parametrize("content", [b'{"images": [], "categories": []}', b"\x89PNG", b'{"fil', b""])
+def test_only_an_unfinished_line_of_results_is_cut_off(
+    live: Live, connect: Connect, folder: Path, tmp_path: Path, content: bytes
+) -> None:
+    (out := tmp_path / "val.json").write_bytes(content)
+    client = connect(live.url)
+    if b'{"file":'.startswith(content):
+        assert client.detect_folder(folder, out).answered == 3
+        assert len(lines(out)) == 4
+    else:
+        with pytest.raises(ResultsFileError, match="is not a file of results"):
+            client.detect_folder(folder, out)
+        assert out.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("options", "code"), [({"model": "x"}, "model_not_found"), ({"score_thresh": 7}, "invalid_request")]
 )
@@ -288,13 +310,35 @@ def test_command(live: Live, folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert {one["category_id"] for one in json.loads((tmp_path / "c.json").read_text())} == {3}
 
 
+def test_interrupted_command_does_not_wait_for_answers(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        arguments = ["detect", str(folder), "--out", str(tmp_path / "r.jsonl"), "--url", url, "--timeout", "1000"]
+        command = subprocess.Popen([sys.executable, "-m", "roiserve_client.cli", *arguments], env=ENVIRONMENT)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(1)
+                command.send_signal(signal.SIGINT)
+                assert command.wait(timeout=100) == 130
+        finally:
+            command.kill()
+            command.wait()
+
+
 def test_command_says_what_was_wrong(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["detect", str(tmp_path / "no"), "--out", str(tmp_path / "r"), "--url", live.url]) == 2
     assert main(["models", "--url", "x"]) == 2
-    assert main(["models", "--url", live.url]) == 0
     words = capsys.readouterr()
     assert words.err.startswith("roiserve-client: no such folder: ")
     assert "expected a URL such as http://127.0.0.1:8000, got 'x'" in words.err
+    for content in ("", "[]", '{"images": []}', '{"images": [7], "categories": []}'):
+        (tmp_path / "val.json").write_text(content)
+        (tmp_path / "r.jsonl").touch()
+        assert main(["coco", str(tmp_path / "r.jsonl"), str(tmp_path / "val.json"), "--out", str(tmp_path / "c")]) == 2
+        assert "val.json: expected COCO's JSON with images and categories" in capsys.readouterr().err
+    assert main(["models", "--url", live.url]) == 0
+    words = capsys.readouterr()
     assert words.out.splitlines()[0] == "fake@1: mask_rcnn, eager float32, default"
 
 

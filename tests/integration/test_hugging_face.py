@@ -69,7 +69,8 @@ def test_client_gets_errors_in_words(
         ({"inputs": "http://a/b.jpg"}, "addresses are not fetched"),
         ({"inputs": base64.b64encode(PICTURE).decode(), "parameters": {"treshold": 1}}, "unknown option 'treshold'"),
         ({"inputs": base64.b64encode(PICTURE).decode(), "parameters": {"masks": "rle"}}, "parameter 'masks'"),
-        ({"inputs": base64.b64encode(PICTURE).decode(), "parameters": {"threshold": "1"}}, "option 'score_thresh'"),
+        ({"inputs": base64.b64encode(PICTURE).decode(), "parameters": {"threshold": "1"}}, "option 'threshold'"),
+        ({"inputs": base64.b64encode(PICTURE).decode(), "parameters": {"score_thresh": 2}}, "option 'threshold'"),
     ],
 )
 def test_wrong_document_is_refused_in_words(live: Live, document: dict[str, object], words: str) -> None:

@@ -430,6 +430,9 @@ def test_file_that_is_no_picture_is_explained(visit: Visit, live: Live) -> None:
     assert notice(page).get_attribute("role") == "alert"
     page.get_by_role("button", name="Convert it here").click()
     expect(notice(page)).to_contain_text("cannot read the picture either")
+    visit.give(b"")
+    expect(notice(page)).to_contain_text("The file is empty")
+    assert len(visit.asked) == 1
     visit.give(farm())
     expect(notice(page)).to_be_hidden()
     expect(rows(page)).to_have_count(1)
@@ -515,6 +518,18 @@ def test_server_that_has_gone_is_explained_and_found_again(visit: Visit, live: L
     page.route("**/v1/detect?*", lambda route: route.abort(), times=1)
     visit.give(farm())
     expect(notice(page)).to_contain_text("The server does not answer")
+    page.get_by_role("button", name="Try again").click()
+    expect(rows(page)).to_have_count(1)
+
+
+def test_answer_of_something_on_the_way_is_explained(visit: Visit, live: Live) -> None:
+    page = visit.open(live)
+    expect(page.locator("#model")).to_be_enabled()
+    login = "<html>Log in to this network</html>"
+    page.route("**/v1/detect?*", lambda route: route.fulfill(content_type="text/html", body=login), times=1)
+    visit.give(farm())
+    expect(notice(page)).to_contain_text("This answer is not the server's")
+    expect(notice(page)).to_contain_text("perhaps a proxy")
     page.get_by_role("button", name="Try again").click()
     expect(rows(page)).to_have_count(1)
 

@@ -105,7 +105,8 @@ def test_client_gets_errors_in_words(said: dict[str, Any], case: str, status: in
         ({"image": {"type": "numpy", "value": "gASV"}}, "NumPy's pickles are not opened"),
         ({"image": []}, "expected at least 1 item"),
         ({"image": "iVBO"}, "option 'image'"),
-        ({"confidence": 1.5}, "option 'score_thresh': input should be less than or equal to 1"),
+        ({"confidence": 1.5}, "option 'confidence': input should be less than or equal to 1, got 1.5"),
+        ({"iou_threshold": -1}, "option 'iou_threshold': input should be greater than or equal to 0, got -1"),
         ({"confidence": "high"}, "option 'confidence'"),
         ({"disable_preproc_auto_orient": True}, "EXIF orientation is always applied"),
         ({"treshold": 1}, "unknown option 'treshold'"),
@@ -123,6 +124,16 @@ def test_image_may_be_the_body_as_it_is_or_in_base64(live: Live) -> None:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         answer = live.client.post("/roboflow/fake/1", content=content, headers=headers, params={"confidence": "40"})
         assert without_masks(answer.json()) == [CAT], answer.text
+    for option in ("confidence", "overlap"):
+        for value, words in (("101", "less than or equal to 100"), ("nan", "a finite number")):
+            refused = live.client.post("/roboflow/fake/1", content=PICTURE, params={option: value})
+            message = refused.json()["message"]
+            expected = (422, True, True)
+            assert (
+                refused.status_code,
+                f"option '{option}': " in message,
+                f"{words}, got '{value}'" in message,
+            ) == expected
     refused = live.client.post("/roboflow/fake/1", params={"image": "http://a/b.jpg"})
     assert (refused.status_code, "addresses are not fetched" in refused.json()["message"]) == (422, True)
 

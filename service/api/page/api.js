@@ -43,7 +43,7 @@ export function addressOf(path, options = []) {
 
 /** The loaded models. */
 export async function listModels(wait) {
-  return (await (await ask("v1/models", [], {}, wait)).json()).models;
+  return (await jsonOf(await ask("v1/models", [], {}, wait))).models;
 }
 
 /** Find the objects in an encoded picture. Returns the answer and the milliseconds from sending to having it. */
@@ -52,7 +52,7 @@ export async function detect(blob, options, wait) {
   const response = await ask("v1/detect", options, post(blob), wait, () => {
     sentAt = performance.now();
   });
-  const answer = await response.json();
+  const answer = await jsonOf(response);
   return { answer, roundTrip: performance.now() - sentAt };
 }
 
@@ -98,6 +98,17 @@ async function send(url, init) {
     // A header cannot hold every character that somebody may type.
     const isSendable = !/[^\x20-\x7e]/.test(init.headers.Authorization ?? "");
     throw new Problem(isSendable ? { status: 0, code: "no_answer" } : { status: 403, code: "key_not_allowed" });
+  }
+}
+
+/** The document of an answer, which may be something else's, such as a network's login page, or break off. */
+async function jsonOf(response) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    const isComplete = error instanceof SyntaxError;
+    throw new Problem(isComplete ? { status: response.status, code: "not_ours" } : { status: 0, code: "no_answer" });
   }
 }
 

@@ -99,6 +99,7 @@ async function loadModels(wait, wanted) {
 /** What cannot be shown leaves the picture before it where it is, with its objects. */
 async function look(picture, wait) {
   brought = picture;
+  if (picture.blob.size === 0) throw new Problem({ status: 0, code: "empty_file" });
   requireSendable(picture.blob.size, Number(server.maxBodyBytes), "bytes");
   const bitmap = await decode(picture.blob);
   if (bitmap) {

@@ -13,6 +13,7 @@ const WORDS = {
     "It reads JPEG, PNG, WebP, GIF, BMP and TIFF. Save the picture as one of these.",
     "convert",
   ],
+  empty_file: ["The file is empty", "Copy it anew, or choose another.", null],
   invalid_image: ["The file is damaged", "Part of it is missing or wrong. Copy it anew, or save it again.", null],
   answer_too_large: ["The masks of this picture are too large", "A smaller picture has smaller ones.", "smaller"],
   poisonous_image: ["This picture crashed the server's worker", "Please tell whoever runs it.", null],
@@ -30,9 +31,9 @@ const WORDS = {
 /** title, text, detail, reference and action for a problem. */
 export function explain(problem) {
   const [title, advice, action] = WORDS[problem.code] ?? [
-    problem.title || "The server refused",
+    problem.title || (problem.status < 400 ? "This answer is not the server's" : "The server refused"),
     problem.title ? "" : `Something on the way, perhaps a proxy, answered with status ${problem.status}.`,
-    problem.status >= 500 ? "again" : null,
+    problem.status >= 500 || problem.status < 400 ? "again" : null,
   ];
   const stage = problem.stage ? `It was in the stage ${problem.stage}.` : "";
   const reference = problem.requestId ? `${problem.code}, request ${problem.requestId}` : "";

@@ -57,6 +57,13 @@ def test_anything_else_is_refused_in_words(config: str, words: str) -> None:
         read_controls(config)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16", "shift_jis", "idna", "no-such-encoding"])
+def test_declared_encoding_does_not_matter_as_the_text_comes_in_json(encoding: str) -> None:
+    rectangles = RECTANGLES.replace("Cat", "caf\u00e9")
+    [control] = read_controls(f'<?xml version="1.0" encoding="{encoding}"?><View>{rectangles}{IMAGE}</View>')
+    assert control.labels == ("caf\u00e9", "dog")
+
+
 def test_entities_never_expand() -> None:
     """A thousand million laughs would take gigabytes."""
     entities = '<!ENTITY l0 "lol">' + "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))

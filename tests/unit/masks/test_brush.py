@@ -18,16 +18,17 @@ from service.masks.brush import encode_brush
 from service.structures import UInt8Array
 from tests.unit.masks.cases import drawn, objects, pasted
 
-SDK = Path(__file__).parents[3] / ".tools/label-studio-sdk/label_studio_sdk/converter/brush.py"
+SDK = Path(__file__).parents[3] / ".tools/label-studio-sdk"
 SIZES = [(48, 64), (37, 211), (1, 1), (1, 300), (300, 1), (400, 300)]
 
 
 @pytest.fixture(scope="module")
 def sdk() -> Any:
     """The module of label-studio-sdk that reads and writes brush strokes."""
-    if not SDK.exists():
+    path = next(SDK.glob("lib/python*/site-packages/label_studio_sdk/converter/brush.py"), None)
+    if path is None:
         pytest.skip("label-studio-sdk is not installed: tests/install_tools.sh")
-    spec = importlib.util.spec_from_file_location("label_studio_brush", SDK)
+    spec = importlib.util.spec_from_file_location("label_studio_brush", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

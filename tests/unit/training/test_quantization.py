@@ -228,6 +228,12 @@ def test_a_version_in_int8_is_not_quantised_again(made: Path) -> None:
     assert "in int8 already" in str(result.exception)
 
 
+def test_a_model_that_cannot_be_quantised_is_refused_before_the_pictures_are_read(made: Path) -> None:
+    result = quantize(made, "--model", "discs@2", "--data", str(made / "missing.json"))
+    assert isinstance(result.exception, ServiceError)
+    assert "in int8 already" in str(result.exception)
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(made: Path, tmp_path: Path) -> None:
     prepared(tmp_path)
     with patch.object(quantization_run, "search", side_effect=KeyboardInterrupt):
