@@ -108,6 +108,11 @@ class Settings(BaseSettings):
         description="What runs the network: auto, eager (PyTorch as it is), compiled (torch.compile), graphs (CUDA "
         "graphs, by name only) or openvino (for the CPU); auto takes the fastest of the others.",
     )
+    jpeg_decoder: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="What decodes baseline JPEGs: cpu, or cuda (nvJPEG, only where models run on CUDA). The CPU "
+        "decodes all other images.",
+    )
     engine_cache_dir: Path | None = Field(
         None,
         description="Folder where engines keep what they compiled, for the next start; unset takes .cache/roiserve in "
