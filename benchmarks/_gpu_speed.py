@@ -41,11 +41,14 @@ from benchmarks._measure import (
     until_done,
 )
 from benchmarks.model import STAGES
+from service.devices import device_named
+from service.imaging.decode import JpegDecoder
+from service.imaging.jpeg_check import checked_decoder
 from service.inference.predictor import Predictor
 from service.modeling.config import ModelConfig, RoIConfig
 from service.modeling.poolers import RoIPooler
 from service.ops.nms import best_of_each_image
-from service.structures import Image, Prediction, Query
+from service.structures import Image, Prediction, Query, UInt8Array
 from service.training.dataset import load_coco
 from service.training.loop import Progress, TrainConfig, Trainer
 from tests.coco_folder import write_coco_folder
@@ -358,30 +361,57 @@ _TINY = ModelConfig.model_validate(
 
 
 def jpeg(bench: Bench) -> None:
-    """torchvision's decoder on the device (nvJPEG on CUDA) against libjpeg-turbo in one thread: pixels and time."""
+    """What `jpeg_decoder = cuda` runs (nvJPEG; torchvision's decoder on the CPU) against libjpeg-turbo in one thread:
+    pixels and time.
+    """
     rows: list[list[Cell]] = []
+    decoder = _jpeg_decoder(bench.device)
+    with bench.apart("check at start"):
+        outcome = "fails" if checked_decoder(decoder) is None else "passes"
+        bench.table(f"The check of a JPEG decoder at start, on {bench.device}", ["outcome"], [[outcome]])
     count = 2 if bench.quick else 8
     for name, size in {"640x480": (640, 480)}.items() if bench.quick else SIZES.items():
         for progressive in (False, True):
             with bench.apart(f"{name}{', progressive' if progressive else ''}"):
                 data = as_jpeg(example_picture(*size), progressive=progressive)
                 encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8)] * count
-                theirs = partial(_decode_on, bench.device, encoded)
-                ours = partial(_decode_one_by_one, [data] * count)
-                sides: dict[str, Callable[[], object]] = {"theirs": until_done(theirs, bench.device), "ours": ours}
+                together = partial(_decode_on, bench.device, encoded)
+                sides: dict[str, Callable[[], object]] = {
+                    "libjpeg": partial(_decode_one_by_one, simplejpeg.decode_jpeg, [data] * count),
+                    "decoder": partial(_decode_one_by_one, decoder, [data] * count),
+                    "together": until_done(together, bench.device),
+                }
                 seconds = alternate(sides, rounds=2 if bench.quick else 10, most_seconds=2)
-                difference = np.abs(theirs()[0].permute(1, 2, 0).cpu().numpy().astype(int) - ours()[0])
+                difference = np.abs(decoder(data).astype(int) - simplejpeg.decode_jpeg(data))
                 rows.append(
                     [
                         f"{count} x {name}{', progressive' if progressive else ''}",
-                        milliseconds(seconds["ours"]),
-                        milliseconds(seconds["theirs"]),
+                        *(milliseconds(seconds[side]) for side in sides),
                         int(difference.max()),
                         float(difference.mean()),
                     ]
                 )
-                columns = ["pictures", "simplejpeg ms", "torchvision ms", "largest difference", "mean difference"]
+                columns = [
+                    "pictures",
+                    "simplejpeg ms",
+                    "torchvision, one by one to the host, ms",
+                    "together, left on the device, ms",
+                    "largest difference",
+                    "mean difference",
+                ]
                 bench.table(f"JPEG to RGB pixels, on {bench.device} by torchvision", columns, rows)
+
+
+def _jpeg_decoder(device: str) -> JpegDecoder:
+    if device == "cuda":
+        return device_named(device).jpeg_decoder()
+
+    def decode(data: bytes) -> UInt8Array:
+        [planes] = _decode_on(device, [torch.frombuffer(bytearray(data), dtype=torch.uint8)])
+        pixels: UInt8Array = planes.permute(1, 2, 0).contiguous().numpy()
+        return pixels
+
+    return decode
 
 
 def _decode_on(device: str, encoded: list[Tensor]) -> list[Tensor]:
@@ -390,5 +420,5 @@ def _decode_on(device: str, encoded: list[Tensor]) -> list[Tensor]:
         return [*torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB, device=device)]
 
 
-def _decode_one_by_one(pictures: Sequence[bytes]) -> list[np.ndarray]:
-    return [simplejpeg.decode_jpeg(one) for one in pictures]
+def _decode_one_by_one(decode: JpegDecoder, pictures: Sequence[bytes]) -> list[UInt8Array]:
+    return [decode(one) for one in pictures]

@@ -22,7 +22,7 @@ from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels, PixelHolding
 from service.batching.queue import Priority
 from service.errors import AnswerTooLargeError, DeadlineExceededError, NotReadyError, OutOfMemoryError
-from service.imaging.decode import ImageLimits, decode_image
+from service.imaging.decode import ImageLimits, JpegDecoder, decode_image
 from service.metrics import Observe
 from service.structures import (
     Answer,
@@ -178,6 +178,9 @@ class Pipeline:
         batch_policy: which images may share a batch, see `Settings`.
         max_answer_bytes: largest answer in JSON, see `Settings`.
         plan_for: chooses how a job's image is split.
+
+    Attributes:
+        jpeg_decoder: see `decode_image`.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class Pipeline:
         self._batch_policy = batch_policy
         self._max_answer_bytes = max_answer_bytes
         self._plan_for = plan_for
+        self.jpeg_decoder: JpegDecoder | None = None
         self._submitted: set[Work] = set()
         self._coming: set[Job] = set()  # bulk jobs, from the start of their decoding until they are submitted
 
@@ -268,6 +272,7 @@ class Pipeline:
                     intensity=job.source.intensity,
                     before_decoding=holding.take,
                     should_stop=lambda: holding.is_over,
+                    jpeg_decoder=self.jpeg_decoder,
                 )
             height, width = job.source.array.shape[:2]
             self._image_limits.check((height, width))

@@ -87,7 +87,9 @@ class Settings(BaseSettings):
 
     model_store: Path = Field(Path("model_store"), description="Folder that holds <name>/<version>/model.toml.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Models to load, as name or name@version, separated by commas; empty loads the newest of each."
+        (),
+        description="Models to load, as name or name@version, separated by commas; empty loads one version "
+        "of each: the one that its file default says, else the highest.",
     )
     default_model: str | None = Field(
         None, description="Model for requests that name none; unset takes the first with masks, else the first."
@@ -103,8 +105,13 @@ class Settings(BaseSettings):
     )
     engine: Engine = Field(
         "auto",
-        description="What runs the network: auto, eager (PyTorch as it is), compiled (torch.compile) or openvino (for "
-        "the CPU); auto takes the fastest there is.",
+        description="What runs the network: auto, eager (PyTorch as it is), compiled (torch.compile), graphs (CUDA "
+        "graphs, by name only) or openvino (for the CPU); auto takes the fastest of the others.",
+    )
+    jpeg_decoder: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="What decodes baseline JPEGs: cpu, or cuda (nvJPEG, only where models run on CUDA). The CPU "
+        "decodes all other images.",
     )
     engine_cache_dir: Path | None = Field(
         None,
@@ -254,7 +261,6 @@ class Settings(BaseSettings):
 
     label_studio_url: str | None = Field(
         None,
-        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$",
         description="The Label Studio whose tasks name images by address, such as http://label-studio:8080: only from "
         "there does the server fetch any. Unset, none.",
     )
@@ -352,6 +358,17 @@ class Settings(BaseSettings):
         for size in value:
             if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
                 raise PydanticCustomError("size", "expected sizes such as 1344x800, width before height, in pixels")
+        return value
+
+    @field_validator("label_studio_url")
+    @classmethod
+    def _check_label_studio_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?", value
+        ):
+            raise PydanticCustomError(
+                "address", "expected an address such as http://label-studio:8080, without a user, a password or a query"
+            )
         return value
 
     @field_validator("admin_port")

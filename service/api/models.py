@@ -50,7 +50,7 @@ async def load_model(
     version: Annotated[
         int | None,
         BeforeValidator(refuse_underscores),
-        Query(ge=1, le=10**9, description="Unset, the highest in the store."),
+        Query(ge=1, le=10**9, description="Unset, the one that the file `default` says, else the highest."),
     ] = None,
 ) -> Response:
     """Load a model of the store, by name or name@version, beside those that serve, and let it replace the loaded model

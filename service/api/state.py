@@ -216,7 +216,7 @@ class ApiState:
         request for the old one has been answered and it is unloaded.
 
         Args:
-            reference: name, for its highest version in the store, or name@version.
+            reference: name, for its default or highest version in the store, or name@version.
 
         Raises:
             ServiceError: the model cannot be loaded, or must not replace the old one, which then goes on serving.

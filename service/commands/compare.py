@@ -35,7 +35,7 @@ def compare(
         str, typer.Option(metavar="OP,OP,…", help="RoI operators of the box and the mask branch, with commas between.")
     ] = "roi_pool,roi_align",
     model: Annotated[
-        str | None, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")
+        str | None, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its default or highest.")
     ] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="With --retrain, instead of --model: model.toml that describes the network.")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
+    model: Annotated[
+        str, typer.Option(metavar="NAME[@VERSION]", help="The model; without a version its default or highest.")
+    ],
     data: Annotated[Path, typer.Option(help="COCO-format annotation file, such as DIR/val.json.")],
     store: StoreOption = DEFAULT_STORE,
     device: DeviceOption = "auto",

@@ -63,7 +63,9 @@ def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) ->
 @models_app.command("show")
 @plain
 def show_model(
-    model: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
+    model: Annotated[
+        str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its default or highest.")
+    ],
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:

@@ -47,12 +47,17 @@ def quantize(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from service.model_store.store import ModelStore
+    from service.training.quantization.proposing import check_installed
     from service.training.quantization.run import Run
+    from service.training.quantization.workbench import check_quantizable
 
     if threads:
         torch.set_num_threads(threads)
     model_store = ModelStore(store)
     stored = model_store.find(model)
+    # Before every picture is decoded, which can take minutes.
+    check_quantizable(stored)
+    check_installed()
     config = stored.model_toml
     train_set, val_set = (
         load_with_words(

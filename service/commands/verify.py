@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @plain
 def verify_model(
-    model: Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its highest.")],
+    model: Annotated[
+        str, typer.Argument(metavar="NAME[@VERSION]", help="The model; without a version its default or highest.")
+    ],
     store: StoreOption = DEFAULT_STORE,
     device: DeviceOption = "auto",
     engine: EngineOption = "auto",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.backends import cuda, cudnn
 
 from service.devices.device import Clock, Device, Kernels, Recording
-from service.errors import first_line
+from service.errors import ServiceError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +73,17 @@ class CudaDevice(Device):
 
     def record(self, work: Callable[[], Tensor]) -> Recording:
         """See `Device`: captures a CUDA graph. All graphs of a device share one pool of working memory."""
-        with self.use():
+        # Not `use`, which would set the precision: the caller has.
+        with torch.cuda.device(self.torch_device):
             return _Graph(work, self._graph_pool)
 
     @cached_property
     def _graph_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
+
+    def jpeg_decoder(self) -> Callable[[bytes], NDArray[np.uint8]]:
+        """See `Device`: nvJPEG, by torchvision, which decodes one file at a time."""
+        return _NvJpeg(self.torch_device)
 
     def clock(self) -> Clock:
         """See `Device`."""
@@ -113,6 +123,40 @@ def _launch_probe(device: torch.device) -> None:
     _triton_probe.add_one[(2,)](values)
     if values.tolist() != [1.0, 1.0]:
         raise RuntimeError(f"expected a kernel to make [1, 1], got {values.tolist()}")
+
+
+class _NvJpeg:
+    """See `Device.jpeg_decoder`.
+
+    nvJPEG's hardware writes its output without waiting for work that was queued on the stream before
+    (meta-pytorch/torchcodec#1634), so it may overwrite memory that PyTorch's allocator has taken back from a running
+    batch. The allocator returns memory to the stream that it was allocated on. Hence the stream of its own, on which
+    memory is freed only once all work with it is done. Its high priority keeps it apart from the streams that PyTorch
+    hands out elsewhere, of which there are only 32.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # torchvision announces another package for this.
+        warnings.filterwarnings("ignore", message=r"\s*The image decoding and encoding", category=DeprecationWarning)
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+        # Imported here: few servers use it.
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        # Not `CudaDevice.use`, which sets flags of the whole process.
+        with torch.cuda.stream(self._stream):
+            try:
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                [decoded] = decode_jpeg([encoded], mode=ImageReadMode.RGB, device=self._device)
+            except RuntimeError as error:
+                if "nvJPEG support" in str(error):
+                    raise ServiceError("jpeg_decoder 'cuda' needs a torchvision that was built with nvJPEG") from error
+                raise
+            # The copy to the host waits; `decoded` must live until then.
+            pixels: NDArray[np.uint8] = decoded.permute(1, 2, 0).contiguous().cpu().numpy()
+        return pixels
 
 
 class _Graph:

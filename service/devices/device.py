@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from service.errors import first_line
+from service.errors import ServiceError, first_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Kernels = Literal["numba", "triton"]
@@ -115,6 +117,17 @@ class Device(ABC):
             RuntimeError: it cannot be recorded.
         """
         raise RuntimeError(f"{self.label} cannot record work")
+
+    def jpeg_decoder(self) -> Callable[[bytes], NDArray[np.uint8]]:
+        """A function that decodes a JPEG on the device and returns (H, W, 3) uint8 RGB on the host, as stored.
+
+        Several threads may call it at once, whatever else runs on the device. It raises RuntimeError if the file cannot
+        be decoded, and ServiceError if there is no decoder in this installation.
+
+        Raises:
+            ServiceError: this kind of device has no decoder.
+        """
+        raise ServiceError(f"jpeg_decoder 'cuda' needs models to run on CUDA; they run on {self.label}")
 
     def release_memory(self) -> None:
         """Free memory that is no longer used."""

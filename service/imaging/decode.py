@@ -30,6 +30,7 @@ from service.errors import (
     InvalidRequestError,
     OutOfMemoryError,
     TooLargeError,
+    first_line,
 )
 from service.imaging.containers import Container, read_container
 from service.imaging.formats import ImageFormat, sniff_format
@@ -38,6 +39,9 @@ from service.imaging.quiet import complaints_counted
 from service.structures import Image, Intensity, UInt8Array
 
 logger = logging.getLogger(__name__)
+
+JpegDecoder = Callable[[bytes], UInt8Array]
+"""Decodes a JPEG to (H, W, 3) uint8 RGB as stored; raises RuntimeError if it cannot."""
 
 _DECODERS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
@@ -104,6 +108,7 @@ def decode_image(
     intensity: Intensity = "full",
     before_decoding: Callable[[int], None] = lambda pixels: None,
     should_stop: Callable[[], bool] = lambda: False,
+    jpeg_decoder: JpegDecoder | None = None,
 ) -> Image:
     """Decode the first picture of an image file and turn it upright.
 
@@ -117,6 +122,7 @@ def decode_image(
             raise.
         should_stop: called between steps of the work, each well below a second; returns whether the caller has given
             up.
+        jpeg_decoder: decodes baseline JPEGs; files that it rejects are decoded as without it.
 
     Raises:
         UnsupportedImageError: not one of these formats, or a rare kind of one.
@@ -132,7 +138,7 @@ def decode_image(
     height, width = container.image_size
     before_decoding(height * width)
     with _as_invalid_image(image_format):
-        pixels = _decode(container, image_format, intensity, _Watch(should_stop))
+        pixels = _decode(container, image_format, intensity, _Watch(should_stop), jpeg_decoder)
         return Image(_turned_upright(pixels, container.orientation), orientation_applied=container.orientation != 1)
 
 
@@ -159,8 +165,18 @@ class _WatchedFile(io.BytesIO):
         return super().read(size)
 
 
-def _decode(container: Container, image_format: ImageFormat, intensity: Intensity, watch: _Watch) -> UInt8Array:
+def _decode(
+    container: Container,
+    image_format: ImageFormat,
+    intensity: Intensity,
+    watch: _Watch,
+    jpeg_decoder: JpegDecoder | None,
+) -> UInt8Array:
     watch()
+    if jpeg_decoder is not None and container.is_baseline_jpeg:
+        with suppress(ValueError):
+            return _decode_baseline_jpeg(container, jpeg_decoder)
+        watch()
     height, width = container.image_size
     if image_format == "JPEG" and container.num_passes * height * width <= _MAX_TRIED_PIXELS:
         # simplejpeg takes a half to a third of Pillow's time for the same pixels, but it is stricter: any irregularity
@@ -170,6 +186,23 @@ def _decode(container: Container, image_format: ImageFormat, intensity: Intensit
             return _decode_plain_jpeg(container)
         watch()
     return _decode_with_pillow(container, image_format, intensity, watch)
+
+
+def _decode_baseline_jpeg(container: Container, jpeg_decoder: JpegDecoder) -> UInt8Array:
+    """Decode with the decoder that was passed.
+
+    Raises:
+        ValueError: it fails, or its pixels have another size than the header says.
+    """
+    try:
+        pixels = jpeg_decoder(container.pixel_data)
+        if pixels.shape != (*container.image_size, 3):
+            raise ValueError(f"expected {container.image_size} pixels, got an array of {pixels.shape}")
+    except (RuntimeError, ValueError) as error:
+        fields = {"reason": first_line(error)}
+        logger.info("the device does not decode a JPEG; the CPU tries", extra={"fields": fields})
+        raise ValueError from error
+    return pixels
 
 
 def _decode_plain_jpeg(container: Container) -> UInt8Array:

@@ -154,9 +154,13 @@ class Predictor:
             for count in _WARM_UP_BATCHES[1:]:
                 self.predict([query] * count)
             self._may_compile = False
-        for size in self._model.transform.buckets:
-            if self.group_key(size) == size:  # others may be named that no picture of this network needs
-                self.predict([replace(query, image=Image(np.zeros((*size, 3), np.uint8)))])
+        # Others may be named that no picture of this network needs.
+        buckets = [size for size in self._model.transform.buckets if self.group_key(size) == size]
+        for size in buckets:
+            self.predict([replace(query, image=Image(np.zeros((*size, 3), np.uint8)))])
+        if self._graphs is not None:
+            with self._device.use(self.info.precision), self._compiling_nothing():
+                self._graphs.record(buckets, with_masks=(True, False) if self.info.has_masks else (False,))
 
     def _verify(self) -> str | None:
         """Compare the network with its reference. Returns what is wrong, or None if it passes."""

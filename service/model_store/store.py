@@ -131,7 +131,8 @@ class ModelStore:
         return sorted(stored, key=lambda model: (model.name, model.version))
 
     def misplaced(self) -> Sequence[str]:
-        """A line for every folder that is not `<name>/<version>`, with the reason why it is not listed.
+        """A line for every folder that is not `<name>/<version>`, with the reason why, and for every file
+        `default` that names none of the versions beside it.
 
         Raises:
             ModelStoreError: the store's folder is missing or cannot be read.
@@ -150,7 +151,15 @@ class ModelStore:
             lines += [f"{name_folder / version}: {_expected_version(version)}" for version in wrong]
             if not versions:
                 lines.append(f"{name_folder}: expected a folder for each version, such as '1', got none")
-        return lines
+        return [*lines, *self._wrong_defaults()]
+
+    def _wrong_defaults(self) -> Iterator[str]:
+        models = self.list()
+        for name in dict.fromkeys(model.name for model in models):
+            try:
+                self.by_preference([model for model in models if model.name == name])
+            except ModelStoreError as error:
+                yield str(error)
 
     def find(self, reference: str) -> StoredModel:
         """Find a model.

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from service import masks
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels
-from service.devices import device_named
+from service.devices import choose_device, device_named
 from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError, ServiceError, first_line
-from service.imaging.decode import ImageLimits
+from service.imaging.decode import ImageLimits, JpegDecoder
+from service.imaging.jpeg_check import checked_decoder
 from service.metrics import Observe
 from service.pipeline import Pipeline, Predictor, ThreadTask, Work, release_memory, run_batch
 from service.settings import Settings
@@ -73,10 +74,13 @@ class LocalDetector:
         out, as long as another one does.
 
         Raises:
-            ServiceError: a model that the settings name does not warm up, or no model does; or the factory raised it.
+            ServiceError: a model that the settings name does not warm up, or no model does; the factory raised it; or
+                there is no such JPEG decoder as the settings name.
         """
         await self._batcher.start()
         await asyncio.to_thread(masks.warm_up)
+        if self._settings.jpeg_decoder == "cuda":
+            self.pipeline.jpeg_decoder = await asyncio.to_thread(self._device_decoder)
         broken: ServiceError | None = None
         predictors = self._factory(self._settings)
         # Keep no reference to a model that does not warm up, so that its memory can be released.
@@ -174,6 +178,9 @@ class LocalDetector:
     def is_alive(self) -> bool:
         """Whether requests are answered soon."""
         return self.failure is None
+
+    def _device_decoder(self) -> JpegDecoder | None:
+        return checked_decoder(choose_device(self._settings.device).jpeg_decoder())
 
     async def _add(self, predictor: Predictor) -> ServiceError | None:
         """Warm up a model and let it serve; if that fails, release its memory and return why."""

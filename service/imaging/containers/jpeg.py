@@ -27,12 +27,16 @@ MAX_EXTRA_SCAN_PIXELS = 200_000_000
 MAX_SEGMENTS = 4096
 
 _SOI = b"\xff\xd8"
-_SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
+_SOS, _EOI, _APP1, _APP14 = 0xDA, 0xD9, 0xE1, 0xEE
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
 # Besides: Huffman, arithmetic and quantisation tables, the restart interval, and the colour information of JFIF and
 # Adobe.
 _NEEDED = _FRAME_HEADERS | {_SOS, _EOI, 0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
+
+# Marker and header of a frame that is coded sequentially by Huffman's method in 8 bits, of three components that are
+# Y, Cb and Cr by their numbers. The sampling of Y is 4:4:4, 4:4:0, 4:2:2, 4:2:0 or 4:1:1.
+_BASELINE_FRAME = re.compile(rb"\xc0\x08.{4}\x03\x01[\x11\x12\x21\x22\x41].\x02\x11.\x03\x11.", re.DOTALL)
 
 _FILL = re.compile(rb"\xff\xff+")
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
@@ -41,10 +45,15 @@ _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # stuffed zeros a
 
 
 def read_jpeg(data: bytes) -> Container:
-    """Read the frame header and EXIF, count the scans, and keep only the segments that make the pixels."""
+    """Read the frame header and EXIF, count the scans, and keep only the segments that make the pixels.
+
+    `is_baseline_jpeg` holds for what cameras and most programs write: one sequential scan of Y, Cb and Cr in 8 bits,
+    with an end marker. Damage within the scan cannot be seen from here.
+    """
     image_size: tuple[int, int] | None = None
     orientation = 1
-    has_exif = False
+    has_exif = has_end = False
+    is_baseline = True
     num_scans = num_components = 0
     # Views, so that possibly megabytes of data are copied only once, when they are joined.
     view = memoryview(data)
@@ -55,8 +64,14 @@ def read_jpeg(data: bytes) -> Container:
                 raise InvalidImageError("the JPEG data hold two frame headers")
             height, width, num_components = struct.unpack_from(">HHB", data, start + 3)
             image_size = height, width
+            is_baseline &= _BASELINE_FRAME.fullmatch(bytes([marker]) + data[start + 2 : end]) is not None
         elif marker == _SOS:
             num_scans += 1
+            is_baseline &= data[start + 2 : start + 3] == b"\x03"
+        elif marker == _EOI:
+            has_end = True
+        elif marker == _APP14 and data.startswith(b"Adobe", start + 2):
+            is_baseline &= data[start + 13 : start + 14] == b"\x01"  # YCbCr
         elif marker == _APP1 and not has_exif and data.startswith(b"Exif\0\0", start + 2):
             has_exif = True  # only the first counts, as in browsers: a file may hold thousands
             orientation = read_orientation(data[start + 8 : end])
@@ -67,7 +82,8 @@ def read_jpeg(data: bytes) -> Container:
     if image_size is None or num_scans == 0:
         raise InvalidImageError("the JPEG data end before the first scan")
     check_scans(num_scans, image_size[0] * image_size[1], num_components)
-    return Container(image_size, b"".join(kept), orientation, num_passes=num_scans)
+    is_baseline &= has_end and num_scans == 1
+    return Container(image_size, b"".join(kept), orientation, num_passes=num_scans, is_baseline_jpeg=is_baseline)
 
 
 def check_scans(num_scans: int, num_pixels: int, num_components: int = 3) -> None:

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 _COUNTS = (1, 2, 4, 8)
 """Numbers of pictures that are recorded."""
-_MOST_RECORDINGS = 64
-"""They share their working memory, but each keeps its results and its list of kernels, some MB."""
+_MOST_RECORDINGS = 96
+"""All that the most buckets take (11 sizes, 4 counts, with and without masks: 88), and a few. They share their working
+memory, but each keeps its results and its list of kernels, some MB.
+"""
 
 Key = tuple[tuple[int, int], int, bool]
 """Padded (height, width), number of pictures, with masks."""
@@ -79,10 +81,12 @@ class GraphedDetector:
         self._recorded: dict[Key, _Recorded] = {}
         self._memory: Tensor | None = None
 
-    def record(self, sizes: Sequence[tuple[int, int]], *, with_masks: bool) -> None:
-        """Record batches of these padded sizes, the largest first, so that the others fit into their memory."""
-        keys = [(size, count, with_masks) for size in sizes for count in _COUNTS]
-        for key in sorted(keys, key=lambda key: math.prod(key[0]) * key[1], reverse=True):
+    def record(self, sizes: Sequence[tuple[int, int]], *, with_masks: Sequence[bool]) -> None:
+        """Record batches of these padded sizes, each with masks, without, or both. The largest come first, so that the
+        others fit into their memory.
+        """
+        keys = [(size, count, masks) for size in sizes for count in _COUNTS for masks in with_masks]
+        for key in sorted(keys, key=lambda key: (math.prod(key[0]) * key[1], key[2]), reverse=True):
             self._record(key)
 
     @torch.inference_mode()

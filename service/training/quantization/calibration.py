@@ -15,8 +15,10 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
+from service.errors import ModelStoreError
 from service.inference.predictor import Predictor
 from service.model_store.quantizers import Part
 from service.modeling.config import TransformConfig
@@ -85,6 +87,9 @@ def record(
         model: its network.
         file: written whole or not at all.
         advance: called after every picture.
+
+    Raises:
+        ModelStoreError: the file cannot be written.
     """
     kept: dict[str, Array] = {}
     parts = model.parts or model.own_parts()
@@ -98,8 +103,11 @@ def record(
     finally:
         model.parts = parts
     unfinished = file.with_suffix(".unfinished")
-    safetensors.numpy.save_file(kept, unfinished)
-    unfinished.replace(file)
+    try:
+        safetensors.numpy.save_file(kept, unfinished)
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelStoreError(f"{file}: cannot be written: {error}") from error
 
 
 def _listening(parts: Parts, kept: dict[str, Array]) -> Parts:

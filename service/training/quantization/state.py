@@ -43,12 +43,20 @@ class State:
         return self._results.get(name)
 
     def put(self, name: str, result: object) -> None:
-        """Keep a result that JSON can hold."""
+        """Keep a result that JSON can hold.
+
+        Raises:
+            ModelStoreError: the folder cannot be written.
+        """
         self._results[name] = result
         file = self.folder / _FILE
         unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({"made_of": self._made_of, "results": self._results}), encoding="utf-8")
-        unfinished.replace(file)
+        document = json.dumps({"made_of": self._made_of, "results": self._results})
+        try:
+            unfinished.write_text(document, encoding="utf-8")
+            unfinished.replace(file)
+        except OSError as error:
+            raise ModelStoreError(f"{file}: cannot be written: {error.strerror}") from error
 
     def remove(self) -> None:
         """Remove the folder, once the version is written."""

@@ -26,6 +26,20 @@ from service.structures import Verification
 NONE = Quantizers()
 
 
+def check_quantizable(stored: StoredModel) -> None:
+    """Check that a model is in float and proposes boxes itself.
+
+    Raises:
+        ServiceError: it is not.
+        ModelStoreError: its `model.toml` is broken.
+    """
+    config = stored.model_toml
+    if config.int8 is not None:
+        raise ServiceError(f"{stored.key} is in int8 already; name the version that it was made of")
+    if not config.has_rpn:
+        raise ServiceError(f"expected a network that proposes boxes itself, got a {config.architecture}")
+
+
 class Workbench:
     """The model that is to be quantised.
 
@@ -39,12 +53,9 @@ class Workbench:
     """
 
     def __init__(self, stored: StoredModel, *, cache_dir: Path) -> None:
+        check_quantizable(stored)
         self.stored = stored
         self.config = stored.model_toml
-        if self.config.int8 is not None:
-            raise ServiceError(f"{stored.key} is in int8 already; name the version that it was made of")
-        if not self.config.has_rpn:
-            raise ServiceError(f"expected a network that proposes boxes itself, got a {self.config.architecture}")
         self.weights: Mapping[str, Tensor] = stored.load_weights()
         self._cache_dir = cache_dir
         self._device = device_named("cpu")

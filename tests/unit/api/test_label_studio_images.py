@@ -236,5 +236,5 @@ def test_without_the_setting_nothing_is_fetched() -> None:
 
 @pytest.mark.parametrize("url", ["labelstudio", "ftp://a", "http://user:word@a", "http://a/?x=1", "http://a b"])
 def test_settings_refuse_what_is_no_address(url: str) -> None:
-    with pytest.raises(ValueError, match="label_studio_url"):
+    with pytest.raises(ValueError, match=r"label_studio_url\n *expected an address such as http://label-studio:8080"):
         Settings(label_studio_url=url)

@@ -7,12 +7,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
+import torchvision
+from torchvision.io import ImageReadMode
 
 from service.devices import choose_device, device_named, device_of
 from service.devices.cpu import CpuDevice
@@ -196,3 +200,83 @@ def test_work_is_recorded_after_runs_on_another_stream_and_all_recordings_share_
     assert pools[0] is pools[1]
     with pytest.raises(RuntimeError, match="cpu cannot record"):
         CpuDevice("cpu").record(work)
+
+
+def test_recording_keeps_the_precision_that_the_caller_set() -> None:
+    seen = []
+
+    def graph(work: Callable[[], torch.Tensor], pool: object) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+
+    device = CudaDevice("cuda:0")
+    with (
+        recorded_device([]),
+        patch.object(torch.cuda, "graph_pool_handle"),
+        patch("service.devices.cuda._Graph", graph),
+        device.use("tf32"),
+    ):
+        device.record(lambda: torch.zeros(1))
+    assert seen == [True]
+
+
+class FakeStream:
+    def __init__(self, device: torch.device, priority: int) -> None:
+        self.device = device
+        self.priority = priority
+
+
+@contextmanager
+def fake_nvjpeg(decode_jpeg: object) -> Iterator[list[FakeStream]]:
+    """As if there was nvJPEG; yields the current streams of its calls."""
+    current: list[FakeStream] = []
+
+    def use(stream: FakeStream) -> AbstractContextManager[None]:
+        current.append(stream)
+        return nullcontext()
+
+    with (
+        patch.object(torch.cuda, "Stream", FakeStream),
+        patch.object(torch.cuda, "stream", use),
+        patch("torchvision.io.decode_jpeg", decode_jpeg),
+    ):
+        yield current
+
+
+def jpeg() -> bytes:
+    pixels = np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)
+    data: bytes = simplejpeg.encode_jpeg(pixels)
+    return data
+
+
+def test_on_cuda_jpegs_are_decoded_to_rgb_on_a_stream_of_their_own() -> None:
+    """What torchvision is told: here its CPU's decoder stands in."""
+
+    def decode(files: list[torch.Tensor], mode: ImageReadMode, device: torch.device) -> list[torch.Tensor]:
+        assert device == torch.device("cuda", 1)
+        return [*decode_on_cpu(files, mode)]
+
+    decode_on_cpu = torchvision.io.decode_jpeg
+    before = torch.backends.cudnn.allow_tf32
+    with fake_nvjpeg(decode) as streams:
+        decoder = CudaDevice("cuda:1").jpeg_decoder()
+        pixels = [decoder(jpeg()) for _ in range(2)]
+    assert torch.backends.cudnn.allow_tf32 is before
+    assert streams[0] is streams[1]
+    # Streams of the usual priority are shared with everything else in the process.
+    assert (streams[0].device, streams[0].priority) == (torch.device("cuda", 1), -1)
+    for one in pixels:
+        assert np.array_equal(one, simplejpeg.decode_jpeg(jpeg()))
+        assert one.flags.c_contiguous
+        assert one.flags.writeable
+
+
+def test_without_nvjpeg_the_decoder_says_so_and_other_errors_stay_theirs() -> None:
+    missing = RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+    with fake_nvjpeg(MagicMock(side_effect=[missing, RuntimeError("Failed to get image info: 2")])):
+        decoder = CudaDevice("cuda:0").jpeg_decoder()
+        with pytest.raises(ServiceError, match="needs a torchvision that was built with nvJPEG"):
+            decoder(jpeg())
+        with pytest.raises(RuntimeError, match="image info"):
+            decoder(jpeg())
+    with pytest.raises(ServiceError, match="needs models to run on CUDA; they run on cpu"):
+        CpuDevice("cpu").jpeg_decoder()

@@ -8,14 +8,17 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks._gpu_answers import LEAST_MATCHED, differences
 from service.devices import choose_device
+from service.imaging.jpeg_check import checked_decoder, fixed_jpeg
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
 from service.metrics import Observed
@@ -110,6 +113,15 @@ def test_answer_does_not_depend_on_the_batch(policy: str, store: Store) -> None:
 def test_kernels_on_a_gpu_are_ours() -> None:
     assert choose_device(DEVICE).kernels == "triton"
     assert choose_device(DEVICE).compiler_problem is None
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="nvJPEG needs a GPU")
+def test_nvjpeg_gives_the_cpus_pixels_in_several_threads() -> None:
+    decoder = choose_device("cuda").jpeg_decoder()
+    assert checked_decoder(decoder) is decoder
+    expected = decoder(fixed_jpeg())
+    with ThreadPoolExecutor(4) as threads:
+        assert all(np.array_equal(pixels, expected) for pixels in threads.map(decoder, [fixed_jpeg()] * 50))
 
 
 async def test_two_models_serve_beside_each_other_and_one_that_is_unloaded_leaves_nothing(

@@ -165,3 +165,5 @@ def test_a_default_that_is_no_version_is_an_error(tmp_path: Path, text: str) -> 
     (tmp_path / "cells" / "default").write_text(text)
     with pytest.raises(ModelStoreError, match="expected one of the versions 1, got"):
         ModelStore(tmp_path).find("cells")
+    (line,) = ModelStore(tmp_path).misplaced()
+    assert line.startswith(f"{tmp_path}/cells/default: expected one of the versions 1, got")

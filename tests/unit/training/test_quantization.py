@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -26,8 +28,10 @@ from service.model_store.store import ModelStore, StoredModel
 from service.structures import DetectOptions, Image, Query
 from service.training.quantization import run as quantization_run
 from service.training.quantization import search as quantization_search
+from service.training.quantization.calibration import record
 from service.training.quantization.proposing import Proposal
 from service.training.quantization.search import Ap, NothingLeftError, Plan, search
+from service.training.quantization.state import State
 from tests.coco_folder import write_coco_folder
 from tests.tiny_models import store_untrained
 from tests.unit.training.test_comparing import CONFIG
@@ -226,6 +230,23 @@ def test_a_version_in_int8_is_not_quantised_again(made: Path) -> None:
     result = quantize(made, "--model", "discs@2")
     assert isinstance(result.exception, ServiceError)
     assert "in int8 already" in str(result.exception)
+
+
+def test_a_model_that_cannot_be_quantised_is_refused_before_the_pictures_are_read(made: Path) -> None:
+    result = quantize(made, "--model", "discs@2", "--data", str(made / "missing.json"))
+    assert isinstance(result.exception, ServiceError)
+    assert "in int8 already" in str(result.exception)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    state = State(tmp_path / "run", "a model")
+    state.remove()  # as good as a full disk: nothing can be written there any more
+    with pytest.raises(ModelStoreError, match=r"state\.json: cannot be written"):
+        state.put("recorded", True)
+    model: Any = SimpleNamespace(parts=SimpleNamespace(trunk=None, backbone=None, mask_head=None))
+    unused: Any = None
+    with pytest.raises(ModelStoreError, match=r"recorded\.safetensors: cannot be written"):
+        record(unused, model, [], state.folder / "recorded.safetensors", advance=lambda: None)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(made: Path, tmp_path: Path) -> None:

@@ -7,21 +7,23 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import simplejpeg
 
 from service import pipeline
 from service.answers.json import JsonEncoder
 from service.batching.queue import RequestQueue
 from service.devices.cpu import CpuDevice
-from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError
+from service.errors import InferenceError, ModelStoreError, NotReadyError, OutOfMemoryError, ServiceError
 from service.metrics import Observed
 from service.settings import Settings
-from service.structures import DetectOptions, Encoded, Job, Json, Progress
+from service.structures import DetectOptions, Encoded, Job, Json, Progress, UInt8Array
 from service.workers import local as local_module
 from service.workers.local import LocalDetector
 from tests.fakes import FAKE_BOXES_INFO, FAKE_INFO, POISON, FakePredictor, load_fakes, picture
@@ -58,6 +60,48 @@ async def test_model_that_does_not_warm_up_is_left_out_unless_it_was_named() -> 
         with pytest.raises(ModelStoreError, match="not its weights"):
             await alone.start()
         await alone.stop()
+
+
+class Decoding(CpuDevice):
+    """A device with a JPEG decoder: the CPU's, with an offset, that counts its calls."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__("cpu")
+        self._offset = offset
+        self.calls = 0
+
+    def jpeg_decoder(self) -> Callable[[bytes], UInt8Array]:
+        return self._decode
+
+    def _decode(self, data: bytes) -> UInt8Array:
+        self.calls += 1
+        pixels: UInt8Array = simplejpeg.decode_jpeg(data)
+        return pixels + np.uint8(self._offset)
+
+
+def with_device_decoder() -> LocalDetector:
+    settings = Settings(device="cpu", jpeg_decoder="cuda")
+    return LocalDetector(settings, lambda _: iter([FakePredictor()]), ignore)
+
+
+async def test_the_devices_jpeg_decoder_is_checked_at_start_and_then_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = replace(job(), source=Encoded(simplejpeg.encode_jpeg(np.full((48, 64, 3), 100, np.uint8))))
+    for offset, used in ((1, 1), (30, 0)):
+        device = Decoding(offset)
+        monkeypatch.setattr(local_module, "choose_device", lambda setting, device=device: device)
+        detector = with_device_decoder()
+        await detector.start()
+        assert device.calls == 1
+        assert (await detector.run(jpeg)).image_size == (48, 64)
+        assert device.calls == 1 + used
+        await detector.stop()
+
+
+async def test_the_devices_jpeg_decoder_is_refused_on_the_cpu() -> None:
+    detector = with_device_decoder()
+    with pytest.raises(ServiceError, match="jpeg_decoder 'cuda' needs models to run on CUDA; they run on cpu"):
+        await detector.start()
+    await detector.stop()
 
 
 async def test_models_come_and_go() -> None:

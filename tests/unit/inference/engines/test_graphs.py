@@ -197,15 +197,51 @@ def test_infinities_in_a_replayed_batch_are_noticed(device: RecordingDevice) -> 
 def test_the_largest_are_recorded_first_and_all_read_one_input(device: RecordingDevice) -> None:
     graphs = predictor_on(device)._graphs
     assert graphs is not None
-    graphs.record([(64, 64), (128, 192)], with_masks=False)
+    graphs.record([(64, 64), (128, 192)], with_masks=[False])
     keys = [(one.batch.shape[0], *one.batch.shape[2:]) for one in graphs._recorded.values()]
     areas = [int(np.prod(key)) for key in keys]
     assert len(keys) == 8
     assert areas == sorted(areas, reverse=True)
     assert len({one.batch.data_ptr() for one in graphs._recorded.values()}) == 1
     assert all(one.batch.is_contiguous(memory_format=torch.channels_last) for one in graphs._recorded.values())
-    graphs.record([(4096, 4096)], with_masks=False)  # larger than any picture becomes
+    graphs.record([(4096, 4096)], with_masks=[False])  # larger than any picture becomes
     assert len(graphs._recorded) == 8
+
+
+def test_the_warm_up_records_the_buckets_in_every_number_with_masks_and_without(device: RecordingDevice) -> None:
+    predictor, reference = predictor_on(device), plain()
+    for one in (predictor, reference):
+        # No picture of this network needs the last.
+        one._model.transform.buckets = ((128, 192), (4000, 4000))
+    predictor.info, predictor._may_compile = replace(INFO, engine="graphs"), True
+    predictor.warm_up()
+    assert predictor._graphs is not None
+    keys = list(predictor._graphs._recorded)
+    assert keys == [((128, 192), count, with_masks) for count in (8, 4, 2, 1) for with_masks in (True, False)]
+    replays = [one.replays for one in device.recordings]
+    found = answers(predictor, queries(3))  # the first batch of its kind
+    assert sum(one.replays for one in device.recordings) == sum(replays) + 1
+    assert len(device.recordings) == len(keys)
+    assert_all_same(found, answers(reference, queries(3)))
+
+
+def test_without_buckets_the_warm_up_records_nothing(device: RecordingDevice) -> None:
+    predictor_on(device).warm_up()
+    assert device.recordings == []
+
+
+def test_recordings_of_the_most_buckets_fit_and_there_is_a_bound(
+    device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is left out: recordings are counted."""
+    graphs = predictor_on(device)._graphs
+    assert graphs is not None
+    monkeypatch.setattr("service.inference.engines.graphs.detect_fixed", lambda *args, **options: None)
+    monkeypatch.setattr("service.inference.engines.graphs._packed", lambda *args: torch.zeros(1))
+    graphs.record([(128, columns) for columns in range(1, 12)], with_masks=[True, False])
+    assert len(graphs._recorded) == 11 * 4 * 2
+    graphs.record([(64, columns) for columns in range(1, 12)], with_masks=[True, False])
+    assert len(graphs._recorded) == 96
 
 
 def test_recordings_are_bounded_and_released(device: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
