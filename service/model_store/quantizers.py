@@ -98,6 +98,11 @@ class Quantizers(BaseModel):
         return found
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Those with layers in int8."""
+        return tuple(part for part in PARTS if self.of(part).layers)
+
+    @property
     def weights(self) -> frozenset[str]:
         """The keys of the weights that are stored in int8."""
         return frozenset(layer.weight for part in PARTS for layer in self.of(part).layers if layer.weight is not None)

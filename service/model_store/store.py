@@ -102,7 +102,13 @@ class StoredModel:
             ModelStoreError: `model.toml` or that file is invalid.
         """
         table = self.model_toml.int8
-        return None if table is None else read_quantizers(self.path / table.file, table.sha256)
+        if table is None:
+            return None
+        quantizers = read_quantizers(self.path / table.file, table.sha256)
+        if quantizers.parts != table.parts:
+            expected, got = ", ".join(table.parts), ", ".join(quantizers.parts)
+            raise ModelStoreError(f"{self.path / table.file}: expected layers of {expected}, got layers of {got}")
+        return quantizers
 
 
 class ModelStore:

@@ -188,6 +188,13 @@ def test_what_is_not_a_file_of_quantisers_is_refused(stored: StoredModel, tmp_pa
         loaded(replace_quantizers(stored, text), tmp_path)
 
 
+def test_quantisers_of_other_parts_than_the_model_says_are_refused(stored: StoredModel, tmp_path: Path) -> None:
+    document = json.loads((stored.path / "int8.json").read_text())
+    document["box_head"] = {}
+    with pytest.raises(ModelStoreError, match=r"expected layers of .*box_head.*, got layers of trunk"):
+        loaded(replace_quantizers(stored, json.dumps(document)), tmp_path)
+
+
 def test_quantisers_of_another_graph_are_refused_by_name_and_passed_over_by_auto(
     stored: StoredModel, tmp_path: Path
 ) -> None:
