@@ -40,7 +40,10 @@ def test_model(tmp_path: Path) -> None:
 def test_request(tmp_path: Path) -> None:
     request.main(quick=True, threads=torch.get_num_threads(), engine="eager", out=tmp_path)
     [rows] = tables(tmp_path, "request").values()
-    assert [(row["model"], row["engine"]) for row in rows] == [("blood-cells", "eager"), ("nuclei", "eager")]
+    assert [(row["model"], row["engine"]) for row in rows] == [
+        ("blood-cells", "eager, float32"),
+        ("nuclei", "eager, float32"),
+    ]
 
 
 def test_serve(tmp_path: Path) -> None:
