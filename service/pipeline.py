@@ -21,12 +21,19 @@ from service.answers.encoder import Encoder
 from service.batching.batcher import Batcher
 from service.batching.held_pixels import HeldPixels, PixelHolding
 from service.batching.queue import Priority
-from service.errors import AnswerTooLargeError, DeadlineExceededError, NotReadyError, OutOfMemoryError
+from service.errors import (
+    AnswerTooLargeError,
+    CancelledRequestError,
+    DeadlineExceededError,
+    NotReadyError,
+    OutOfMemoryError,
+)
 from service.imaging.decode import ImageLimits, JpegDecoder, decode_image
 from service.metrics import Observe
 from service.structures import (
     Answer,
     Detections,
+    Drawing,
     Encoded,
     Image,
     Job,
@@ -42,6 +49,9 @@ T = TypeVar("T")
 
 # Parts of one answer that may be encoding or waiting for a thread at a time, so that other jobs get threads too.
 _PARTS_AT_A_TIME = 4
+# What decodes or encodes for longer than some ten milliseconds does so in the background.
+_LARGE_PIXELS = 4_000_000
+_MANY_PARTS = 16
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
 _MATES_SECONDS = 0.1
 
@@ -165,6 +175,10 @@ class WholeImage:
         return prediction
 
 
+class _LargeImageError(CancelledRequestError):
+    """Found at the head of an image: it is to be decoded in the background."""
+
+
 class Pipeline:
     """Takes every job from its source to its answer, for all models of a device.
 
@@ -178,6 +192,8 @@ class Pipeline:
         batch_policy: which images may share a batch, see `Settings`.
         max_answer_bytes: largest answer in JSON, see `Settings`.
         plan_for: chooses how a job's image is split.
+        background: threads for large images and long answers, so that these take little time from batches and from
+            other jobs; None to treat all alike.
 
     Attributes:
         jpeg_decoder: see `decode_image`.
@@ -196,6 +212,7 @@ class Pipeline:
         batch_policy: Literal["exact", "bucketed", "padded"] = "exact",
         max_answer_bytes: int = 64 * 1024 * 1024,
         plan_for: Callable[[Job], Plan] = WholeImage,
+        background: Executor | None = None,
     ) -> None:
         self._batcher = batcher
         self._decoders = decoders
@@ -207,6 +224,7 @@ class Pipeline:
         self._batch_policy = batch_policy
         self._max_answer_bytes = max_answer_bytes
         self._plan_for = plan_for
+        self._background = background
         self.jpeg_decoder: JpegDecoder | None = None
         self._submitted: set[Work] = set()
         self._coming: set[Job] = set()  # bulk jobs, from the start of their decoding until they are submitted
@@ -248,7 +266,7 @@ class Pipeline:
         if job.is_bulk:
             self._coming.add(job)
         try:
-            image = await self._in_thread(self._decoders, job, self._decode, job, holding)
+            image = await self._decoded(job, holding)
         except BaseException:
             self._coming.discard(job)
             raise
@@ -263,20 +281,33 @@ class Pipeline:
             raise NotReadyError(f"the model {model_key} is not loaded any more")
         return predictor
 
-    def _decode(self, job: Job, holding: PixelHolding) -> Image:
+    async def _decoded(self, job: Job, holding: PixelHolding) -> Image:
+        """The decoded image; the size of an encoded one is known only when a thread has read its header."""
+        try:
+            return await self._in_thread(self._decoders, job, self._decode, job, holding, self._background is not None)
+        except _LargeImageError:
+            assert self._background is not None
+            return await self._in_thread(self._background, job, self._decode, job, holding, False)
+
+    def _decode(self, job: Job, holding: PixelHolding, is_small: bool) -> Image:
+        def before_decoding(pixels: int) -> None:
+            if is_small and pixels > _LARGE_PIXELS:
+                raise _LargeImageError
+            holding.take(pixels)
+
         with job.progress.at_risk("decode"):
             if isinstance(job.source, Encoded):
                 return decode_image(
                     job.source.data,
                     limits=self._image_limits,
                     intensity=job.source.intensity,
-                    before_decoding=holding.take,
+                    before_decoding=before_decoding,
                     should_stop=lambda: holding.is_over,
                     jpeg_decoder=self.jpeg_decoder,
                 )
             height, width = job.source.array.shape[:2]
             self._image_limits.check((height, width))
-            holding.take(height * width)
+            before_decoding(height * width)
             return Image(job.source.array)
 
     async def _encode(self, job: Job, image: Image, detections: Detections, holding: PixelHolding) -> bytes:
@@ -294,12 +325,17 @@ class Pipeline:
 
         async def encode_in_thread(part: Detections) -> bytes:
             nonlocal size
-            encoded = await self._in_thread(self._encoders, job, encode, part)
+            encoded = await self._in_thread(threads, job, encode, part)
             size += len(encoded)
             self._check_size(job, encoder, image, detections, size)
             return encoded
 
-        parts = await all_of(encode_in_thread, encoder.split(detections), at_a_time=_PARTS_AT_A_TIME)
+        split = encoder.split(detections)
+        is_long = len(split) > _MANY_PARTS or (
+            isinstance(job.form, Drawing) and image.height * image.width > _LARGE_PIXELS
+        )
+        threads = self._background if is_long and self._background is not None else self._encoders
+        parts = await all_of(encode_in_thread, split, at_a_time=_PARTS_AT_A_TIME)
         return encoder.join(parts)
 
     def _check_size(self, job: Job, encoder: Encoder, image: Image, detections: Detections, size: int) -> None:

@@ -8,7 +8,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from service import masks
 from service.batching.batcher import Batcher
@@ -27,6 +28,8 @@ from service.workers.threads import WatchedThreads
 
 logger = logging.getLogger(__name__)
 
+# A tenth of the processor time of a thread with the usual priority, if both want all of it.
+_BACKGROUND_NICENESS = 10
 _NO_THREAD = "the device's thread has ended"
 
 
@@ -47,6 +50,7 @@ class LocalDetector:
         self._device_failure: str | None = None
         self._decoders = WatchedThreads(settings.decode_threads, "decode")
         self._encoders = WatchedThreads(settings.decode_threads, "encode")
+        self._background = WatchedThreads(settings.decode_threads, "background", niceness=_BACKGROUND_NICENESS)
         self.capacity = settings.max_queue_size + settings.max_batch_size
         self._batcher: Batcher[Work | ThreadTask, Prediction | None] = Batcher(
             self._run_batch,
@@ -61,8 +65,9 @@ class LocalDetector:
             batcher=self._batcher,
             decoders=self._decoders,
             encoders=self._encoders,
+            background=self._background,
             image_limits=ImageLimits(max_image_pixels=settings.max_image_pixels),
-            held_pixels=HeldPixels(settings.max_held_pixels, resting=self._decoders.resting),
+            held_pixels=HeldPixels(settings.max_held_pixels, resting=self._resting),
             predictors=self._predictors,
             observe=observe,
             batch_policy=settings.batch_policy,
@@ -100,6 +105,7 @@ class LocalDetector:
         finally:
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._encoders.shutdown(wait=False, cancel_futures=True)
+            self._background.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, job: Job) -> Answer:
         """Do a job; see `Pipeline.run`."""
@@ -156,7 +162,8 @@ class LocalDetector:
     @property
     def busy_seconds(self) -> float:
         """How long the oldest running batch, decoding or encoding has been running; 0 if none runs."""
-        began = [one for one in (self._busy_since, self._decoders.busy_since, self._encoders.busy_since) if one]
+        pools = (self._decoders, self._encoders, self._background)
+        began = [one for one in (self._busy_since, *(pool.busy_since for pool in pools)) if one]
         return time.monotonic() - min(began) if began else 0.0
 
     @property
@@ -181,6 +188,11 @@ class LocalDetector:
 
     def _device_decoder(self) -> JpegDecoder | None:
         return checked_decoder(choose_device(self._settings.device).jpeg_decoder())
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        with self._decoders.resting(), self._background.resting():
+            yield
 
     async def _add(self, predictor: Predictor) -> ServiceError | None:
         """Warm up a model and let it serve; if that fails, release its memory and return why."""

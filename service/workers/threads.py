@@ -4,12 +4,13 @@ cancelled, a spare thread takes the place of the one that is stuck in it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,10 +24,11 @@ class WatchedThreads(Executor):
     Args:
         count: calls that run at a time, not counting those that were cancelled while running. As many of the latter may
             run beside them, so that a few calls that never end do not block all others.
+        niceness: how much lower their priority is than that of the process's other threads, 0 to 19; see nice(1).
     """
 
-    def __init__(self, count: int, name: str) -> None:
-        self._threads = ThreadPoolExecutor(2 * count, name)
+    def __init__(self, count: int, name: str, *, niceness: int = 0) -> None:
+        self._threads = ThreadPoolExecutor(2 * count, name, initializer=_lower_priority, initargs=(niceness,))
         self._lock = threading.Lock()
         self._waiting: deque[_Call[Any]] = deque()
         self._free = count
@@ -40,13 +42,16 @@ class WatchedThreads(Executor):
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Enter in one of the threads while it only waits for something, so that it is not taken for a hang."""
+        """Enter in one of the threads while it only waits for something, so that it is not taken for a hang. Does
+        nothing in other threads.
+        """
         thread = threading.get_ident()
-        self._began.pop(thread)
+        is_ours = self._began.pop(thread, None) is not None
         try:
             yield
         finally:
-            self._began[thread] = time.monotonic()
+            if is_ours:
+                self._began[thread] = time.monotonic()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **options: P.kwargs) -> Future[T]:
         """As in the base class. Cancelling a running call does not end it, but lets the next one begin."""
@@ -94,6 +99,13 @@ class WatchedThreads(Executor):
                 call.holds_place = False
                 self._free += 1
                 self._start_waiting()
+
+
+def _lower_priority(niceness: int) -> None:
+    """Lower that of this thread alone, which Linux allows without privileges, as long as it is not raised again."""
+    thread = threading.get_native_id()
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class _Call(Future[T]):

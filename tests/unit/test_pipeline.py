@@ -177,6 +177,60 @@ async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypat
     assert len(begun) == 10
 
 
+@pytest.mark.parametrize(("size", "is_large"), [((3, 40), True), ((3, 4), False)])
+async def test_large_images_are_decoded_and_drawn_in_the_background(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], is_large: bool
+) -> None:
+    monkeypatch.setattr(pipeline, "_LARGE_PIXELS", 100)
+    bench = Bench()
+    with ThreadPoolExecutor(1, "background") as background, bench.held_pixels.hold() as holding:
+        bench.pipeline._background = background
+        threads: list[str] = []
+
+        def named_image(*args: Any) -> Image:
+            threads.append(threading.current_thread().name)
+            return Image(*args)
+
+        monkeypatch.setattr(pipeline, "Image", named_image)
+        source = Pixels(np.zeros((*size, 3), np.uint8))
+        image = await bench.pipeline._decoded(bench.job(source), holding)
+        assert image.size == size
+        assert [name.startswith("background") for name in threads] == [is_large]
+        none = objects(np.zeros((0, 4), np.float32), np.zeros((0, 28, 28), np.float32))
+        begun: list[str] = []
+
+        class Named(JsonEncoder):
+            def encode(self, *args: Any, **options: Any) -> bytes:
+                begun.append(threading.current_thread().name)
+                return b""
+
+        monkeypatch.setattr(pipeline, "encoder_for", lambda form: Named(Json()))
+        await bench.pipeline._encode(bench.job(form=Drawing()), image, none, holding)
+        assert [name.startswith("background") for name in begun] == [is_large]
+
+
+async def test_long_answers_are_encoded_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_MANY_PARTS", 2)
+    image, found = many_masks(3)
+    bench = Bench()
+    begun: list[str] = []
+
+    class Named(JsonEncoder):
+        def encode(self, *args: Any, **options: Any) -> bytes:
+            begun.append(threading.current_thread().name)
+            return super().encode(*args, **options)
+
+    monkeypatch.setattr(pipeline, "encoder_for", Named)
+    with ThreadPoolExecutor(2, "background") as background, bench.held_pixels.hold() as holding:
+        bench.pipeline._background = background
+        await bench.pipeline._encode(bench.job(form=Json("rle")), image, found, holding)
+        assert len(begun) == 3
+        assert all(name.startswith("background") for name in begun)
+        begun.clear()
+        await bench.pipeline._encode(bench.job(form=Json("rle")), image, found[:2], holding)
+        assert not any(name.startswith("background") for name in begun)
+
+
 def many_masks(number: int = 40) -> tuple[Image, Detections]:
     """Far apart in a large image, so that each is a part of its own."""
     image = Image(np.zeros((10_000, 10_000, 3), np.uint8))

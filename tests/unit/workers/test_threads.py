@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -65,6 +66,21 @@ def test_no_more_threads_stand_in_than_there_are(threads: WatchedThreads) -> Non
     assert not last.done()
     may_end.set()
     assert last.result() == 8
+
+
+def test_background_threads_have_a_lower_priority() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    background = WatchedThreads(1, "background", niceness=10)
+    assert background.submit(priority).result() == max(10, priority())
+    background.shutdown()
+
+
+def test_resting_does_nothing_to_other_threads(threads: WatchedThreads) -> None:
+    with threads.resting():
+        assert threads.busy_since is None
+    assert threads.busy_since is None
 
 
 def test_thread_that_rests_is_not_busy(threads: WatchedThreads) -> None:
