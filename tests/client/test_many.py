@@ -314,7 +314,10 @@ def test_interrupted_command_does_not_wait_for_answers(folder: Path, tmp_path: P
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         arguments = ["detect", str(folder), "--out", str(tmp_path / "r.jsonl"), "--url", url, "--timeout", "1000"]
+        # A shell's background jobs ignore SIGINT, and so do the processes that they start.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         command = subprocess.Popen([sys.executable, "-m", "roiserve_client.cli", *arguments], env=ENVIRONMENT)
+        signal.signal(signal.SIGINT, previous)
         try:
             connection, _ = silent.accept()
             with connection:
