@@ -354,7 +354,9 @@ class Settings(BaseSettings):
 
     @field_validator("bucket_sizes")
     @classmethod
-    def _check_bucket_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_bucket_sizes(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if value and info.data.get("batch_policy") != "bucketed":
+            raise PydanticCustomError("size", "expected none unless batch_policy is bucketed")
         for size in value:
             if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
                 raise PydanticCustomError("size", "expected sizes such as 1344x800, width before height, in pixels")

@@ -13,16 +13,15 @@ from typing import Annotated, Any
 import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Header, Path, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from service.api.ask import Asked
 from service.api.auth import require_key
-from service.api.errors import describe_option_errors
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_model
 from service.api.openapi import describe_json, describe_plain_errors
 from service.api.schemas import json_response
 from service.api.state import State
-from service.errors import AnswerTooLargeError, InvalidRequestError, ModelNotFoundError
+from service.errors import AnswerTooLargeError, ModelNotFoundError
 from service.structures import Encoded, Json, ModelInfo
 
 _BOXES = ".boxes"
@@ -151,11 +150,8 @@ def _find(state: State, name: str) -> _Function:
 
 
 def _parse(body: bytes) -> tuple[bytes, float | None]:
-    try:
-        # Not strict: CVAT's users write 1 as well as 1.0.
-        document = Invocation.model_validate(parse_document(body))
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None
+    # CVAT's users write 1 as well as 1.0.
+    document = parse_model(Invocation, body, strict=False)
     return decode_base64(document.image.encode(errors="replace")), document.threshold
 
 

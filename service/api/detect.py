@@ -10,7 +10,7 @@ from typing import Annotated, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from service.api.ask import Ask
+from service.api.ask import Ask, Order
 from service.api.auth import require_key
 from service.api.body import read_upload
 from service.api.disconnect import while_connected
@@ -31,7 +31,7 @@ from service.api.options import (
 from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
 from service.api.state import ApiState, State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
-from service.structures import Answer, Coco, Drawing, Encoded, Form, Job, Json, ModelInfo, PictureType, Progress
+from service.structures import Answer, Coco, Drawing, Encoded, Form, Json, ModelInfo, PictureType, Progress
 from service.tasks import all_of
 
 router = APIRouter(
@@ -49,34 +49,24 @@ P = TypeVar("P", bound=DetectParameters)
 class _Order(Generic[P]):
     """What a request asks for: which images, which model, which options, and until when."""
 
+    ask: Ask
     images: Sequence[bytes]
     file_names: Sequence[str]
     parameters: P
     info: ModelInfo
     resolved: ResolvedOptions
     deadline: float
-    caller: str | None
 
-    def job(self, image: bytes, progress: Progress, form: Form, *, is_bulk: bool = False) -> Job:
-        return Job(
-            model=self.info.key,
-            source=Encoded(image, self.parameters.intensity or "full"),
-            options=self.resolved.options,
-            form=form,
-            deadline=self.deadline,
-            progress=progress,
-            is_bulk=is_bulk,
-        )
+    async def run(self, image: bytes, form: Form, progress: Progress, *, is_bulk: bool = False) -> Answer:
+        """Find the objects in one image; errors as in `Ask.run`."""
+        order = Order(self.info, self.resolved.options, form, self.deadline)
+        source = Encoded(image, self.parameters.intensity or "full")
+        return await self.ask.run(order, source, progress, is_bulk=is_bulk)
 
     def describe(self, answer: Answer, progress: Progress) -> dict[str, object]:
         return detections_document(
             self.info, answer, progress, roi_op=self.resolved.options.roi_op, intensity=self.parameters.intensity
         )
-
-    def charge(self, state: ApiState, answer: Answer) -> None:
-        """Count the pixels of an image for the quota of the caller's key."""
-        height, width = answer.image_size
-        state.quotas.charge(self.caller, pixels=height * width)
 
     def only_image(self) -> bytes:
         if not self.images:
@@ -107,7 +97,7 @@ async def _read_order(request: Request, state: ApiState, record: RequestRecord, 
     ask = Ask(request, state, record)
     info, deadline = ask.choose_model(parameters), ask.deadline(parameters)
     resolved = resolve_options(parameters, info, read_proposals(upload))
-    return _Order(upload.images, upload.file_names, parameters, info, resolved, deadline, record.caller)
+    return _Order(ask, upload.images, upload.file_names, parameters, info, resolved, deadline)
 
 
 @router.post(
@@ -126,12 +116,11 @@ async def detect(
     is an array of COCO results, as pycocotools takes them.
     """
     order = await _read_order(request, state, record, query)
-    job = order.job(order.only_image(), record.progress, _form_of(order, 0))
-    answer = await while_connected(request, state.admission.run(job))
-    order.charge(state, answer)
+    image, form = order.only_image(), _form_of(order, 0)
+    answer = await while_connected(request, order.run(image, form, record.progress))
     record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
-    if isinstance(job.form, Coco):
+    if isinstance(form, Coco):
         return Response(answer.encoded, media_type="application/json")
     document = order.describe(answer, record.progress)
     return json_response({"request_id": record.request_id} | document)
@@ -157,7 +146,7 @@ async def detect_batch(
         raise InvalidRequestError("expected multipart fields 'image', got none")
     if order.parameters.image_id is not None:
         raise InvalidRequestError("'image_id' is the id of one image; here the files' names give the ids")
-    results = await while_connected(request, _answer_each(state, order, record.trace_id))
+    results = await while_connected(request, _answer_each(order))
     record.notes["images"] = len(results)
     if order.parameters.format == "coco":
         elements = [one[1:-1] for one in results if isinstance(one, bytes) and one != b"[]"]
@@ -172,35 +161,32 @@ def _form_of(order: _Order[AnswerParameters], index: int) -> Json | Coco:
     return coco_form(order.parameters, order.resolved.mask_format, file_name)
 
 
-async def _answer_each(
-    state: ApiState, order: _Order[AnswerParameters], trace_id: str | None
-) -> list[dict[str, object] | bytes]:
+async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object] | bytes]:
     """A document for each image, in order. An unexpected error in one of them cancels all the others, and so does any
     error with `format=coco`, whose answers, arrays of results, have no place for it.
     """
+    state, trace_id = order.ask.state, order.ask.record.trace_id
     max_bytes, size = state.settings.max_answer_bytes, 0
     forms = [_form_of(order, index) for index in range(len(order.images))]
 
     async def answer_one(index: int) -> dict[str, object] | bytes:
         nonlocal size
         progress = Progress("decode", trace_id=trace_id)
-        job = order.job(order.images[index], progress, forms[index], is_bulk=True)
         try:
-            answer = await state.admission.run(job)
-            order.charge(state, answer)
+            answer = await order.run(order.images[index], forms[index], progress, is_bulk=True)
             if size + len(answer.encoded) > max_bytes:
                 raise AnswerTooLargeError(
                     f"the answers to this request's images would have more than {max_bytes} bytes in all; send fewer "
                     "images, or ask for masks=rle, masks=crop or masks=none"
                 )
         except ServiceError as error:
-            if isinstance(job.form, Coco):
+            if isinstance(forms[index], Coco):
                 error.args = (f"{order.file_names[index]}: {error}",)
                 raise
             report(error, state.metrics)
             return {"error": problem(error)}
         size += len(answer.encoded)
-        return answer.encoded if isinstance(job.form, Coco) else order.describe(answer, progress)
+        return answer.encoded if isinstance(forms[index], Coco) else order.describe(answer, progress)
 
     # Two batches' worth at a time keep the device busy and leave room in the queue for others.
     return await all_of(answer_one, range(len(order.images)), at_a_time=2 * state.settings.max_batch_size)
@@ -218,7 +204,6 @@ async def annotate(
     """Find the objects in one image, as `/v1/detect` does, and answer the image with the objects drawn into it."""
     order = await _read_order(request, state, record, query)
     picture_type: PictureType = "image/png" if order.parameters.format == "png" else "image/jpeg"
-    job = order.job(order.only_image(), record.progress, Drawing(picture_type, order.parameters.drawn_parts))
-    answer = await while_connected(request, state.admission.run(job))
-    order.charge(state, answer)
+    form = Drawing(picture_type, order.parameters.drawn_parts)
+    answer = await while_connected(request, order.run(order.only_image(), form, record.progress))
     return Response(answer.encoded, media_type=picture_type)

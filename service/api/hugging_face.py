@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Path, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from service.api.ask import Ask, Asked
 from service.api.auth import require_key
-from service.api.errors import describe_option_errors
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_model
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_errors
 from service.api.schemas import json_response
 from service.errors import InvalidRequestError
@@ -102,10 +101,7 @@ async def _answer(ask: Ask, name: str, *, with_masks: bool) -> Response:
 
 
 def _parse(body: bytes) -> tuple[bytes, dict[str, object]]:
-    try:
-        document = TaskRequest.model_validate(parse_document(body), strict=True)
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None
+    document = parse_model(TaskRequest, body)
     options = {name: value for name, value in (document.parameters or {}).items() if value is not None}
     for name, only in _FIXED.items():
         if (value := options.pop(name, only)) != only:

@@ -10,12 +10,15 @@ import json
 import reprlib
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 
-from service.api.errors import MAX_MISTAKES, and_more
+from service.api.errors import MAX_MISTAKES, and_more, describe_option_errors
 from service.errors import InvalidRequestError, TooLargeError
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_JSON_BYTES = 256 * 1024
 """What a JSON body may hold beside its longest text, which is the image: more than 2000 proposals with all digits."""
@@ -94,6 +97,23 @@ def parse_document(data: bytes, *, max_values: int = MAX_JSON_VALUES) -> dict[st
     if not isinstance(document, dict):
         raise InvalidRequestError(f"expected a JSON object, got {reprlib.repr(document)}")
     return document
+
+
+def parse_model(kind: type[M], data: bytes, *, strict: bool = True, max_values: int = MAX_JSON_VALUES) -> M:
+    """Read a JSON object of another protocol, and check its form.
+
+    Args:
+        strict: whether values must have their types as they are: no number for a text.
+        max_values: see `parse_document`.
+
+    Raises:
+        InvalidRequestError: it is not a JSON object, or not one of this form.
+        TooLargeError: see `parse_document`.
+    """
+    try:
+        return kind.model_validate(parse_document(data, max_values=max_values), strict=strict)
+    except ValidationError as error:
+        raise InvalidRequestError(describe_option_errors(error.errors())) from None
 
 
 def _too_large(size: int) -> TooLargeError:

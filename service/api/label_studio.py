@@ -9,18 +9,18 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Depends, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from service.api.ask import Ask, Asked, Order
 from service.api.auth import require_key
 from service.api.disconnect import while_connected
-from service.api.errors import RouteNotFoundError, describe_option_errors, detail_of, report
+from service.api.errors import RouteNotFoundError, detail_of, report
 from service.api.health import ready
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_model
 from service.api.label_studio_config import Control, RegionType, read_controls
 from service.api.models import Name
 from service.api.openapi import describe_json, describe_plain_errors
@@ -30,7 +30,6 @@ from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRe
 from service.structures import Answer, Encoded, Json, ModelInfo, Progress
 from service.tasks import all_of
 
-D = TypeVar("D", bound=BaseModel)
 Detection = Mapping[str, Any]
 
 # Tasks may bring the brush strokes of their annotations: bytes as JSON numbers.
@@ -123,7 +122,7 @@ async def list_versions(name: Name, state: State) -> Response:
 async def set_up(name: Name, ask: Asked) -> Response:
     """Check that the project's configuration has a place for what the model finds."""
     info = ask.state.models.find(name)
-    document = await asyncio.to_thread(_parse, SetupRequest, await ask.read())
+    document = await asyncio.to_thread(parse_model, SetupRequest, await ask.read(), max_values=_MAX_VALUES)
     _places(read_controls(document.schema_), info)
     return json_response({"model_version": info.key})
 
@@ -139,7 +138,7 @@ async def predict(name: Name, ask: Asked) -> Response:
     no prediction; if none gets one, the first one's error is the answer.
     """
     info = ask.state.models.find(name)
-    document = await asyncio.to_thread(_parse, PredictRequest, await ask.read())
+    document = await asyncio.to_thread(parse_model, PredictRequest, await ask.read(), max_values=_MAX_VALUES)
     if not document.tasks:
         return json_response({"results": []})
     places = _places(read_controls(document.label_config), info)
@@ -155,7 +154,7 @@ async def predict(name: Name, ask: Asked) -> Response:
 @router.post("/webhook", openapi_extra=describe_json(Event))
 async def hear_event(name: Name, ask: Asked) -> Response:
     """Take note of a change in a project, of which Label Studio tells every backend; none matters here."""
-    document = await asyncio.to_thread(_parse, Event, await ask.read())
+    document = await asyncio.to_thread(parse_model, Event, await ask.read(), max_values=_MAX_VALUES)
     if document.action == "START_TRAINING":
         raise InvalidRequestError(_NO_TRAINING)
     return json_response({"status": "ignored"})
@@ -330,10 +329,3 @@ _SHAPES: Mapping[RegionType, Callable[[Detection, tuple[int, int]], list[dict[st
     "polygonlabels": _polygons,
     "brushlabels": _brushes,
 }
-
-
-def _parse(kind: type[D], body: bytes) -> D:
-    try:
-        return kind.model_validate(parse_document(body, max_values=_MAX_VALUES), strict=True)
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from service.api.ask import Ask, Asked
 from service.api.auth import require_key
-from service.api.errors import describe_option_errors
 from service.api.health import ready
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_model
 from service.api.models import Name
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_errors
 from service.api.options import DetectParameters
@@ -103,10 +102,7 @@ async def _find(ask: Ask, images: Sequence[bytes], parameters: DetectParameters)
 
 
 def _parse(body: bytes) -> tuple[list[bytes], Mapping[str, object]]:
-    try:
-        document = PredictRequest.model_validate(parse_document(body), strict=True)
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None
+    document = parse_model(PredictRequest, body)
     return [_image(one, index) for index, one in enumerate(document.instances)], document.parameters or {}
 
 

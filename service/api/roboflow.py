@@ -27,7 +27,7 @@ from service.api.auth import (
     require_key_or_query,
 )
 from service.api.errors import describe_option_errors
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_document, parse_model
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_message_errors
 from service.api.schemas import json_response
 from service.api.state import ApiState, State
@@ -223,7 +223,7 @@ async def list_models(state: State) -> Response:
 @router.post("/model/add", response_model=RegisteredModels, openapi_extra=describe_json(ModelRequest))
 async def add_model(ask: Asked, bearer: Bearer, header: KeyHeader, password: Password, query: KeyQuery) -> Response:
     """Load a model of the store, which needs an administrator's key, or do nothing if it is loaded."""
-    asked = _parse_model(await ask.read()).model_id
+    asked = parse_model(ModelRequest, await ask.read()).model_id
     try:
         ask.state.models.find(_reference(asked))
     except ModelNotFoundError:
@@ -242,7 +242,7 @@ async def add_model(ask: Asked, bearer: Bearer, header: KeyHeader, password: Pas
 )
 async def remove_model(ask: Asked) -> Response:
     """Unload a model, which needs an administrator's key."""
-    await ask.state.unload_model(_reference(_parse_model(await ask.read()).model_id))
+    await ask.state.unload_model(_reference(parse_model(ModelRequest, await ask.read()).model_id))
     return json_response(_registry(ask.state))
 
 
@@ -354,13 +354,6 @@ def _parse(body: bytes) -> tuple[InferRequest, list[bytes]]:
                 "pickles are not opened"
             )
     return request, [decode_base64(picture.value.encode(errors="replace")) for picture in pictures]
-
-
-def _parse_model(body: bytes) -> ModelRequest:
-    try:
-        return ModelRequest.model_validate(parse_document(body), strict=True)
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None
 
 
 def _validated(kind: type[P], given: Mapping[str, object], *, strict: bool) -> P:

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from service.api.errors import describe_option_errors
-from service.api.json_body import decode_base64, parse_document
+from service.api.json_body import decode_base64, parse_model
 from service.errors import InvalidRequestError
 from service.structures import Encoded, Pixels, Source, UInt8Array
 
@@ -107,10 +106,7 @@ def parse_request(body: bytes, header_length: str | None) -> ParsedRequest:
     if header_length is not None and json_bytes == 0:
         image = Tensor(name="image", shape=[1], datatype="BYTES")
         return ParsedRequest(InferRequest(inputs=[image]), [Encoded(body)])
-    try:
-        document = InferRequest.model_validate(parse_document(body[:json_bytes]), strict=True)
-    except ValidationError as error:
-        raise InvalidRequestError(describe_option_errors(error.errors())) from None
+    document = parse_model(InferRequest, body[:json_bytes])
     if len(document.inputs) != 1 or document.inputs[0].name != "image":
         names = ", ".join(reprlib.repr(one.name) for one in document.inputs) or "none"
         raise InvalidRequestError(f"expected {EXPECTED_INPUT}; got the inputs {names}")

@@ -45,15 +45,21 @@ def list_models(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) ->
     from service.model_store.store import ModelStore
 
     model_store = ModelStore(store)
-    summaries = [_summary(model) for model in model_store.list()]
+    defaults = {model.key for model in model_store.defaults()}
+    summaries = [_summary(model) | {"is_default": model.key in defaults} for model in model_store.list()]
     if json:
         typer.echo(_json(summaries))
         return
     columns = ("model", "architecture", "backbone", "roi_op", "labels", "megabytes")
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    # A column more would not fit in a terminal of 80.
+    is_marked = len(defaults) < len(summaries)
     for summary in summaries:
-        table.add_row(*(escape(_cell(summary[column])) for column in columns))
+        model, *others = (escape(_cell(summary[column])) for column in columns)
+        table.add_row(f"{model} *" if is_marked and summary["is_default"] else model, *others)
     Console().print(table)
+    if is_marked:
+        typer.echo("* what the name alone stands for")
     # Below the table and in full: they name files, keys and what was expected.
     broken = [f"{summary['model']} is broken: {summary['problem']}" for summary in summaries if summary["problem"]]
     for line in [*broken, *model_store.misplaced()]:
@@ -311,7 +317,7 @@ def _summary(stored: StoredModel) -> dict[str, object]:
     """What there is to say of a model in a line; all but its name is None where the folder is broken."""
     problem = stored.problem
     summary: dict[str, object] = {"model": stored.key, "name": stored.name, "version": stored.version}
-    summary |= dict.fromkeys(("architecture", "backbone", "roi_op", "labels", "megabytes"))
+    summary |= dict.fromkeys(("architecture", "backbone", "roi_op", "labels", "megabytes", "precision"))
     if problem is None:
         model_toml = stored.model_toml
         summary |= {
@@ -320,6 +326,7 @@ def _summary(stored: StoredModel) -> dict[str, object]:
             "roi_op": model_toml.roi.op,
             "labels": len(model_toml.labels),
             "megabytes": round(stored.weights_path.stat().st_size / 1e6, 1),
+            "precision": "float32" if model_toml.int8 is None else "int8",
         }
     return summary | {"path": str(stored.path), "problem": problem}
 

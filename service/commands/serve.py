@@ -143,7 +143,7 @@ def read_settings(flags: dict[str, Any]) -> Settings:
         for problem in error.errors():
             name = str(problem["loc"][0])
             places = f"{_flag_name(name)} or {environment_variable(name)}"
-            # Keys are not repeated: what is printed ends in logs.
-            came = "" if name in ("api_keys", "admin_keys") else f", got {problem['input']!r}"
+            # What may be secret is not repeated: what is printed ends in logs.
+            came = "" if name in ("api_keys", "admin_keys", "label_studio_url") else f", got {problem['input']!r}"
             typer.echo(f"roiserve: {places}: {problem['msg']}{came}", err=True)
         raise typer.Exit(2) from None

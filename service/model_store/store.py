@@ -4,6 +4,7 @@ in a request or a setting, and writes new models atomically. Imports torch only 
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 import shutil
@@ -157,15 +158,22 @@ class ModelStore:
             lines += [f"{name_folder / version}: {_expected_version(version)}" for version in wrong]
             if not versions:
                 lines.append(f"{name_folder}: expected a folder for each version, such as '1', got none")
-        return [*lines, *self._wrong_defaults()]
+        return [*lines, *(str(one) for one in self._defaults() if isinstance(one, ModelStoreError))]
 
-    def _wrong_defaults(self) -> Iterator[str]:
-        models = self.list()
-        for name in dict.fromkeys(model.name for model in models):
+    def defaults(self) -> Sequence[StoredModel]:
+        """The version that each name stands for; none where the file `default` is wrong.
+
+        Raises:
+            ModelStoreError: the store's folder is missing or cannot be read.
+        """
+        return [one for one in self._defaults() if isinstance(one, StoredModel)]
+
+    def _defaults(self) -> Iterator[StoredModel | ModelStoreError]:
+        for _, versions in itertools.groupby(self.list(), key=lambda model: model.name):
             try:
-                self.by_preference([model for model in models if model.name == name])
+                yield self.by_preference([*versions])[0]
             except ModelStoreError as error:
-                yield str(error)
+                yield error
 
     def find(self, reference: str) -> StoredModel:
         """Find a model.

@@ -24,7 +24,7 @@ class WatchedThreads(Executor):
     Args:
         count: calls that run at a time, not counting those that were cancelled while running. As many of the latter may
             run beside them, so that a few calls that never end do not block all others.
-        niceness: how much lower their priority is than that of the process's other threads, 0 to 19; see nice(1).
+        niceness: their least niceness, 0 to 19; see nice(1). 0 is the priority that most processes have.
     """
 
     def __init__(self, count: int, name: str, *, niceness: int = 0) -> None:

@@ -132,8 +132,6 @@ def test_keys_are_not_printed() -> None:
         ("precision", "float8"),
         ("engine", "magic"),
         ("batch_policy", "stacked"),
-        ("bucket_sizes", "1344x"),
-        ("bucket_sizes", "1344x800,0x32"),
         ("body_timeout_seconds", 0),
         ("drain_timeout_seconds", -1),
         ("log_level", "loud"),
@@ -143,6 +141,19 @@ def test_keys_are_not_printed() -> None:
 def test_what_is_out_of_range_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.parametrize("sizes", ["1344x", "1344x800,0x32"])
+def test_buckets_are_sizes(sizes: str) -> None:
+    with pytest.raises(ValidationError, match="expected sizes such as 1344x800"):
+        Settings(batch_policy="bucketed", bucket_sizes=sizes)  # type: ignore[arg-type]  # as in a variable
+
+
+def test_buckets_want_the_policy_that_uses_them() -> None:
+    with pytest.raises(ValidationError, match="expected none unless batch_policy is bucketed"):
+        Settings(bucket_sizes="1344x800")  # type: ignore[arg-type]  # as in a variable
+    settings = Settings(batch_policy="bucketed", bucket_sizes="1344x800")  # type: ignore[arg-type]  # likewise
+    assert settings.buckets == ((800, 1344),)
 
 
 def test_the_admin_port_is_another_port() -> None:

@@ -150,7 +150,8 @@ def choose_labels(
     ]
     if not leaves_out_others:
         report.stopping += [
-            f"category {one.name!r} is not among the labels: {', '.join(names)}; --labels says which ones to use"
+            f"category {one.name!r} is not among the labels: {', '.join(names)}; train, evaluate and data leave others "
+            "out with --labels"
             for one in counting
             if one.name not in names
         ]

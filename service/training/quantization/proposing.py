@@ -76,7 +76,8 @@ def check_installed() -> None:
         _nncf()
     except ImportError as error:
         raise ServiceError(
-            f"quantising needs NNCF, which cannot be imported ({error}): pip install 'roiserve[quantize]'"
+            f"quantising needs NNCF, which cannot be imported ({error}): "
+            "pip install --constraint constraints.txt '.[quantize]'"
         ) from error
 
 

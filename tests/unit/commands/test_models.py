@@ -41,7 +41,13 @@ def run(store: Path, *arguments: str) -> Result:
 
 def test_list_shows_each_model_and_what_is_wrong_with_the_broken_ones(store: Path) -> None:
     result = run(store, "list")
-    assert result.stdout.splitlines()[1].split() == ["cells@1", "faster_rcnn", "resnet18_fpn", "roi_align", "2", "2.0"]
+    assert result.stdout.splitlines()[1].split() == [
+        *("cells@1", "faster_rcnn", "resnet18_fpn", "roi_align", "2", "2.0")
+    ]
+    assert [line.rstrip() for line in result.stdout.splitlines()[2:]] == [
+        "cells@2 *",
+        "* what the name alone stands for",
+    ]
     assert "cells@2 is broken:" in result.stderr
     assert "model.toml: no such file" in result.stderr
 
@@ -50,6 +56,7 @@ def test_list_as_json_has_the_same_facts(store: Path) -> None:
     whole, broken = json.loads(run(store, "list", "--json").stdout)
     assert (whole["model"], whole["labels"], whole["megabytes"], whole["problem"]) == ("cells@1", 2, 2.0, None)
     assert (broken["version"], broken["architecture"]) == (2, None)
+    assert (whole["precision"], whole["is_default"], broken["is_default"]) == ("float32", False, True)
 
 
 def test_show_prints_the_model_toml(store: Path) -> None:

@@ -54,6 +54,13 @@ def test_a_key_is_not_repeated_where_logs_would_keep_it() -> None:
     assert "hush" not in output
 
 
+def test_a_password_within_an_address_is_not_repeated() -> None:
+    status, output = invoke("--label-studio-url", "http://me:hush@studio:8080")
+    assert status == 2
+    assert "ROISERVE_LABEL_STUDIO_URL: expected an address" in output
+    assert "hush" not in output
+
+
 def test_variables_that_set_nothing_are_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

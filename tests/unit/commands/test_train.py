@@ -73,7 +73,10 @@ def test_training_on_some_labels_ends_with_a_card_that_says_what_was_left_out(fo
         edit(folder, split, categories=categories, annotations=[*document["annotations"], extra])
     refused = train(folder)
     assert isinstance(refused.exception, DatasetError)
-    assert "category 'rod' is not among the labels: disc; --labels says which ones to use" in str(refused.exception)
+    assert (
+        "category 'rod' is not among the labels: disc; train, evaluate and data leave others out with --labels"
+        in str(refused.exception)
+    )
     result = train(folder, "--labels", "disc")
     assert result.exit_code == 0, result.output + repr(result.exception)
     model = folder / "store" / "discs" / "1"

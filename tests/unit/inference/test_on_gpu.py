@@ -5,11 +5,9 @@ unloaded leaves nothing. Without a GPU the same tests run on the CPU for one fam
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,12 @@ from service.imaging.jpeg_check import checked_decoder, fixed_jpeg
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
 from service.metrics import Observed
-from service.model_store.model_toml import ProvenanceTable
-from service.model_store.store import ModelStore, StoredModel
+from service.model_store.store import StoredModel
 from service.settings import Settings
 from service.structures import Detections, DetectOptions, Job, Json, Pixels, Progress, Query
 from service.workers.local import LocalDetector
 from service.workers.stored import stored_predictors
-from tests.unit.inference.engines.networks import FAMILIES, config_of, picture, weights_of
+from tests.unit.inference.engines.networks import FAMILIES, picture
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -45,29 +42,6 @@ CASES = [
 ]
 SIZES = [(120, 200), (97, 61), (160, 160)]
 Store = Callable[[str], StoredModel]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    root = tmp_path_factory.mktemp("store")
-
-    @cache
-    def stored(family: str) -> StoredModel:
-        return ModelStore(root).write_model(
-            re.sub(r"[^a-z0-9]+", "-", family),
-            1,
-            config=config_of(family),
-            state_dict=weights_of(family),
-            provenance=ProvenanceTable(),
-            readme="",
-        )
-
-    return stored
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engines")
 
 
 def answers(predictor: Predictor, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Detections]:

@@ -4,9 +4,7 @@ refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +22,11 @@ from service.inference.half import HalfNetwork
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
 from service.inference.verification import SIZE, fixed_pictures
-from service.model_store.model_toml import ProvenanceTable
-from service.model_store.store import ModelStore, StoredModel
+from service.model_store.store import StoredModel
 from service.modeling.parts import Parts, TrunkOutput
 from service.structures import NOT_FINITE
 from tests.tiny_models import given_proposals, store_untrained
-from tests.unit.inference.engines.networks import FAMILIES, config_of, weights_of
+from tests.unit.inference.engines.networks import FAMILIES
 
 FAMILY = "fpn with masks"
 
@@ -41,29 +38,6 @@ def test_pictures_are_always_the_same_and_not_flat() -> None:
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
     assert min(first.std(), second.std()) > 30
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], StoredModel]:
-    root = tmp_path_factory.mktemp("store")
-
-    @cache
-    def stored(family: str) -> StoredModel:
-        return ModelStore(root).write_model(
-            re.sub(r"[^a-z0-9]+", "-", family),
-            1,
-            config=config_of(family),
-            state_dict=weights_of(family),
-            provenance=ProvenanceTable(),
-            readme="",
-        )
-
-    return stored
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engines")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

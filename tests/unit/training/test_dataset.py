@@ -96,7 +96,10 @@ def test_a_missing_picture_is_named_even_when_bad_annotations_are_dropped(tmp_pa
 def test_labels_that_do_not_fit_the_categories_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         load_coco(write(tmp_path, CAT, {**CAT, "category_id": 5}), labels=("cat", "horse"))
-    assert "category 'dog' is not among the labels: cat, horse; --labels says which ones to use" in str(caught.value)
+    assert (
+        "category 'dog' is not among the labels: cat, horse; train, evaluate and data leave others out with --labels"
+        in str(caught.value)
+    )
     assert "label 'horse' is not among the categories: cat, dog" in str(caught.value)
 
 

@@ -26,11 +26,6 @@ ENGINES = ("eager", "openvino", "compiled")
 SIZES = [(120, 200), (97, 61), (1, 1), (1, 3000), (40, 150)]
 
 
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("engines")
-
-
 @cache
 def plain(family: str) -> Predictor:
     """The reference: torchvision's modules as they are."""
