@@ -121,6 +121,19 @@ def test_the_batch_does_not_matter(stored: StoredModel, tmp_path: Path) -> None:
         np.testing.assert_allclose(alone.detections.scores, of_batch.detections.scores, atol=1e-5)
 
 
+def test_a_graph_for_one_size_rounds_as_the_one_for_any_size(stored: StoredModel, tmp_path: Path) -> None:
+    parts = loaded(stored, tmp_path)._model.parts
+    assert parts is not None
+    trunk = parts.trunk.__self__._trunk  # type: ignore[attr-defined]
+    batch = torch.rand(8, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = [one.clone() for one in trunk(batch)]
+        trunk._thread.join()
+        assert list(trunk._graphs) == [(96, 128)]
+        for ours, expected in zip(trunk(batch), before, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def test_features_are_the_same_where_a_batch_needs_no_rpn(stored: StoredModel, tmp_path: Path) -> None:
     parts = loaded(stored, tmp_path)._model.parts
     assert parts is not None
