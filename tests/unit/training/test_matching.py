@@ -25,7 +25,7 @@ def indexed(annotations: list[dict[str, Any]]) -> COCO:
     return coco
 
 
-def annotations(numbers: np.random.Generator, count: int, **more: Any) -> list[dict[str, Any]]:
+def boxes(numbers: np.random.Generator, count: int, **more: Any) -> list[dict[str, Any]]:
     """Boxes of all of COCO's sizes; some lie over others, some are equal, and so are some scores. The last image and
     label have none.
     """
@@ -52,8 +52,8 @@ def annotations(numbers: np.random.Generator, count: int, **more: Any) -> list[d
 @pytest.mark.parametrize("max_detections", [100, 5])
 def test_every_match_is_that_of_pycocotools(seed: int, max_detections: int) -> None:
     numbers = np.random.default_rng(seed)
-    objects = annotations(numbers, 40) + annotations(numbers, 6, iscrowd=1)
-    detections = annotations(numbers, 80)
+    objects = boxes(numbers, 40) + boxes(numbers, 6, iscrowd=1)
+    detections = boxes(numbers, 80)
     results = []
     for evaluation in (COCOeval, CompiledCOCOeval):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -78,9 +78,7 @@ def test_every_match_is_that_of_pycocotools(seed: int, max_detections: int) -> N
 def test_objects_or_detections_alone_match_nothing(objects: int, detections: int) -> None:
     numbers = np.random.default_rng(0)
     with contextlib.redirect_stdout(io.StringIO()):
-        run = CompiledCOCOeval(
-            indexed(annotations(numbers, objects)), indexed(annotations(numbers, detections)), "bbox"
-        )
+        run = CompiledCOCOeval(indexed(boxes(numbers, objects)), indexed(boxes(numbers, detections)), "bbox")
         run.evaluate()
     matches = [np.abs(one[key]).sum() for one in run.evalImgs if one is not None for key in ("dtMatches", "gtMatches")]
     assert len(matches) > 0
