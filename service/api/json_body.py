@@ -33,8 +33,8 @@ _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
 # The longest JSON escape: \u0041.
 _ESCAPE_BYTES = 6
-# The longest run of backslashes that is examined, in documents too large to parse before their image is cut out.
-_MAX_BACKSLASHES = 64
+# Enough of what follows a quote to tell a text from what is between two texts.
+_BEGINNING = 64
 # What other services call the image, with hints for our callers.
 _OTHER_NAMES = {
     "images": "one image goes into 'image'; several go to /v1/detect/batch, as the files 'image' of a multipart form",
@@ -124,32 +124,25 @@ def _too_large(size: int) -> TooLargeError:
 
 
 def _longest_text(data: bytes) -> tuple[int, int]:
-    """Start and end of the longest text between quotes, without them. Gives up as soon as the rest is too large."""
-    longest = (0, 0)
-    at = 0
-    while (start := data.find(b'"', at) + 1) > 0:
+    """Start and end of the longest text between quotes, without them; (0, 0) if the rest would be too large. Does not
+    walk over the texts of a large document, since there may be very many.
+    """
+    if len(data) > 2 * MAX_JSON_BYTES:
+        # Only a text that covers the middle leaves so little. Base64 has no quotes, escaped ones neither.
+        start = data.rfind(b'"', 0, len(data) // 2) + 1
         end = data.find(b'"', start)
-        while end >= 0 and _is_escaped(data, end, start):
-            # Base64 has no quotes, so a text with escaped quotes is not the image and counts like any other text.
-            if end - longest[1] + longest[0] > MAX_JSON_BYTES:
-                raise _too_large(end - longest[1] + longest[0])
-            end = data.find(b'"', end + 1)
-        if end < 0:
-            break
-        if end - start > longest[1] - longest[0]:
-            longest = (start, end)
-        at = end + 1
-        if (size := at - longest[1] + longest[0]) > MAX_JSON_BYTES:
-            raise _too_large(size)
-    return longest
+        return (start, end) if 0 < start < end and _begins_text(data[start : start + _BEGINNING]) else (0, 0)
+    longest, at = (0, 0), 0
+    for part in data.split(b'"'):
+        if len(part) > longest[1] - longest[0] and at > 0 and _begins_text(part[:_BEGINNING]):
+            longest = (at, at + len(part))
+        at += len(part) + 1
+    return longest if longest[1] < len(data) else (0, 0)
 
 
-def _is_escaped(data: bytes, quote: int, start: int) -> bool:
-    before = data[max(start, quote - _MAX_BACKSLASHES) : quote]
-    backslashes = len(before) - len(before.rstrip(b"\\"))
-    if backslashes == _MAX_BACKSLASHES:
-        raise InvalidRequestError("a text of the JSON has a long run of backslashes")
-    return backslashes % 2 == 1
+def _begins_text(beginning: bytes) -> bool:
+    """Whether what follows a quote is base64 rather than what JSON has between two texts."""
+    return beginning.lstrip(_WHITE_SPACE)[:1] not in (b"", b":", b",", b"]", b"}")
 
 
 def _parse(document: bytes) -> dict[str, object]:

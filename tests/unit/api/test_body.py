@@ -104,11 +104,35 @@ def test_what_is_no_base64_is_named_for_what_it_is(text: str, words: str) -> Non
         ('{"image": "", "score_thresh": NaN}', "not JSON"),
         (f'{{"image": "", "x": {"1" * 5000}}}', "digits"),
         (f'{{"{"a" * 300_000}": 1}}', "a key of 300000 bytes"),
-        ('{"image": "' + "\\" * 300_000 + '"}', "backslashes"),
+        ('{"image": "' + "\\" * 300_000 + '"}', "not base64: a backslash"),
     ],
 )
 def test_json_without_an_image_is_told_what_is_missing(body: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
+        parse_json(body.encode())
+
+
+@pytest.mark.parametrize("numbers", [30_000, 90_000])
+@pytest.mark.parametrize("image_bytes", [9_000, 300_000, 900_000])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_image_is_found_whatever_is_longest(numbers: int, image_bytes: int, is_first: bool) -> None:
+    image = b'"image": "%s"' % base64.b64encode(bytes(image_bytes))
+    options = b'"proposals": [%s], "model": "nuclei"' % b",".join([b"12"] * numbers)
+    body = b"{%s}" % b", ".join([image, options] if is_first else [options, image])
+    if len(options) > MAX_JSON_BYTES:
+        with pytest.raises(TooLargeError, match="beside its longest text"):
+            parse_json(body)
+    else:
+        found, fields = parse_json(body)
+        assert found == bytes(image_bytes)
+        assert fields == {"proposals": [12] * numbers, "model": "nuclei"}
+
+
+@pytest.mark.parametrize("count", [30_000, 100_000], ids=["half a megabyte", "a megabyte"])
+def test_very_many_short_texts_are_too_large(count: int) -> None:
+    keys = ",".join(f'"key{number}": 1' for number in range(count))
+    body = f'{{"image": "", {keys}}}'
+    with pytest.raises(TooLargeError, match="beside its longest text"):
         parse_json(body.encode())
 
 
