@@ -40,6 +40,8 @@ _ONE_IMAGE_PATHS = ("/v1/detect", "/v1/annotate")
 # The socket's buffers hold so much of a body, so it is here or on its way when the head arrives. Reading it costs next
 # to nothing, and the connection can be kept open.
 _SMALL_BODY_BYTES = 64 * 1024
+# A piece of a long answer: writing it takes a millisecond or less.
+_SLICE_BYTES = 256 * 1024
 # How long we go on reading a body after an early answer: if the connection were closed at once, it would be reset, and
 # a caller that is still sending would never see the answer.
 _LINGER_SECONDS = 2.0
@@ -241,7 +243,16 @@ class _Exchange:
             await self._send({**message, "more_body": True})
             await self._read_to_the_end()
             message = {"type": "http.response.body"}
-        await self._send(message)
+        await self._send_in_slices(message)
+
+    async def _send_in_slices(self, message: Message) -> None:
+        """Send a message, the body of a long answer piece by piece, so that others get their turns in between."""
+        body = message.get("body", b"")
+        starts = range(0, len(body), _SLICE_BYTES)
+        for start in starts[:-1]:
+            await self._send({**message, "body": body[start : start + _SLICE_BYTES], "more_body": True})
+            await asyncio.sleep(0)
+        await self._send({**message, "body": body[starts[-1] :]} if len(starts) > 1 else message)
 
     def _headers(self) -> Iterable[tuple[bytes, bytes]]:
         yield b"x-request-id", self.record.request_id.encode()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.structures import Intensity, UInt8Array
 
 # A band of this size takes some tens of megabytes to convert, whatever its mode.
-_BAND_PIXELS = 1 << 22
+_BAND_PIXELS = 1 << 17
 # 32-bit grey: the picture itself determines black and white.
 _WITHOUT_RANGE = ("I", "F")
 _SIXTEEN_BITS = "I;16"  # and its byte orders

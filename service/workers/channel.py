@@ -51,20 +51,39 @@ class FrameReader:
     """Cuts a stream of bytes into frames."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []  # of the header with its lengths, then of the body
+        self._length = 0  # of all pieces
+        self._needed = _LENGTHS.size
+        self._header: Header | None = None
 
     def feed(self, data: bytes) -> Iterator[tuple[Header, bytes]]:
         """The frames that these bytes complete."""
-        self._buffer += data
-        while len(self._buffer) >= _LENGTHS.size:
-            header_length, body_length = _LENGTHS.unpack_from(self._buffer)
-            header_end = _LENGTHS.size + header_length
-            if len(self._buffer) < header_end + body_length:
-                return
-            header = orjson.loads(self._buffer[_LENGTHS.size : header_end])
-            body = bytes(memoryview(self._buffer)[header_end : header_end + body_length])
-            del self._buffer[: header_end + body_length]
-            yield header, body
+        self._pieces.append(data)
+        self._length += len(data)
+        while self._length >= self._needed:
+            if self._header is not None:
+                body = self._take(self._needed)
+                header, self._header, self._needed = self._header, None, _LENGTHS.size
+                yield header, body
+                continue
+            header_length, body_length = _LENGTHS.unpack_from(self._together())
+            if self._length >= _LENGTHS.size + header_length:
+                self._header = orjson.loads(self._take(_LENGTHS.size + header_length)[_LENGTHS.size :])
+                self._needed = body_length
+            else:
+                self._needed = _LENGTHS.size + header_length
+
+    def _take(self, length: int) -> bytes:
+        """The first bytes; they are copied once. They end in the last piece."""
+        last = self._pieces.pop()
+        rest = self._length - length
+        taken = b"".join([*self._pieces, last[: len(last) - rest]])
+        self._pieces, self._length = [last[len(last) - rest :]], rest
+        return taken
+
+    def _together(self) -> bytes:
+        self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
 
 
 class BlockingChannel:

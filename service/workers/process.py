@@ -34,6 +34,9 @@ from service.workers.local import LocalDetector
 
 logger = logging.getLogger(__name__)
 
+# Sending so much takes longer than handing it over to a thread.
+_LONG_ANSWER_BYTES = 1024 * 1024
+
 
 def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory, share: Share) -> None:
     """Serve the process at the other end of the socket until that end closes.
@@ -152,9 +155,9 @@ class _Worker:
                 os._exit(1)  # another worker may succeed with this job
             self._reply("error", {"kind": "error", "id": header["id"], "error": error_to(error)})
         else:
-            self._answer(header["id"], answer, progress)
+            await self._answer(header["id"], answer, progress)
 
-    def _answer(self, job_id: int, answer: Answer, progress: Progress) -> None:
+    async def _answer(self, job_id: int, answer: Answer, progress: Progress) -> None:
         fields = {
             "image_size": answer.image_size,
             "orientation_applied": answer.orientation_applied,
@@ -164,7 +167,12 @@ class _Worker:
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
-        self._reply("error", header | {"observations": self._take_observations()}, answer.encoded)
+        header["observations"] = self._take_observations()
+        if len(answer.encoded) < _LONG_ANSWER_BYTES:
+            self._reply("error", header, answer.encoded)
+        else:
+            # Sending waits for the other process to read.
+            await asyncio.to_thread(self._reply, "error", header, answer.encoded)
 
     async def _answer_command(self, header: Header) -> None:
         commands = {"ping": self._ping, "load": self._load, "unload": self._unload}
