@@ -24,6 +24,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ADLER_MODULUS = 65521
 _END_OF_BLOCK = 256
 _LONGEST_MATCH = 258
+_LAST_SYMBOL = 285  # the longest match
 # The number of extra bits after each length symbol (257 to 285), and the length at which each begins.
 _EXTRA_BITS = np.array([0] * 8 + [n for n in range(1, 6) for _ in range(4)] + [0])
 _FIRST_LENGTHS = np.array([*(3 + np.concatenate([[0], (1 << _EXTRA_BITS[:-2]).cumsum()])), _LONGEST_MATCH])
@@ -195,9 +196,11 @@ def _append_zeros(out: UInt8Array, state: Int64Array, count: int) -> None:
         count -= 1
     state[2] = (state[2] + count % _ADLER_MODULUS * state[1]) % _ADLER_MODULUS
     # The remainder after the longest matches is 0 or at least 3, the length of the shortest match.
-    while count >= _LONGEST_MATCH + 3 or count == _LONGEST_MATCH:
-        _append_match(out, state, _LONGEST_MATCH)
-        count -= _LONGEST_MATCH
+    longest = (count - 3) // _LONGEST_MATCH if count >= _LONGEST_MATCH + 3 else 0
+    count -= longest * _LONGEST_MATCH
+    if count == _LONGEST_MATCH:
+        longest, count = longest + 1, 0
+    _append_longest_matches(out, state, longest)
     if count > _LONGEST_MATCH:
         _append_match(out, state, count - 3)
         count = 3
@@ -223,6 +226,25 @@ def _append_match(out: UInt8Array, state: Int64Array, length: int) -> None:
     _append_bits(out, state, _CODES[symbol], _LENGTHS[symbol])
     # The extra bits, and one for the distance.
     _append_bits(out, state, length - _FIRST_LENGTHS[symbol - 257], _EXTRA_BITS[symbol - 257] + 1)
+
+
+@compiled()
+def _append_longest_matches(out: UInt8Array, state: Int64Array, count: int) -> None:
+    """Repeat the last byte 258 times, so often: the same two bits again and again, which fill whole bytes."""
+    start, end = state[0], state[0] + 2 * count
+    pattern = 0
+    for bit in range(8):
+        # The symbol's only bit, then the distance's, which is 0.
+        pattern |= (_CODES[_LAST_SYMBOL] if (bit - start) % 2 == 0 else 0) << bit
+    first, last = start >> 3, end >> 3
+    from_start, to_end = 255 & (255 << (start & 7)), (1 << (end & 7)) - 1
+    if first == last:
+        out[first] |= pattern & from_start & to_end
+    else:
+        out[first] |= pattern & from_start
+        out[first + 1 : last] = pattern
+        out[last] |= pattern & to_end
+    state[0] = end
 
 
 @compiled()
