@@ -336,7 +336,7 @@ class Pipeline:
         )
         threads = self._background if is_long and self._background is not None else self._encoders
         parts = await all_of(encode_in_thread, split, at_a_time=_PARTS_AT_A_TIME)
-        return encoder.join(parts)
+        return await self._in_thread(threads, job, encoder.join, parts) if is_long else encoder.join(parts)
 
     def _check_size(self, job: Job, encoder: Encoder, image: Image, detections: Detections, size: int) -> None:
         """Refuse an answer that is known to have at least `size` bytes, if that is too many."""

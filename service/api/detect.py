@@ -28,7 +28,7 @@ from service.api.options import (
     refuse_repeated_options,
     resolve_options,
 )
-from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response
+from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, detections_response, json_response
 from service.api.state import ApiState, State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
 from service.structures import Answer, Coco, Drawing, Encoded, Form, Json, ModelInfo, PictureType, Progress
@@ -123,7 +123,7 @@ async def detect(
     if isinstance(form, Coco):
         return Response(answer.encoded, media_type="application/json")
     document = order.describe(answer, record.progress)
-    return json_response({"request_id": record.request_id} | document)
+    return detections_response({"request_id": record.request_id} | document, answer.encoded)
 
 
 @router.post(

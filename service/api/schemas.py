@@ -5,13 +5,18 @@ our own output is not validated at run time; a test checks that the two agree.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import orjson
 from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from service.structures import Answer, Intensity, MaskStyle, ModelInfo, Progress, Verification
+
+# An answer of this size takes a millisecond to copy.
+_LONG_BYTES = 1024 * 1024
 
 
 class ImageFrame(BaseModel):
@@ -224,3 +229,29 @@ def verification_document(verification: Verification) -> dict[str, object]:
 def json_response(document: object) -> Response:
     """A JSON answer from a document, serialized once, without validation."""
     return Response(orjson.dumps(document), media_type="application/json")
+
+
+def detections_response(document: dict[str, object], encoded: bytes) -> Response:
+    """The same for a document with the detections of one image, which is not copied if it is long.
+
+    Args:
+        encoded: the detections.
+    """
+    if len(encoded) < _LONG_BYTES:
+        return json_response(document)
+    head, tail = orjson.dumps(document | {"detections": None}).split(b'"detections":null')
+    return _ResponseInPieces([head + b'"detections":', encoded, tail])
+
+
+class _ResponseInPieces(Response):
+    media_type = "application/json"
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__(headers={"content-length": str(sum(map(len, pieces)))})
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body"})
