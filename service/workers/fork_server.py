@@ -43,8 +43,7 @@ async def until_started(starting: asyncio.Future[None]) -> None:
     """Wait until `start_process`, which runs in a thread, has returned or raised. A fork server that hangs is killed;
     then the start fails, and the next one starts another fork server.
     """
-    pid = _pid()
-    seconds = _START_SECONDS if pid == _proven else _FIRST_START_SECONDS
+    seconds = _FIRST_START_SECONDS if _proven is None or _proven != _pid() else _START_SECONDS
     while not (await asyncio.wait([starting], timeout=seconds))[0]:
         pid = _pid()
         logger.error("fork server hangs", extra={"fields": {"pid": pid, "seconds": seconds}})

@@ -29,7 +29,7 @@ from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
-from service.workers import fork_server, handle, pool, served_models, supervision
+from service.workers import fork_server, pool, served_models, supervision
 from service.workers.detector import PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD
@@ -148,18 +148,6 @@ async def test_worker_is_ended_also_when_the_fork_server_that_bore_it_is_gone() 
         second.kill("hung")
         await second.ended.wait()
         assert score(await bench.submit(77)) == 77
-
-
-async def test_fork_server_that_stands_still_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_server, "_START_SECONDS", 0.1)
-    monkeypatch.setattr(handle, "_LEAVE_SECONDS", 0.1)
-    async with running() as bench:
-        stopped = fork_server._pid()
-        assert stopped is not None
-        os.kill(stopped, signal.SIGSTOP)
-        os.kill(bench.pool.pids[0], signal.SIGKILL)
-        assert score(await bench.submit(77)) == 77
-        assert fork_server._pid() not in (None, stopped)
 
 
 async def test_killed_worker_is_replaced_and_all_jobs_are_answered() -> None:
