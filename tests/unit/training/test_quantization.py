@@ -126,6 +126,19 @@ def test_an_image_gets_the_same_answer_bit_by_bit_alone_and_in_a_batch(stored: S
         np.testing.assert_array_equal(alone.detections.masks, of_batch.detections.masks)
 
 
+def test_a_graph_for_one_size_rounds_as_the_one_for_any_size(stored: StoredModel, tmp_path: Path) -> None:
+    parts = loaded(stored, tmp_path)._model.parts
+    assert parts is not None
+    trunk = parts.trunk.__self__._trunk  # type: ignore[attr-defined]
+    batch = torch.rand(8, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = [one.clone() for one in trunk(batch)]
+        trunk._thread.join()
+        assert list(trunk._graphs) == [(96, 128)]
+        for ours, expected in zip(trunk(batch), before, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def test_features_are_the_same_where_a_batch_needs_no_rpn(stored: StoredModel, tmp_path: Path) -> None:
     parts = loaded(stored, tmp_path)._model.parts
     assert parts is not None
