@@ -18,7 +18,7 @@ import pytest
 from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
 from service.imaging.containers import tiff as tiff_module
 from service.imaging.containers.directory import read_directory
-from service.imaging.containers.jpeg import MAX_SCANS, count_work
+from service.imaging.containers.jpeg import MAX_SCANS, Work, count_work
 from service.imaging.containers.tiff import MAX_FILL_BYTES, MAX_JPEG_SEGMENTS, MAX_STRIPS, read_tiff
 from service.imaging.decode import ImageLimits, decode_image
 
@@ -217,7 +217,12 @@ def test_fill_bytes_of_a_jpeg_in_a_tiff_are_counted() -> None:
 def test_of_several_jpegs_without_a_length_none_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """80 KB whose 8000 strips are at the same 3900 segments took 15 s; libtiff reads no strip without a length."""
     searched: list[int] = []
-    monkeypatch.setattr(tiff_module, "count_work", lambda data: searched.append(len(data)) or count_work(data))
+
+    def counted(data: bytes) -> Work:
+        searched.append(len(data))
+        return count_work(data)
+
+    monkeypatch.setattr(tiff_module, "count_work", counted)
     offsets, lengths = struct.pack("<8000I", *[8 + 64_000] * 8000), bytes(32_000)
     body = offsets + lengths + b"\xff\xd8" + b"\xff\xe1\0\2" * 3900
     tags = {256: (LONG, 1, 16), 257: (LONG, 1, 8000), 259: (LONG, 1, 7), 278: (LONG, 1, 1)}
