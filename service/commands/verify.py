@@ -84,9 +84,9 @@ def _print_differences(verification: Verification) -> None:
 
     from service.structures import NOT_FINITE
 
-    units = {"boxes": "px", "scores": "", "masks": ""}
+    units = {"boxes": "px"}
     table = Table("", "largest difference", "tolerated", box=None, header_style="bold", pad_edge=False)
     for name, value in verification.values.items():
         largest = "not finite" if value.largest_difference == NOT_FINITE else f"{value.largest_difference:.2g}"
-        table.add_row(name, f"{largest} {units[name]}", f"{value.tolerance:g} {units[name]}")
+        table.add_row(name, f"{largest} {units.get(name, '')}", f"{value.tolerance:g} {units.get(name, '')}")
     Console().print(table)

@@ -324,6 +324,33 @@ async def test_pixels_are_taken_as_they_are() -> None:
     assert sent.encoded == encoded.encoded
 
 
+async def test_pixels_are_on_their_way_to_the_device_before_their_image_is_queued() -> None:
+    """So that neither the batch nor the thread that launches its work waits for the copy."""
+
+    class Copy:
+        def take(self) -> None:
+            return None
+
+    seen: list[object] = []
+
+    class Predictor(FakePredictor):
+        def begin_upload(self, image: Image) -> Image:
+            seen.append(threading.current_thread())
+            return replace(image, upload=Copy())
+
+        def predict(self, queries: Sequence[Query]) -> list[Prediction]:
+            seen.extend(type(query.image.upload) for query in queries)
+            return super().predict(queries)
+
+    bench = Bench()
+    predictor = Predictor()
+    bench.pipeline._predictors = {predictor.info.key: predictor}
+    async with running(bench):
+        decoder = await asyncio.wrap_future(bench.threads.submit(threading.current_thread))
+        await bench.pipeline.run(bench.job())
+    assert seen == [decoder, Copy]
+
+
 async def test_detections_leave_as_tensors() -> None:
     async with running(Bench()) as bench:
         answer = await bench.pipeline.run(bench.job(form=Tensors()))
