@@ -270,7 +270,7 @@ class _GraphRecorder:
         self._graphs.clear()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Graph:
     """See `Recording`."""
 

@@ -193,7 +193,7 @@ async def test_large_images_are_decoded_and_drawn_in_the_background(
 
         monkeypatch.setattr(pipeline, "Image", named_image)
         source = Pixels(np.zeros((*size, 3), np.uint8))
-        image = await bench.pipeline._decoded(bench.job(source), holding)
+        image = await bench.pipeline._decoded(bench.job(source), holding, bench.predictor)
         assert image.size == size
         assert [name.startswith("background") for name in threads] == [is_large]
         none = objects(np.zeros((0, 4), np.float32), np.zeros((0, 28, 28), np.float32))
