@@ -29,6 +29,8 @@ service/
 ├── logs.py             events with keys, one line per request
 ├── settings.py         every setting: environment variable, flag and help in one
 ├── cores.py            how many CPU cores may be used
+├── memory.py           how much memory may still be taken
+├── control_groups.py   the limits of containers, where both are read
 ├── jit.py              numeric loops to machine code, cached on disk
 ├── structures.py       the data types that the rooms pass to each other
 ├── tensors.py          named arrays as bytes
@@ -39,7 +41,7 @@ Imports go downwards only (`tests/test_architecture.py` holds the code to this p
 
     cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
     | inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load | devices
-    → cores | errors | tasks | tensors
+    → cores | memory → control_groups | errors | tasks | tensors
 
 `api` and `batching` never import torch, nor does the process that serves HTTP if others run its models; `modeling`
 never imports `settings`; `training` never `api` or `batching`.

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from service.control_groups import control_groups
+
 Binding = Literal["node", "cores", "off"]
 """What each of several processes is bound to: the cores of a NUMA node, cores of its own, or nothing."""
 
@@ -108,28 +110,9 @@ def available_cores(*, root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """The quotas in cores that hold for this process: of its control group and of those above, in version 2 or 1."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return  # not Linux, or no /proc
-    mounts = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            read, mount = _quota_v2, mounts
-        elif "cpu" in controllers.split(","):
-            read = _quota_v1
-            mount = next((mounts / name for name in (controllers, "cpu") if (mounts / name).is_dir()), mounts / "cpu")
-        else:
-            continue
-        # In a container without a namespace of its own, the path is the host's and does not exist here; the mount's
-        # root is then the container's group.
-        group = mount / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if (quota := read(folder)) is not None:
-                yield quota
-            if folder == mount:
-                break
+    for folder, is_v2 in control_groups("cpu", root=root):
+        if (quota := (_quota_v2 if is_v2 else _quota_v1)(folder)) is not None:
+            yield quota
 
 
 def _quota_v2(folder: Path) -> float | None:

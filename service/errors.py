@@ -23,6 +23,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from itertools import islice
+
 
 class ServiceError(Exception):
     """Base of all errors of this package. `code` is a stable machine-readable word for clients."""
@@ -164,3 +167,17 @@ def first_line(error: BaseException) -> str:
 
 
 _LONGEST_LINE = 200
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        # reprlib would sort all the keys, to show four of them.
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+shown = _Shown().repr
+"""The beginning of a value that came in JSON, for a message: however long, wide or deep it is, that costs nothing."""

@@ -190,7 +190,7 @@ class Metrics:
         self.uncompiled_batches.labels(info.key)
         if info.verification is not None:
             for name, value in info.verification.values.items():
-                self.model_verification.labels(info.key, name).set(value.largest_difference / value.tolerance)
+                self.model_verification.labels(info.key, name).set(value.difference / value.tolerance)
         self.queue_depth.labels(info.key).set_function(queue_depth)
         self.queue_pixels.labels(info.key).set_function(queue_pixels)
 

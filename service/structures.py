@@ -210,13 +210,13 @@ class VerifiedValue:
     """How far one kind of output lies from that of the plain network.
 
     Attributes:
-        largest_difference: for boxes in pixels of the pictures, for scores and masks as probabilities; `NOT_FINITE` if
-            any number was not finite. For recordings the largest share of the detections that a replay finds otherwise
-            than the work that was recorded.
-        tolerance: the largest difference that passes.
+        difference: the largest of all values, in int8 their root mean square; for boxes in pixels of the pictures, for
+            scores and masks as probabilities; `NOT_FINITE` if any number was not finite. For recordings the largest
+            share of the detections that a replay finds otherwise than the work that was recorded.
+        tolerance: the most that passes.
     """
 
-    largest_difference: float
+    difference: float
     tolerance: float
 
 
@@ -240,11 +240,11 @@ class Verification:
     @property
     def has_passed(self) -> bool:
         """Whether all differences are within their tolerance."""
-        return all(one.largest_difference <= one.tolerance for one in self.values.values())
+        return all(one.difference <= one.tolerance for one in self.values.values())
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{name} within {one.largest_difference:.2g} (of {one.tolerance:g})" for name, one in self.values.items()
+            f"{name} within {one.difference:.2g} (of {one.tolerance:g})" for name, one in self.values.items()
         )
 
 

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent.parent / "service"
 ORDER = (
     "cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks "
     "| inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load "
-    "| devices → cores | errors | tasks | tensors"
+    "| devices → cores | memory → control_groups | errors | tasks | tensors"
 )
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER.split(" → ")) for room in rooms.split(" | ")}
 

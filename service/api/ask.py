@@ -137,8 +137,7 @@ class Ask:
         Raises:
             ServiceError: too many images or none, over the quota, or an option or a model that cannot be had.
         """
-        if not 1 <= images <= MAX_IMAGES:
-            raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {images}")
+        require_count(images)
         self.state.quotas.charge(self.record.caller, images=images)
         info = self.choose_model(parameters)
         return Order(info, resolve_options(parameters, info).options, form, self.deadline(parameters))
@@ -180,6 +179,12 @@ class Ask:
 
         # Two batches' worth at a time keep the device busy and leave room in the queue for others.
         return await all_of(run_one, sources, at_a_time=2 * self.state.settings.max_batch_size)
+
+
+def require_count(images: int) -> None:
+    """Raise InvalidRequestError if one request cannot have so many images."""
+    if not 1 <= images <= MAX_IMAGES:
+        raise InvalidRequestError(f"expected 1 to {MAX_IMAGES} images, got {images}")
 
 
 async def _begin(request: Request, state: State, record: Record) -> Ask:

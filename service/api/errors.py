@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from http import HTTPStatus
@@ -34,6 +33,7 @@ from service.errors import (
     ServiceError,
     TooLargeError,
     UnsupportedImageError,
+    shown,
 )
 from service.logs import request_id_context
 from service.metrics import Metrics
@@ -310,4 +310,4 @@ def describe_expectation(error: Mapping[str, Any]) -> str:
 
 def _quote(value: object) -> str:
     """The received value, as the caller wrote it; shortened, since it may be as long as a body."""
-    return orjson.dumps(value).decode() if value is None or isinstance(value, bool) else reprlib.repr(value)
+    return orjson.dumps(value).decode() if value is None or isinstance(value, bool) else shown(value)

@@ -16,8 +16,9 @@ from service.api.ask import Ask, Asked
 from service.api.auth import require_key
 from service.api.json_body import decode_base64, parse_model
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_errors
+from service.api.options import GivenOptions
 from service.api.schemas import json_response
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, shown
 from service.structures import Encoded, Json
 
 Name = Annotated[str, Path(description="name, or name@version", examples=["nuclei"])]
@@ -32,7 +33,7 @@ class TaskRequest(BaseModel):
     """A request in JSON; without parameters, the body may be the image itself."""
 
     inputs: str = Field(description="The image in base64.")
-    parameters: dict[str, Any] | None = Field(
+    parameters: GivenOptions | None = Field(
         None, description="`threshold`: keep what scores above this; and the options of `/v1/detect`."
     )
 
@@ -105,7 +106,7 @@ def _parse(body: bytes) -> tuple[bytes, dict[str, object]]:
     options = {name: value for name, value in (document.parameters or {}).items() if value is not None}
     for name, only in _FIXED.items():
         if (value := options.pop(name, only)) != only:
-            raise InvalidRequestError(f"parameter {name!r}: expected {only!r} or none, got {str(value)[:50]!r}")
+            raise InvalidRequestError(f"parameter {name!r}: expected {only!r} or none, got {shown(value)}")
     if wrong := options.keys() & {"model", "masks"}:
         raise InvalidRequestError(f"parameter {min(wrong)!r}: the path says that")
     if "threshold" in options:

@@ -16,7 +16,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from service.api.errors import MAX_MISTAKES, and_more, describe_option_errors
-from service.errors import InvalidRequestError, TooLargeError
+from service.errors import InvalidRequestError, TooLargeError, shown
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -69,7 +69,7 @@ def parse_json(data: bytes) -> tuple[bytes, dict[str, object]]:
         raise InvalidRequestError(f"expected {EXPECTED_JSON}; {_describe_keys(fields)}")
     image = fields.pop("image")
     if not isinstance(image, str):
-        raise InvalidRequestError(f"'image': expected base64, got {reprlib.repr(image)}")
+        raise InvalidRequestError(f"'image': expected base64, got {shown(image)}")
     if not end:
         return decode_base64(image.encode(errors="replace")), fields
     if image != placeholder:
@@ -84,18 +84,18 @@ def parse_document(data: bytes, *, max_values: int = MAX_JSON_VALUES) -> dict[st
         InvalidRequestError: it is not a JSON object.
         TooLargeError: it holds more than `max_values` values.
     """
-    # Base64 has no commas, so there are about as many commas as values.
-    if (commas := data.count(b",")) > max_values:
+    # Base64 has none of these. There are about as many commas as values, unless lists are nested without commas.
+    if max(data.count(b","), data.count(b"[") + data.count(b"{")) > max_values:
         raise TooLargeError(
-            f"the JSON has about {commas} values, at most {max_values} are read; send pictures as encoded files "
-            "or as binary tensors"
+            f"the JSON has more than the {max_values} values that are read; send pictures as encoded files or as "
+            "binary tensors"
         )
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise InvalidRequestError(f"expected a JSON object, got {reprlib.repr(document)}")
+        raise InvalidRequestError(f"expected a JSON object, got {shown(document)}")
     return document
 
 
@@ -167,7 +167,7 @@ def _parse(document: bytes) -> dict[str, object]:
     except ValueError:
         raise InvalidRequestError("a number of the JSON has thousands of digits") from None
     if not isinstance(fields, dict):
-        raise InvalidRequestError(f"expected {EXPECTED_JSON}, got {reprlib.repr(fields)}")
+        raise InvalidRequestError(f"expected {EXPECTED_JSON}, got {shown(fields)}")
     return fields
 
 

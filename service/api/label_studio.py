@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from service.api.models import Name
 from service.api.openapi import describe_json, describe_plain_errors
 from service.api.schemas import json_response
 from service.api.state import State
-from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
+from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError, shown
 from service.structures import Answer, Encoded, Json, ModelInfo, Progress
 from service.tasks import all_of
 
@@ -123,7 +123,7 @@ async def set_up(name: Name, ask: Asked) -> Response:
     """Check that the project's configuration has a place for what the model finds."""
     info = ask.state.models.find(name)
     document = await asyncio.to_thread(parse_model, SetupRequest, await ask.read(), max_values=_MAX_VALUES)
-    _places(read_controls(document.schema_), info)
+    await asyncio.to_thread(_places, document.schema_, info)
     return json_response({"model_version": info.key})
 
 
@@ -141,7 +141,7 @@ async def predict(name: Name, ask: Asked) -> Response:
     document = await asyncio.to_thread(parse_model, PredictRequest, await ask.read(), max_values=_MAX_VALUES)
     if not document.tasks:
         return json_response({"results": []})
-    places = _places(read_controls(document.label_config), info)
+    places = await asyncio.to_thread(_places, document.label_config, info)
     with_masks = any(place.control.type != "rectanglelabels" for place in places)
     options = {"masks": "rle" if with_masks else "none", "score_thresh": min(place.score_thresh for place in places)}
     parameters = ask.parameters({"model": info.key, **options})
@@ -180,13 +180,13 @@ class _Place:
     score_thresh: float
 
 
-def _places(controls: Sequence[Control], info: ModelInfo) -> list[_Place]:
-    """Where the model's detections can go, all in the same image.
+def _places(config: str, info: ModelInfo) -> list[_Place]:
+    """Where the model's detections can go, all in the same image; by the configuration of a project.
 
     Raises:
-        InvalidRequestError: nowhere.
+        InvalidRequestError: nowhere; or see `read_controls`.
     """
-    controls = [one for one in controls if info.has_masks or one.type == "rectanglelabels"]
+    controls = [one for one in read_controls(config) if info.has_masks or one.type == "rectanglelabels"]
     if not controls:
         raise InvalidRequestError(f"{info.key} has no masks, so that the project needs a tag RectangleLabels")
     places = [
@@ -252,11 +252,12 @@ class _Predictions:
             answer = await self._ask.run(self._order, Encoded(image), progress, is_bulk=is_bulk)
         finally:
             self._ask.record.holding.release(held_bytes)
-        encoded, without_label = await asyncio.to_thread(_write, answer, self._order.info, self._places)
+        max_bytes = self._ask.state.settings.max_answer_bytes
+        encoded, without_label = await asyncio.to_thread(_write, answer, self._order.info, self._places, max_bytes)
         self._without_label += without_label
         self._size += len(encoded)
-        if self._size > (most := self._ask.state.settings.max_answer_bytes):
-            raise AnswerTooLargeError(f"the tasks' predictions would have more than {most} bytes; send fewer tasks")
+        if self._size > max_bytes:
+            raise _too_large(max_bytes)
         return encoded
 
     async def _fetch(self, task: Task) -> tuple[bytes, int]:
@@ -264,7 +265,7 @@ class _Predictions:
         key = self._places[0].control.data_key
         address = task.data.get(key)
         if not isinstance(address, str):
-            raise InvalidRequestError(f"task {task.id}: expected the address of an image as {key!r} of its data")
+            raise InvalidRequestError(f"task {shown(task.id)}: expected the address of an image as {key!r} of its data")
         if address[:5].lower() == "data:":
             return await asyncio.to_thread(decode_base64, address.encode(errors="replace")), 0
         images = self._ask.state.label_studio_images
@@ -277,30 +278,58 @@ class _Predictions:
         return image, len(image)
 
 
-def _write(answer: Answer, info: ModelInfo, places: Sequence[_Place]) -> tuple[bytes, int]:
-    """A prediction as JSON, and the number of detections whose labels the project does not have."""
+def _write(answer: Answer, info: ModelInfo, places: Sequence[_Place], max_bytes: int) -> tuple[bytes, int]:
+    """A prediction as JSON, and the number of detections whose labels the project does not have.
+
+    Raises:
+        AnswerTooLargeError: the prediction would have more than `max_bytes`.
+    """
     detections = orjson.loads(answer.encoded)
-    regions = [
-        {
-            "id": secrets.token_hex(5),
-            "type": place.control.type,
-            "from_name": place.control.from_name,
-            "to_name": place.control.to_name,
-            "original_width": answer.image_size[1],
-            "original_height": answer.image_size[0],
-            "image_rotation": 0,
-            "score": one["score"],
-            "value": value | {place.control.type: [place.labels[one["label"]]]},
-        }
-        for one in detections
-        for place in places
-        if one["label"] in place.labels and one["score"] > place.score_thresh
-        for value in _SHAPES[place.control.type](one, answer.image_size)
-    ]
-    mean = sum(region["score"] for region in regions) / len(regions) if regions else None
+    regions: list[orjson.Fragment] = []
+    scores: list[float] = []
+    size = 0
+    for one in detections:
+        for region in _regions(one, answer.image_size, places):
+            encoded = orjson.dumps(region)
+            size += len(encoded)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            regions.append(orjson.Fragment(encoded))
+            scores.append(one["score"])
+    mean = sum(scores) / len(scores) if scores else None
     known = {label for place in places for label in place.labels}
     prediction = {"model_version": info.key, "score": mean, "result": regions}
     return orjson.dumps(prediction), sum(one["label"] not in known for one in detections)
+
+
+def _regions(one: Detection, image_size: tuple[int, int], places: Sequence[_Place]) -> Iterator[dict[str, Any]]:
+    """A detection's regions, in every place that takes it."""
+    height, width = image_size
+    shapes: dict[RegionType, list[dict[str, Any]]] = {}
+    for place in places:
+        kind = place.control.type
+        if one["label"] not in place.labels or one["score"] <= place.score_thresh:
+            continue
+        if kind not in shapes:
+            shapes[kind] = _SHAPES[kind](one, image_size)
+        for value in shapes[kind]:
+            yield {
+                "id": secrets.token_hex(5),
+                "type": kind,
+                "from_name": place.control.from_name,
+                "to_name": place.control.to_name,
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "score": one["score"],
+                "value": value | {kind: [place.labels[one["label"]]]},
+            }
+
+
+def _too_large(max_bytes: int) -> AnswerTooLargeError:
+    return AnswerTooLargeError(
+        f"the tasks' predictions would have more than {max_bytes} bytes; send fewer tasks, or use fewer tags"
+    )
 
 
 def _rectangles(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:

@@ -18,6 +18,9 @@ _CONTROLS: Mapping[str, RegionType] = {
 }
 # Thousands of labels take a tenth of this.
 _MAX_CHARACTERS = 1024 * 1024
+# Every object is written once for each tag that takes its label, with the tag's names.
+_MAX_TAGS = 100
+_MAX_NAME_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def read_controls(config: str) -> list[Control]:
 
     Raises:
         InvalidRequestError: it is not XML, or has no such tag.
-        TooLargeError: it is longer than any project's configuration.
+        TooLargeError: it is longer, or has more tags or longer names, than any project's configuration.
     """
     if len(config) > _MAX_CHARACTERS:
         raise TooLargeError(
@@ -74,7 +77,10 @@ def read_controls(config: str) -> list[Control]:
         parser.Parse(config.encode(errors="replace"), True)
     except expat.ExpatError as error:
         raise InvalidRequestError(f"label_config is not XML: {error}") from None
-    if not (controls := reader.controls()):
+    controls = reader.controls()
+    if len(controls) > _MAX_TAGS:
+        raise TooLargeError(f"label_config has {len(controls)} tags that take objects; at most {_MAX_TAGS} are read")
+    if not controls:
         raise InvalidRequestError(
             "label_config has no tag that takes objects: expected RectangleLabels, PolygonLabels or BrushLabels whose "
             "toName is the name of an Image with a value such as $image"
@@ -111,6 +117,8 @@ class _Reader:
             if to_name is not None and "name" in attributes:
                 threshold = _threshold(attributes.get("model_score_threshold"))
                 data_key = self._images[to_name]
+                if max(map(len, (attributes["name"], to_name, data_key))) > _MAX_NAME_CHARACTERS:
+                    raise TooLargeError(f"label_config has a name of over {_MAX_NAME_CHARACTERS} characters")
                 found.append(Control(kind, attributes["name"], to_name, data_key, tuple(labels), threshold))
         return found
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import Request
@@ -38,6 +38,10 @@ MAX_PROPOSALS = 2000
 MAX_LABELS = 1000
 # For a query: each label, and every other option once.
 _MAX_QUERY_OPTIONS = MAX_LABELS + 50
+
+
+GivenOptions = Annotated[dict[str, Any], Field(max_length=100)]
+"""Options in a document of another protocol, not yet checked; far more than there are."""
 
 
 class DetectParameters(BaseModel):

@@ -17,10 +17,10 @@ from service.api.health import ready
 from service.api.json_body import decode_base64, parse_model
 from service.api.models import Name
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_errors
-from service.api.options import DetectParameters
+from service.api.options import DetectParameters, GivenOptions
 from service.api.schemas import ImageDetections, detections_document, json_response
 from service.api.state import State
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, shown
 from service.settings import Settings
 from service.structures import Encoded, Json, MaskFormat
 
@@ -33,7 +33,7 @@ class PredictRequest(BaseModel):
     instances: list[Any] = Field(
         description=f"Of each image, {_EXPECTED}.", min_length=1, max_length=1000, examples=[[{"b64": "..."}]]
     )
-    parameters: dict[str, Any] | None = Field(None, description="The options of `/v1/detect`.")
+    parameters: GivenOptions | None = Field(None, description="The options of `/v1/detect`.")
 
 
 class PredictAnswer(BaseModel):
@@ -113,7 +113,7 @@ def _image(instance: object, index: int) -> bytes:
         if isinstance(text, dict) and len(text) == 1:
             text = text.get("image", text.get("b64"))
     if not isinstance(text, str):
-        raise InvalidRequestError(f"instances[{index}]: expected {_EXPECTED}, got {str(instance)[:100]}")
+        raise InvalidRequestError(f"instances[{index}]: expected {_EXPECTED}, got {shown(instance)}")
     try:
         return decode_base64(text.encode(errors="replace"))
     except InvalidRequestError as error:

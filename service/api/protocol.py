@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEADERS = 200
 _HEAD_TIMEOUT_SECONDS = 10.0
+# Requests that wait for the answer to the one before them; a single read may hold ten thousand.
+_MAX_PIPELINED = 100
 # What a chunked body may spend on sizes, extensions and trailers: this much plus an eighth of the body itself.
 _MAX_FRAMING_BYTES = 64 * 1024
 _BODY_BYTES_PER_FRAMING_BYTE = 8
@@ -134,6 +136,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._heads += 1
         self._awaits_head = self._head_has_begun = False
         self._check_headers()
+        if len(self.pipeline) == _MAX_PIPELINED:
+            self._stop(MalformedRequestError(f"expected at most {_MAX_PIPELINED} requests ahead of their answers"))
         if self.parser.should_upgrade():
             self._plain_head = self._head_without_upgrade()
             return

@@ -29,6 +29,7 @@ from service.api.auth import (
 from service.api.errors import describe_option_errors
 from service.api.json_body import decode_base64, parse_document, parse_model
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_message_errors
+from service.api.options import MAX_LABELS
 from service.api.schemas import json_response
 from service.api.state import ApiState, State
 from service.errors import InvalidRequestError, ModelNotFoundError, ServiceError
@@ -70,6 +71,7 @@ _IGNORED = frozenset(
 _CONFIDENCE = "Keep what scores above this; unset, best or default: the model's threshold."
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ModelId = Annotated[str, Field(max_length=200, description="`name`, or `name/version`.", examples=["nuclei/1"])]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -110,11 +112,13 @@ P = TypeVar("P", bound=_Options)
 class InferRequest(_Options):
     """A request of the client's API v1. Options of Roboflow's own training and accounts are ignored."""
 
-    model_id: str = Field(description="`name`, or `name/version`.", examples=["nuclei/1"])
+    model_id: ModelId
     image: EncodedPicture | Annotated[list[EncodedPicture], Field(min_length=1, max_length=1000)]
     confidence: Fraction | Literal["best", "default"] | None = Field(None, description=_CONFIDENCE)
     iou_threshold: Fraction | None = Field(None, description="`nms_thresh` of `/v1/detect`.")
-    class_filter: list[str] | None = Field(None, description="Keep only these labels.")
+    class_filter: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, max_length=MAX_LABELS, description="Keep only these labels."
+    )
     visualize_predictions: bool | None = Field(None, description="Only false; for drawings see `/v1/annotate`.")
 
     @field_validator("visualize_predictions")
@@ -140,7 +144,7 @@ class QueryOptions(_Options):
 class ModelRequest(BaseModel):
     """Which model."""
 
-    model_id: str = Field(description="`name`, or `name/version`.", examples=["nuclei/1"])
+    model_id: ModelId
 
 
 class RegisteredModel(BaseModel):

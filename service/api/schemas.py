@@ -115,7 +115,9 @@ class BatchAnswer(BaseModel):
 class VerifiedDifference(BaseModel):
     """How far one kind of output lies from that of the plain network."""
 
-    largest_difference: float = Field(description="Of boxes in pixels, of scores and masks as probabilities.")
+    difference: float = Field(
+        description="The largest, in int8 the root mean square: boxes in pixels, scores and masks as probabilities."
+    )
     tolerance: float = Field(description="The most that passes.")
 
 

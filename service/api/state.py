@@ -166,7 +166,7 @@ class LoadedModels:
         found = [one for one in self._infos if name in (one.name, one.key)]
         if not found:
             known = ", ".join(sorted(one.key for one in self._infos)) or "none"
-            raise ModelNotFoundError(f"no model {name!r} is loaded; loaded: {known}")
+            raise ModelNotFoundError(f"no model {name[:200]!r} is loaded; loaded: {known}")
         return max(found, key=lambda one: one.version)
 
     def _default_name(self) -> str:

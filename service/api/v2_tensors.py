@@ -8,6 +8,7 @@ Source: the protocol's REST specification, https://github.com/kserve/open-infere
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from service.api.ask import require_count
 from service.api.json_body import decode_base64, parse_model
-from service.errors import InvalidRequestError
+from service.api.options import GivenOptions
+from service.errors import InvalidRequestError, shown
 from service.structures import Encoded, Pixels, Source, UInt8Array
 
 EXPECTED_INPUT = "one input 'image': BYTES [n], encoded images, or UINT8 [n, height, width, 3], RGB"
@@ -35,6 +38,7 @@ DATATYPES: Mapping[str, str] = {
 """The protocol's names of NumPy's types."""
 
 _LENGTH_BYTES = 4
+_BYTES = re.compile("[0-9]{1,18}")
 # The number of dimensions of one picture's tensor, and of a batch's.
 _PICTURE_DIMENSIONS, _BATCH_DIMENSIONS = 3, 4
 
@@ -47,7 +51,7 @@ class Tensor(BaseModel):
         examples=[[1]]
     )
     datatype: str = Field(description="BYTES or UINT8", examples=["BYTES"])
-    parameters: dict[str, Any] = Field({}, description="`binary_data_size`, if the data follow the JSON.")
+    parameters: GivenOptions = Field({}, description="`binary_data_size`, if the data follow the JSON.")
     data: list[Any] | None = Field(None, description="For BYTES, images in base64; for UINT8, numbers from 0 to 255.")
 
 
@@ -55,14 +59,14 @@ class Output(BaseModel):
     """An output that is asked for."""
 
     name: str = Field(examples=["boxes"])
-    parameters: dict[str, Any] = Field({}, description="`binary_data`: whether its data are to follow the JSON.")
+    parameters: GivenOptions = Field({}, description="`binary_data`: whether its data are to follow the JSON.")
 
 
 class InferRequest(BaseModel):
     """The JSON of a request."""
 
     id: str | None = None
-    parameters: dict[str, Any] = Field(
+    parameters: GivenOptions = Field(
         {},
         description="Options of `/v1/detect`: score_thresh, max_detections, labels, roi_op, timeout_ms. `timeout` is "
         "in microseconds; `priority` is ignored; `binary_data_output` says whether outputs follow the JSON.",
@@ -97,7 +101,7 @@ def parse_request(body: bytes, header_length: str | None) -> ParsedRequest:
     Raises:
         InvalidRequestError: the body does not match the header and its JSON, or holds no image.
     """
-    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
+    if header_length is not None and not (_BYTES.fullmatch(header_length) and int(header_length) <= len(body)):
         raise InvalidRequestError(
             f"expected a header Inference-Header-Content-Length of at most the body's {len(body)} bytes, "
             f"got {reprlib.repr(header_length)}"
@@ -117,6 +121,8 @@ def parse_request(body: bytes, header_length: str | None) -> ParsedRequest:
 
 def _read_images(tensor: Tensor, binary: bytes) -> Sequence[Source]:
     size = tensor.parameters.get("binary_data_size")
+    if size is not None and not isinstance(size, int):
+        raise InvalidRequestError(f"'binary_data_size': expected a whole number of bytes, got {shown(size)}")
     if size is not None and tensor.data is not None:
         raise InvalidRequestError("the input 'image' has both 'data' and 'binary_data_size'; expected one of them")
     if size is None and tensor.data is None:
@@ -132,21 +138,31 @@ def _read_images(tensor: Tensor, binary: bytes) -> Sequence[Source]:
 
 def _encoded_images(tensor: Tensor, binary: bytes) -> Sequence[Source]:
     count = math.prod(tensor.shape)
+    require_count(count)
     if tensor.data is None:
-        images = _split(binary)
+        images = _split(binary, count)
     else:
+        if len(tensor.data) != count:
+            raise _wrong_count(tensor, len(tensor.data))
         if not all(isinstance(one, str) for one in tensor.data):
             raise InvalidRequestError("the input 'image' in JSON: expected texts, each an image in base64")
         images = [decode_base64(one.encode(errors="replace")) for one in tensor.data]
     if len(images) != count:
-        raise InvalidRequestError(f"the input 'image' has the shape {tensor.shape}, but {len(images)} elements")
+        raise _wrong_count(tensor, f"{len(images)} or more" if len(images) > count else len(images))
     return [Encoded(one) for one in images]
 
 
-def _split(binary: bytes) -> list[bytes]:
-    """The elements of a BYTES tensor: each is a length (4 bytes, little-endian), then that many bytes."""
-    elements, at = [], 0
-    while at < len(binary):
+def _wrong_count(tensor: Tensor, count: int | str) -> InvalidRequestError:
+    return InvalidRequestError(f"the input 'image' has the shape {tensor.shape}, but {count} elements")
+
+
+def _split(binary: bytes, count: int) -> list[bytes]:
+    """The elements of a BYTES tensor, or the first few if there are more than `count`: each is a length (4 bytes,
+    little-endian), then that many bytes.
+    """
+    elements: list[bytes] = []
+    at = 0
+    while at < len(binary) and len(elements) <= count:
         start = at + _LENGTH_BYTES
         at = start + int.from_bytes(binary[at:start], "little")
         if start > len(binary) or at > len(binary):
@@ -159,13 +175,15 @@ def _pictures(tensor: Tensor, binary: bytes) -> Sequence[Source]:
     shape = [1, *tensor.shape] if len(tensor.shape) == _PICTURE_DIMENSIONS else tensor.shape
     if len(shape) != _BATCH_DIMENSIONS or shape[3] != 3 or 0 in shape:
         raise InvalidRequestError(f"expected UINT8 [n, height, width, 3], RGB; got the shape {tensor.shape}")
+    require_count(shape[0])
     values = np.frombuffer(binary, np.uint8) if tensor.data is None else _numbers(tensor.data)
     if values.size != math.prod(shape):
-        raise InvalidRequestError(f"the input 'image' has the shape {tensor.shape}, but {values.size} elements")
+        raise _wrong_count(tensor, values.size)
     return [Pixels(one) for one in values.reshape(shape)]
 
 
 def _numbers(data: list[Any]) -> UInt8Array:
+    _check_numbers(data, _BATCH_DIMENSIONS)
     try:
         values = np.asarray(data)
     except ValueError:
@@ -173,6 +191,15 @@ def _numbers(data: list[Any]) -> UInt8Array:
     if values.dtype.kind not in "iu" or values.min(initial=0) < 0 or values.max(initial=0) > 255:
         raise InvalidRequestError("the input 'image': expected whole numbers from 0 to 255")
     return values.astype(np.uint8)
+
+
+def _check_numbers(data: list[Any], dimensions: int) -> None:
+    """Refuse texts, since NumPy would give each element the room of the longest one, and lists nested more deeply."""
+    for one in data:
+        if isinstance(one, list) and dimensions > 1:
+            _check_numbers(one, dimensions - 1)
+        elif not isinstance(one, int | float):
+            raise InvalidRequestError(f"the input 'image': expected whole numbers from 0 to 255, got {shown(one)}")
 
 
 def write_answer(

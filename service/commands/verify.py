@@ -85,8 +85,9 @@ def _print_differences(verification: Verification) -> None:
     from service.structures import NOT_FINITE
 
     units = {"boxes": "px"}
-    table = Table("", "largest difference", "tolerated", box=None, header_style="bold", pad_edge=False)
+    measure = "root mean square" if verification.precision == "int8" else "largest"
+    table = Table("", f"{measure} difference", "tolerated", box=None, header_style="bold", pad_edge=False)
     for name, value in verification.values.items():
-        largest = "not finite" if value.largest_difference == NOT_FINITE else f"{value.largest_difference:.2g}"
-        table.add_row(name, f"{largest} {units.get(name, '')}", f"{value.tolerance:g} {units.get(name, '')}")
+        found = "not finite" if value.difference == NOT_FINITE else f"{value.difference:.2g}"
+        table.add_row(name, f"{found} {units.get(name, '')}", f"{value.tolerance:g} {units.get(name, '')}")
     Console().print(table)

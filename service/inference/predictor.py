@@ -186,7 +186,7 @@ class Predictor:
         if self._half is not None:
             self._half.take_check()
         if self._graphs is not None:
-            recordings = VerifiedValue(largest_difference=self._graphs.largest_change, tolerance=MOST_CHANGED)
+            recordings = VerifiedValue(difference=self._graphs.largest_change, tolerance=MOST_CHANGED)
             verification = replace(verification, values={**verification.values, "recordings": recordings})
         self._take_uncompiled()
         self.info = replace(info, verification=verification)

@@ -11,7 +11,7 @@ Shapes: see `service/modeling/parts.py`; T anchors or boxes compared in an image
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,12 +42,6 @@ TOLERANCES = {
     "bfloat16": {"boxes": 8.0, "scores": 0.2, "masks": 0.2},
 }
 """Largest differences allowed: boxes in pixels of the pictures, scores and masks as probabilities."""
-
-
-INT8_SHARE = 0.99
-"""The share of the values that int8 is held to. The pictures are unlike any that a model was calibrated on, so a few
-values in a thousand may be anything.
-"""
 _NONE: Mapping[str, float] = {}
 
 
@@ -127,7 +121,7 @@ class Reference:
         model: loaded, in evaluation mode, in float32, on its device. It can no longer be trained afterwards.
         config: the model's.
         device: where it is.
-        int8_tolerances: the largest differences allowed in int8: they are the model's own, not in `TOLERANCES`.
+        int8_tolerances: the root mean squares allowed in int8: they are the model's own, not in `TOLERANCES`.
 
     Raises:
         ModelStoreError: its outputs for ordinary pictures are not finite.
@@ -166,14 +160,14 @@ class Reference:
         """
         started = time.perf_counter()
         parts = model.parts or model.own_parts()
-        share = INT8_SHARE if precision == "int8" else 1.0
+        measure = _root_mean_square if precision == "int8" else _largest
         with self._device.use(precision), torch.inference_mode():
             together = _ask(model, parts, self._batch, self._given)
             alone = _ask(model, parts, self._batch[:1], self._given.of_first_image())
             values = {
                 name: VerifiedValue(
-                    largest_difference=max(
-                        _difference(ours, theirs, share=share)
+                    difference=max(
+                        _difference(ours, theirs, measure=measure)
                         for answers in (together, alone)
                         for ours, theirs in zip(getattr(answers, name), getattr(self._answers, name), strict=True)
                     ),
@@ -187,20 +181,23 @@ class Reference:
         )
 
 
-def _difference(ours: Tensor, theirs: Tensor, *, share: float) -> float:
-    """The largest difference, as in `VerifiedValue`. If `ours` covers fewer images, its rows match the first rows of
-    `theirs`.
-
-    Args:
-        share: of the values that count, those that differ least.
-    """
+def _difference(ours: Tensor, theirs: Tensor, *, measure: Callable[[Tensor], Tensor]) -> float:
+    """As in `VerifiedValue`. If `ours` covers fewer images, its rows match the first rows of `theirs`."""
     ours, theirs = ours.float(), theirs[: len(ours)].float()
     if not ours.isfinite().all():
         return NOT_FINITE
     if not ours.numel():
         return 0.0
-    differences = (ours - theirs).abs().flatten()
-    return float(differences.kthvalue(max(1, int(share * len(differences)))).values)
+    return float(measure(ours - theirs))
+
+
+def _largest(differences: Tensor) -> Tensor:
+    return differences.abs().max()
+
+
+def _root_mean_square(differences: Tensor) -> Tensor:
+    """For int8, of which single values may be anything: the pictures have colours that no calibration has seen."""
+    return differences.square().mean().sqrt()
 
 
 def _choose(model: GeneralizedRCNN, batch: Tensor) -> _Given:

@@ -51,8 +51,8 @@ class WeightsTable(BaseModel):
 
 
 class Int8Tolerances(BaseModel):
-    """`[int8.tolerances]`: the largest differences from float32 that pass when the model is loaded: of boxes in pixels,
-    of scores and masks as probabilities. The worst hundredth of the values is not counted.
+    """`[int8.tolerances]`: the root mean square differences from float32 that pass when the model is loaded: boxes in
+    pixels, scores and masks as probabilities.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -17,7 +17,8 @@ from torchvision.models.detection import rpn
 from service.devices import device_of
 from service.modeling.box_regression import decode_boxes
 from service.modeling.per_image import to_device
-from service.ops.nms import Kept, best_of_each_image
+from service.ops._cpu_boxes import choose_proposals
+from service.ops.nms import Kept, best_of_each_image, rounded_down
 
 Size = tuple[int, int]
 _MOST_ANCHOR_BYTES = 1 << 28
@@ -56,10 +57,26 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             of proposals would synchronize, the number is fixed and missing proposals are empty boxes, which yield no
             detections.
         """
-        limits = to_device(image_sizes, torch.float32, objectness.device)
+        device = device_of(objectness.device)
         anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
+        if device.kernels == "numba":
+            return choose_proposals(
+                objectness.float(),
+                deltas.float(),
+                anchors,
+                counts=self._counts(grid_sizes),
+                image_sizes=image_sizes,
+                pre_nms_top_n=self.pre_nms_top_n(),
+                post_nms_top_n=self.post_nms_top_n(),
+                weights=self.box_coder.weights,
+                largest_stretch=self.box_coder.bbox_xform_clip,
+                min_size=self.min_size,
+                score_thresh=self.score_thresh,
+                iou_thresh=rounded_down([self.nms_thresh])[0],
+            )
+        limits = to_device(image_sizes, torch.float32, objectness.device)
         boxes, kept = self._choose(objectness, deltas, anchors, grid_sizes, limits)
-        if device_of(boxes.device).runs_ahead:
+        if device.runs_ahead:
             return list(self._table(boxes, kept).unbind())
         return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
 
@@ -132,8 +149,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
 
     def _best_of_each_level(self, objectness: Tensor, grid_sizes: Sequence[Size]) -> tuple[Tensor, Tensor]:
         """(N, T) indices of anchors, and (T,) the level of each."""
-        per_place = self.anchor_generator.num_anchors_per_location()
-        counts = [height * width * each for (height, width), each in zip(grid_sizes, per_place, strict=True)]
+        counts = self._counts(grid_sizes)
         starts = [sum(counts[:level]) for level in range(len(counts))]
         best = [
             one.topk(min(self.pre_nms_top_n(), count), dim=1).indices + start
@@ -141,6 +157,11 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         ]
         levels = [one.new_full((one.shape[1],), level) for level, one in enumerate(best)]
         return torch.cat(best, dim=1), torch.cat(levels)
+
+    def _counts(self, grid_sizes: Sequence[Size]) -> list[int]:
+        """How many anchors each level has."""
+        per_place = self.anchor_generator.num_anchors_per_location()
+        return [height * width * each for (height, width), each in zip(grid_sizes, per_place, strict=True)]
 
     def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
         """(A, 4) float32 anchors for a batch of this size. Those used last are cached."""

@@ -18,17 +18,15 @@ from torch import Tensor
 
 from service.devices import device_of
 from service.errors import first_line
-from service.jit import compiled
+from service.ops._cpu_boxes import MOST_BOXES_MOVED, suppress_groups
 
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 # Up to this many coordinates in an image, torchvision offsets the boxes by class and suppresses all classes at once.
 # The offset costs precision, so matching its results requires the same offset.
-_MOST_COORDINATES_MOVED_ON_CPU = 4000
+_MOST_COORDINATES_MOVED_ON_CPU = 4 * MOST_BOXES_MOVED
 _MOST_COORDINATES_MOVED_ELSEWHERE = 100_000
 
 
@@ -205,25 +203,8 @@ def _triton_suppresses_alike(device: torch.device) -> bool:
 def _suppress_by_numba(boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int) -> Tensor:
     """See `_suppress`."""
     keep = np.zeros(len(boxes), np.bool_)
-    _suppress_groups(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_threshs.numpy(), keep)
+    suppress_groups(np.ascontiguousarray(boxes.numpy().T), starts.numpy(), iou_threshs.numpy(), keep)
     return torch.from_numpy(keep)
-
-
-@compiled(divides_by_zero=True)
-def _suppress_groups(sides: Floats, starts: Ints, iou_threshs: Floats, keep: Bools) -> None:
-    x1, y1, x2, y2 = sides[0], sides[1], sides[2], sides[3]
-    areas = (x2 - x1) * (y2 - y1)
-    keep[: starts[-1]] = True
-    for group in range(len(starts) - 1):
-        end, iou_thresh = starts[group + 1], iou_threshs[group]
-        for best in range(starts[group], end):
-            if keep[best]:
-                # Without a branch, so that the loop is vectorized.
-                for other in range(best + 1, end):
-                    width = min(x2[best], x2[other]) - max(x1[best], x1[other])
-                    height = min(y2[best], y2[other]) - max(y1[best], y1[other])
-                    overlap = max(width, np.float32(0)) * max(height, np.float32(0))
-                    keep[other] &= not overlap / (areas[best] + areas[other] - overlap) > iou_thresh
 
 
 def _suppress_by_torchvision(

@@ -1,5 +1,5 @@
-"""COCO evaluation of a predictor on a data set: average precision of boxes and masks. The figures are pycocotools' own,
-computed on our clean form of the data.
+"""COCO evaluation of a predictor on a data set: average precision of boxes and masks. The figures are those of
+pycocotools, computed on our clean form of the data.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from service.errors import DatasetError
 from service.masks.rle import encode_rle
 from service.structures import Detections, DetectOptions, Image, MaskStyle, ModelInfo, Prediction, Query
 from service.training.coco.segmentations import Rle
 from service.training.dataset import CocoDataset, Sample
+from service.training.matching import CompiledCOCOeval
 from service.training.proposals import ProposalCache
 
 AREAS = ("all", "small", "medium", "large")
@@ -156,7 +156,7 @@ def _average_precision(
     results: Sequence[Mapping[str, Any]], dataset: CocoDataset, kind: str, max_detections: int
 ) -> AveragePrecision:
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco_eval = COCOeval(
+        coco_eval = CompiledCOCOeval(
             _indexed(dataset, list(_truth(dataset))), _indexed(dataset, list(_found(results, kind))), kind
         )
         coco_eval.params.maxDets = [max_detections]

@@ -194,6 +194,15 @@ def test_broken_body_of_a_request_that_waits_for_its_turn_leaves_the_first_answe
     assert_refused(answers[answers.rindex(b"HTTP/1.1 ") :], 400, "malformed_request", "chunk")
 
 
+def test_requests_far_ahead_of_their_answers_are_cut_off(live: Live) -> None:
+    with connected(live) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 5000)
+        answers = read_all(connection)
+    assert answers.count(b"HTTP/1.1 200 OK") == 101
+    assert answers.count(b"HTTP/1.1 ") == 102
+    assert b"at most 100 requests ahead" in answers
+
+
 def test_endless_headers_are_cut_off(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "_HEAD_TIMEOUT_SECONDS", 3600)  # for their size, not for their slowness
     with connected(live) as connection, pytest.raises(ConnectionError):

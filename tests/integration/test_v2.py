@@ -20,6 +20,7 @@ from tests.integration.conftest import Live, running
 CLIENT = Path(__file__).parents[2] / ".tools/tritonclient/bin/python"
 PICTURE = picture(red=204)
 IMAGE = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(PICTURE).decode()]}
+UINT8 = {"name": "image", "shape": [1, 1, 3], "datatype": "UINT8", "data": [0, 1, 0]}
 BOXES = [0, 0, 32, 48, 0, 0, 64, 48]
 SCORES = [pytest.approx(0.8), pytest.approx(0.08)]
 
@@ -142,10 +143,24 @@ def test_body_after_a_head_of_no_bytes_is_one_image(live: Live) -> None:
         ({"inputs": [IMAGE | {"parameters": {"binary_data_size": 3}}]}, 422, "both"),
         ({"inputs": [IMAGE | {"data": None}]}, 422, "neither"),
         ({"inputs": [IMAGE | {"parameters": {"shared_memory_region": "a"}}]}, 422, "shared memory"),
-        ({"inputs": [{**IMAGE, "datatype": "UINT8", "shape": [1, 1, 3], "data": [0, 256, 0]}]}, 422, "0 to 255"),
-        ({"inputs": [{**IMAGE, "datatype": "UINT8", "shape": [1, 1, 3], "data": [0, 1.5, 0]}]}, 422, "0 to 255"),
-        ({"inputs": [{**IMAGE, "datatype": "UINT8", "shape": [1, 1, 3], "data": [[0], 1, 0]}]}, 422, "lengths"),
-        ({"inputs": [{**IMAGE, "datatype": "UINT8", "shape": [1, 3], "data": [0, 1, 0]}]}, 422, "the shape [1, 3]"),
+        ({"inputs": [UINT8 | {"data": [0, 256, 0]}]}, 422, "0 to 255"),
+        ({"inputs": [UINT8 | {"data": [0, 1.5, 0]}]}, 422, "0 to 255"),
+        ({"inputs": [UINT8 | {"data": [[0], 1, 0]}]}, 422, "lengths"),
+        ({"inputs": [UINT8 | {"shape": [1, 3]}]}, 422, "the shape [1, 3]"),
+        (
+            {"inputs": [UINT8 | {"data": ["a" * 100_000] + [0] * 100_000}]},
+            422,
+            "from 0 to 255, got 'aaaa",
+        ),
+        ({"inputs": [UINT8 | {"data": [[[[[0]]]]]}]}, 422, "from 0 to 255, got [0]"),
+        ({"inputs": [UINT8 | {"data": [None, {}]}]}, 422, "from 0 to 255, got None"),
+        ({"inputs": [UINT8 | {"shape": [1001, 1, 1, 3]}]}, 422, "expected 1 to 1000 images, got 1001"),
+        ({"inputs": [IMAGE | {"shape": [1001], "data": [""] * 1001}]}, 422, "expected 1 to 1000 images, got 1001"),
+        (
+            {"inputs": [IMAGE | {"data": None, "parameters": {"binary_data_size": "9" * 5000}}]},
+            422,
+            "got '9999",
+        ),
         ({"inputs": [IMAGE], "parameters": {"masks": "rle"}}, 422, "output 'masks'"),
         ({"inputs": [IMAGE], "parameters": {"timeout": "1"}}, 422, "microseconds"),
         ({"inputs": [IMAGE], "outputs": [{"name": "boxes"}, {"name": "boxes"}]}, 422, "asked for twice"),
@@ -157,10 +172,16 @@ def test_wrong_document_is_refused_in_words(live: Live, document: object, status
     assert (got_status, words in error) == (status, True), error
 
 
-@pytest.mark.parametrize("length", ["-1", "1e3", "999999", "x"])
+@pytest.mark.parametrize("length", ["-1", "1e3", "999999", "x", "9" * 5000])
 def test_wrong_length_of_the_head_is_refused(live: Live, length: str) -> None:
     status, error = infer(live, {"inputs": [IMAGE]}, **{"Inference-Header-Content-Length": length})
     assert (status, "Inference-Header-Content-Length" in error) == (422, True)
+
+
+def test_tensor_of_empty_elements_is_read_no_further_than_its_shape(live: Live) -> None:
+    head = json.dumps({"inputs": [IMAGE | {"data": None, "parameters": {"binary_data_size": 40_000}}]}).encode()
+    status, error = infer(live, head + bytes(40_000), **{"Inference-Header-Content-Length": str(len(head))})
+    assert (status, error) == (422, "the input 'image' has the shape [1], but 2 or more elements")
 
 
 @pytest.mark.parametrize("binary", [b"\x05\0\0\0abc", b"\1\0", b"\xff\xff\xff\xff"])

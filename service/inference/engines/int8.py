@@ -26,9 +26,35 @@ class UnfitQuantizersError(RuntimeError):
     """Quantisers that were made for another graph."""
 
 
-def simplify(graph: Any) -> None:
-    """Fold constants and drop what has no effect, in place. Quantisers are chosen for graphs in this form."""
+def simplify(graph: Any, *, halves_sides: bool) -> None:
+    """Fold constants and drop what has no effect, in place. Quantisers are chosen for graphs in this form.
+
+    Args:
+        graph: an `openvino.Model`.
+        halves_sides: whether each feature map has exactly half the sides of the next finer one. Then upsampling is by a
+            constant factor, and OpenVINO does it in int8 even if the graph is for any size, with the same results as in
+            one for a fixed size.
+    """
     apply_moc_transformations(graph, cf=True)
+    if halves_sides:
+        for operation in graph.get_ops():
+            if operation.get_type_name() == "Interpolate":
+                _upsample_twofold(operation)
+
+
+def _upsample_twofold(operation: Any) -> None:
+    given = operation.get_attributes()
+    twofold = operations.interpolate(
+        operation.input_value(0),
+        operations.constant(np.array([2, 2], np.float32)),
+        given["mode"],
+        "scales",
+        coordinate_transformation_mode=given["coordinate_transformation_mode"],
+        nearest_mode=given["nearest_mode"],
+        axes=operations.constant(np.array([2, 3], np.int64)),
+    )
+    twofold.set_friendly_name(operation.get_friendly_name())
+    operation.output(0).replace(twofold.output(0))
 
 
 def put_quantizers(graph: Any, quantizers: PartQuantizers) -> None:

@@ -1,6 +1,9 @@
 """The `openvino` engine: a network's convolutional parts compiled by OpenVINO for the CPU. Compiled parts are cached on
 disk for the next start; nothing else is written, and nothing is sent over the network.
 
+A part has a graph for inputs of any size. The trunk also gets graphs for the picture sizes that come most often, since
+OpenVINO runs a graph of fixed size faster: it leaves out copies that only change the layout of the feature maps.
+
 Shapes: see `service/modeling/parts.py`. OpenVINO takes patches and returns feature maps channels last, like the kernels
 of `ops`, and shares the tensors' memory instead of copying.
 """
@@ -13,11 +16,13 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from service.inference.engines.int8 import of_backbone, put_quantizers, simplify
+from service.inference.engines.openvino_graphs import GraphsBySize, Head, OneGraph
 from service.model_store.quantizers import Part, PartQuantizers, Quantizers
 from service.modeling.generalized_rcnn import GeneralizedRCNN
 from service.modeling.parts import Parts, TrunkOutput, run_trunk
@@ -40,7 +46,7 @@ PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 supports it.
 """
 
-_FORMAT = 2
+_FORMAT = 3
 """Increase this when the inputs or outputs of a part change, so that older files are not read."""
 _DIGEST_BYTES = 32
 _PACKAGES = ("roiserve", "openvino", "torch", "torchvision", "timm")
@@ -50,8 +56,12 @@ _EXAMPLE_SIDE = 128
 # the box head a tenth faster on a thousand patches, and the mask head slightly faster on a hundred.
 _BOX_PATCHES = 500
 _MASK_PATCHES = 25
+_FIXED_SIZE = {"SNIPPETS_MODE": "DISABLE"}
+"""Otherwise OpenVINO rounds to int8 by other code than in a graph for any size, and gets other results."""
 
 Shape = Sequence[int]
+
+_convert_one_at_a_time = Lock()  # torch's tracing keeps state in a module
 
 
 def has_bfloat16() -> bool:
@@ -100,6 +110,11 @@ class OpenVinoNetwork:
             maps = model.backbone(example)
         self._names = list(maps)
         self._channels = maps[self._names[0]].shape[1]
+        sides = [maps[name].shape[-1] for name in model.roi_heads.box_roi_pool.strides]
+        self._halves_sides = model.transform.size_divisible % (_EXAMPLE_SIDE // sides[-1]) == 0 and all(
+            side == 2 * next_side for side, next_side in pairwise(sides)
+        )
+        self._weight_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
 
     def parts(self) -> Parts:
         """Compile what every batch needs.
@@ -129,7 +144,7 @@ class OpenVinoNetwork:
         """See `Parts.box_head`."""
         if not len(pooled):
             return self._own.box_head(pooled)
-        class_logits, box_regression = self._box_head.in_chunks(_BOX_PATCHES, pooled.permute(0, 2, 3, 1))
+        class_logits, box_regression = self._box_head(pooled.permute(0, 2, 3, 1))
         return class_logits, box_regression
 
     def run_mask_head(self, pooled: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +152,7 @@ class OpenVinoNetwork:
         if not len(pooled):
             assert self._own.mask_head is not None
             return self._own.mask_head(pooled, labels)
-        return self._mask_head.in_chunks(_MASK_PATCHES, pooled.permute(0, 2, 3, 1), labels)[0]
+        return self._mask_head(pooled.permute(0, 2, 3, 1), labels)[0]
 
     def _named(self, maps: Sequence[Tensor]) -> Mapping[str, Tensor]:
         return {name: one.permute(0, 3, 1, 2) for name, one in zip(self._names, maps, strict=True)}
@@ -148,30 +163,52 @@ class OpenVinoNetwork:
         Raises:
             RuntimeError: OpenVINO cannot express it.
         """
-        graph = _converted(*self._module(part))
-        simplify(graph)
+        return self._simplified(*self._module(part))
+
+    def _simplified(self, module: nn.Module, shapes: Sequence[Shape]) -> Any:
+        graph = _converted(module, shapes)
+        simplify(graph, halves_sides=self._halves_sides)
         return graph
 
     @cached_property
-    def _trunk(self) -> _Compiled:
-        return self._compiled("trunk")
+    def _trunk(self) -> GraphsBySize:
+        module, shapes = self._module("trunk")
+        graph = partial(self._graph, module, shapes, self._quantizers.trunk)
+        return GraphsBySize(
+            self._compiler.load("trunk", graph),
+            lambda shape: self._compiler.compile(graph(), [shape]),
+            weight_bytes=self._weight_bytes,
+        )
 
     @cached_property
-    def _backbone(self) -> _Compiled:
+    def _backbone(self) -> OneGraph:
         """Compiled for the first batch that needs it: most servers never get one."""
         quantizers = of_backbone(self._quantizers.trunk)
-        return self._compiler.compile("backbone", _Backbone(self._model), [self._picture_shape], quantizers)
+        graph = partial(self._graph, _Backbone(self._model), [self._picture_shape], quantizers)
+        return OneGraph(self._compiler.load("backbone", graph))
 
     @cached_property
-    def _box_head(self) -> _Compiled:
-        return self._compiled("box_head")
+    def _box_head(self) -> Head:
+        graph = partial(self._graph, *self._module("box_head"), self._quantizers.box_head)
+        return Head(OneGraph(self._compiler.load("box_head", graph)), rows=_BOX_PATCHES)
 
     @cached_property
-    def _mask_head(self) -> _Compiled:
-        return self._compiled("mask_head")
+    def _mask_head(self) -> Head:
+        module, shapes = self._module("mask_head")
+        graph = partial(self._graph, module, shapes, self._quantizers.mask_head)
+        whole = [(_MASK_PATCHES, *shape[1:]) for shape in shapes]
+        return Head(
+            OneGraph(self._compiler.load("mask_head", graph)),
+            rows=_MASK_PATCHES,
+            for_whole_chunks=OneGraph(self._compiler.load(f"mask_head-{_MASK_PATCHES}", graph, whole)),
+        )
 
-    def _compiled(self, part: Part) -> _Compiled:
-        return self._compiler.compile(part, *self._module(part), self._quantizers.of(part))
+    def _graph(self, module: nn.Module, shapes: Sequence[Shape], quantizers: PartQuantizers) -> Any:
+        if not quantizers.layers:
+            return _converted(module, shapes)
+        graph = self._simplified(module, shapes)
+        put_quantizers(graph, quantizers)
+        return graph
 
     def _module(self, part: Part) -> tuple[nn.Module, Sequence[Shape]]:
         """What computes a part, and the shapes of its inputs."""
@@ -221,35 +258,6 @@ class _Patches(nn.Module):
         return self.head(pooled.permute(0, 3, 1, 2), *others)
 
 
-class _Compiled:
-    """One part, ready to run; called by one thread at a time."""
-
-    def __init__(self, compiled: Any) -> None:
-        self._request = compiled.create_infer_request()
-        self._outputs = range(len(compiled.outputs))
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Run the part. The outputs lie in OpenVINO's memory and are valid until the next call."""
-        shared = [openvino.Tensor(one.contiguous().numpy(), shared_memory=True) for one in inputs]
-        self._request.infer(shared, share_inputs=True, share_outputs=True)
-        return [torch.from_numpy(self._request.get_output_tensor(index).data) for index in self._outputs]
-
-    def in_chunks(self, rows: int, *inputs: Tensor) -> list[Tensor]:
-        """Like a call, but on at most `rows` rows at a time. With more than one chunk, the outputs get memory of their
-        own.
-        """
-        count = len(inputs[0])
-        if count <= rows:
-            return self(*inputs)
-        whole: list[Tensor] = []
-        for start in range(0, count, rows):
-            outputs = self(*(one[start : start + rows] for one in inputs))
-            whole = whole or [one.new_empty(count, *one.shape[1:]) for one in outputs]
-            for target, output in zip(whole, outputs, strict=True):
-                target[start : start + rows] = output
-        return whole
-
-
 class _Compiler:
     """Compiles parts, or loads them from disk. Each is cached in a file that begins with the SHA-256 of the rest."""
 
@@ -267,8 +275,13 @@ class _Compiler:
         made_for = (_FORMAT, key, _versions(), platform.machine(), processor, self._config)
         self._key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
 
-    def compile(self, part: str, module: nn.Module, shapes: Sequence[Shape], quantizers: PartQuantizers) -> _Compiled:
-        """Compile a module for inputs of these shapes, -1 for any length; all inputs after the first are int64.
+    def load(self, part: str, make_graph: Callable[[], Any], shapes: Sequence[Shape] | None = None) -> Any:
+        """Read a compiled part from disk, or compile and keep it.
+
+        Args:
+            part: its name.
+            make_graph: makes it as an `openvino.Model`.
+            shapes: the only shapes of its inputs; None for any.
 
         Raises:
             UnfitQuantizersError: the quantisers were made for another graph.
@@ -277,15 +290,18 @@ class _Compiler:
         file = self._cache_dir / f"{self._key}-{part}.openvino"
         compiled = self._read(file)
         if compiled is None:
-            graph = _converted(module, shapes)
-            if quantizers.layers:
-                simplify(graph)
-                put_quantizers(graph, quantizers)
-            compiled = self._core.compile_model(graph, "CPU", self._config)
+            compiled = self.compile(make_graph(), shapes)
             blob = io.BytesIO()
             compiled.export_model(blob)
             _write(file, blob.getvalue())
-        return _Compiled(compiled)
+        return compiled
+
+    def compile(self, graph: Any, shapes: Sequence[Shape] | None = None) -> Any:
+        """Compile a graph; `shapes` as above."""
+        if shapes is None:
+            return self._core.compile_model(graph, "CPU", self._config)
+        graph.reshape({port: list(shape) for port, shape in zip(graph.inputs, shapes, strict=True)})
+        return self._core.compile_model(graph, "CPU", self._config | _FIXED_SIZE)
 
     def _read(self, file: Path) -> Any:
         """The compiled part in a file; None if the file is missing, damaged or unreadable."""
@@ -335,7 +351,7 @@ def _converted(module: nn.Module, shapes: Sequence[Shape]) -> Any:
         torch.zeros([_example_length(index, length) for index, length in enumerate(shape)], dtype=dtype)
         for shape, dtype in zip(shapes, (torch.float32, torch.int64), strict=False)
     ]
-    with warnings.catch_warnings(), torch.no_grad():
+    with _convert_one_at_a_time, warnings.catch_warnings(), torch.no_grad():
         # torch warns that tracing is deprecated, and that dynamic sizes may be recorded as constants.
         warnings.simplefilter("ignore")
         # Not `openvino.convert_model`, which sends telemetry.

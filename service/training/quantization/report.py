@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.model_store.model_toml import Int8Table, ProvenanceTable
 from service.model_store.store import StoredModel
+from service.modeling.config import ModelConfig
 
 
 def card(stored: StoredModel, table: Int8Table, provenance: ProvenanceTable, *, val_pictures: int) -> str:
@@ -34,6 +35,7 @@ def card(stored: StoredModel, table: Int8Table, provenance: ProvenanceTable, *, 
             f"| attribution | {provenance.attribution or 'not stated'} |",
             f"| calibrated on | {table.pictures} pictures, sha256 of their hashes `{table.pictures_sha256[:16]}…` |",
             f"| back in float32 | {kept or 'nothing but the last layers'} |",
+            f"| verified when loaded | {_tolerated(config, table)} |",
             f"| made by | {', '.join(f'{name} {number}' for name, number in provenance.software.items())} |",
             "",
             f"## AP on {val_pictures} validation pictures, percent",
@@ -50,6 +52,12 @@ def card(stored: StoredModel, table: Int8Table, provenance: ProvenanceTable, *, 
             "",
         ]
     )
+
+
+def _tolerated(config: ModelConfig, table: Int8Table) -> str:
+    tolerances = table.tolerances
+    masks = f", masks {tolerances.masks:g}" if config.has_masks else ""
+    return f"root mean square differences up to: boxes {tolerances.boxes:g} px, scores {tolerances.scores:g}{masks}"
 
 
 def _parts(table: Int8Table) -> str:

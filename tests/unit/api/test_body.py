@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Callable
 
+import orjson
 import pytest
 
-from service.api.json_body import MAX_JSON_BYTES, parse_json
+from service.api.json_body import MAX_JSON_BYTES, parse_document, parse_json
 from service.errors import InvalidRequestError, TooLargeError
 
 IMAGE = bytes(range(256)) * 10
@@ -133,6 +134,16 @@ def test_documents_of_many_values_are_never_parsed(flood: bytes, monkeypatch: py
     monkeypatch.setattr(json, "loads", None)
     with pytest.raises(TooLargeError, match=f"at most {MAX_JSON_BYTES}"):
         parse_json(b'{"image":"","x":' + flood)
+
+
+@pytest.mark.parametrize("flood", [b"1," * 1000, b"[[[[]]]]," * 250, b'{"":{"":{}}},' * 400])
+def test_documents_of_other_protocols_of_many_values_are_never_parsed(
+    flood: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(parse_document(b'{"x":[' + flood + b"1]}", max_values=2000)["x"]) > 200
+    monkeypatch.setattr(orjson, "loads", None)
+    with pytest.raises(TooLargeError, match="more than the 900 values"):
+        parse_document(b'{"x":[' + flood + b"1]}", max_values=900)
 
 
 def test_two_thousand_proposals_with_all_digits_fit_beside_a_large_image() -> None:

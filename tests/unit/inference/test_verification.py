@@ -50,7 +50,7 @@ def test_openvino_passes_with_every_family(family: str, store: Any, cache_dir: P
     assert verification.has_passed, str(verification)
     assert (verification.engine, verification.precision) == ("openvino", "float32")
     assert set(verification.values) == {"boxes", "scores"} | ({"masks"} if predictor.info.has_masks else set())
-    assert max(one.largest_difference for one in verification.values.values()) > 0
+    assert max(one.difference for one in verification.values.values()) > 0
     assert verification.seconds > 0
 
 
@@ -62,7 +62,7 @@ def test_half_precision_passes_within_its_own_tolerance(family: str, precision: 
     verification = predictor.info.verification
     assert verification is not None
     assert verification.has_passed, str(verification)
-    assert verification.values["scores"].largest_difference > 1e-4  # it does compute in another format
+    assert verification.values["scores"].difference > 1e-4  # it does compute in another format
 
 
 def test_r_cnn_is_verified_in_half_precision_too(tmp_path: Path) -> None:
@@ -140,10 +140,10 @@ def test_what_computes_something_else_is_replaced_under_auto_and_refused_by_name
     assert info.verification is not None
     assert not info.verification.has_passed
     assert info.verification.engine == "compiled"  # what did not pass is told
-    failed = [name for name, one in info.verification.values.items() if one.largest_difference > one.tolerance]
+    failed = [name for name, one in info.verification.values.items() if one.difference > one.tolerance]
     assert failed == [value]
     if value == "masks":
-        assert info.verification.values["masks"].largest_difference == NOT_FINITE
+        assert info.verification.values["masks"].difference == NOT_FINITE
     assert "takes the place" in caplog.text
     named = load_by_compiled(store(FAMILY), change, engine="compiled")
     with pytest.raises(ModelStoreError, match=r"engine 'compiled' in float32 differs from eager in float32: boxes"):

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
 from service.model_store.quantizers import Int8Layer, Part, PartQuantizers
 from service.model_store.store import ModelStore, StoredModel
+from service.modeling.parts import TrunkOutput
 from service.structures import DetectOptions, Image, Query
 from service.training.quantization import run as quantization_run
 from service.training.quantization import search as quantization_search
@@ -90,6 +91,7 @@ def test_the_version_says_what_it_is(stored: StoredModel) -> None:
     card = (stored.path / "README.md").read_text()
     assert "discs@1 with trunk, box head and mask head in int8" in card
     assert "roiserve" in card
+    assert f"boxes {table.tolerances.boxes:g} px" in card
     assert stored.problem is None
     assert not (stored.path.parent / ".quantizing-2").exists()
 
@@ -111,14 +113,30 @@ def test_it_is_served_in_int8_and_passes_its_verification(stored: StoredModel, t
     assert info.verification.has_passed
 
 
-def test_the_batch_does_not_matter(stored: StoredModel, tmp_path: Path) -> None:
+def test_an_image_gets_the_same_answer_bit_by_bit_alone_and_in_a_batch(stored: StoredModel, tmp_path: Path) -> None:
     predictor = loaded(stored, tmp_path)
     together = predictor.predict(pictures(8))
     for query, of_batch in zip(pictures(8), together, strict=True):
         [alone] = predictor.predict([query])
         np.testing.assert_array_equal(alone.detections.labels, of_batch.detections.labels)
-        np.testing.assert_allclose(alone.detections.boxes, of_batch.detections.boxes, atol=1e-3)
-        np.testing.assert_allclose(alone.detections.scores, of_batch.detections.scores, atol=1e-5)
+        np.testing.assert_array_equal(alone.detections.boxes, of_batch.detections.boxes)
+        np.testing.assert_array_equal(alone.detections.scores, of_batch.detections.scores)
+        assert alone.detections.masks is not None
+        assert of_batch.detections.masks is not None
+        np.testing.assert_array_equal(alone.detections.masks, of_batch.detections.masks)
+
+
+def test_a_graph_for_one_size_rounds_as_the_one_for_any_size(stored: StoredModel, tmp_path: Path) -> None:
+    parts = loaded(stored, tmp_path)._model.parts
+    assert parts is not None
+    trunk = parts.trunk.__self__._trunk  # type: ignore[attr-defined]
+    batch = torch.rand(8, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = [one.clone() for one in trunk(batch)]
+        trunk._thread.join()
+        assert list(trunk._graphs) == [(96, 128)]
+        for ours, expected in zip(trunk(batch), before, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_features_are_the_same_where_a_batch_needs_no_rpn(stored: StoredModel, tmp_path: Path) -> None:
@@ -220,6 +238,23 @@ def test_ranges_that_ruin_the_answers_do_not_pass_the_verification(stored: Store
         loaded(ruined, tmp_path, precision="int8")
     info = loaded(ruined, tmp_path).info
     assert info.precision == "float32"
+
+
+def test_a_few_wrong_values_do_not_pass_the_verification(stored: StoredModel, tmp_path: Path) -> None:
+    """The best hundred anchors, less than a hundredth of all, are those that become proposals."""
+    with patch("service.inference.engines.openvino.has_int8", return_value=True):
+        predictor = load_predictor(stored, device="cpu", precision="int8", cache_dir=tmp_path)
+    parts = predictor._model.parts
+    assert parts is not None
+
+    def trunk(batch: torch.Tensor) -> TrunkOutput:
+        output = parts.trunk(batch)
+        best = output.objectness.topk(100, dim=1).indices
+        return replace(output, objectness=output.objectness.scatter(1, best, -10.0))
+
+    predictor._model.parts = replace(parts, trunk=trunk)
+    with pytest.raises(ModelStoreError, match="differs from eager in float32"):
+        predictor.warm_up()
 
 
 def test_weights_without_their_scale_are_refused(stored: StoredModel, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import socket
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -40,14 +41,61 @@ def test_a_new_size_compiles_nothing(tmp_path: Path) -> None:
     fold(model)
     parts = openvino.OpenVinoNetwork(model, key="key", precision="float32", cache_dir=tmp_path).parts()
     with (
-        patch.object(openvino._Compiler, "compile", side_effect=AssertionError("compiled again")),
+        patch.object(openvino._Compiler, "load", side_effect=AssertionError("compiled again")),
         torch.inference_mode(),
     ):
         for shape in ((1, 3, 64, 96), (3, 3, 96, 32), (2, 3, 160, 128)):
             batch = torch.rand(shape, generator=torch.Generator().manual_seed(0))
             expected = model.own_parts().trunk(batch)
             torch.testing.assert_close(parts.trunk(batch).objectness, expected.objectness, rtol=0, atol=1e-4)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4  # the mask head has two
+
+
+def trunk_of(cache_dir: Path, *, shifts_weights: float = 0) -> Any:
+    model = network(FAMILY)
+    fold(model)
+    for weights in model.parameters():
+        weights.data += shifts_weights
+    return openvino.OpenVinoNetwork(model, key=shifts_weights, precision="float32", cache_dir=cache_dir)._trunk
+
+
+def test_a_size_that_comes_often_gets_a_graph_with_the_same_outputs(tmp_path: Path) -> None:
+    trunk = trunk_of(tmp_path)
+    batch = torch.rand((4, 3, 96, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = [one.clone() for one in trunk(batch)]
+        assert trunk._thread is None
+        trunk(batch)
+        thread: Any = trunk._thread
+        thread.join()
+        assert list(trunk._graphs) == [(96, 64)]
+        with patch.object(trunk, "_for_any_size", side_effect=AssertionError("the graph for any size")):
+            for count in (1, 4, 2):
+                for ours, expected in zip(trunk(batch[:count]), before, strict=True):
+                    torch.testing.assert_close(ours, expected[:count], rtol=0, atol=0)
+            with pytest.raises(AssertionError, match="for any size"):
+                trunk(batch[:, :, :64])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_graph_with_other_outputs_does_not_take_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trunk = trunk_of(tmp_path)
+    trunk._compile_for = trunk_of(tmp_path, shifts_weights=0.01)._compile_for
+    batch = torch.ones(8, 3, 64, 64)
+    expected = [one.clone() for one in trunk(batch)]
+    trunk._thread.join()
+    assert not trunk._graphs
+    assert "no graph for this size of picture" in caplog.text
+    trunk(batch)  # and is not tried again
+    for ours, one in zip(trunk(batch), expected, strict=True):
+        torch.testing.assert_close(ours, one, rtol=0, atol=0)
+
+
+def test_no_further_graph_is_made_when_memory_is_short(tmp_path: Path) -> None:
+    trunk = trunk_of(tmp_path)
+    with patch("service.inference.engines.openvino_graphs.available_bytes", return_value=1_000_000):
+        trunk(torch.ones(8, 3, 64, 64))
+    assert trunk._thread is None
 
 
 def test_a_damaged_file_is_compiled_anew(tmp_path: Path) -> None:
