@@ -40,7 +40,8 @@ from benchmarks._measure import (
     spread,
     until_done,
 )
-from benchmarks.model import STAGES
+from benchmarks.model import STAGES as MODEL_STAGES
+from benchmarks.model import stage_ms
 from service.devices import device_named
 from service.imaging.decode import JpegDecoder
 from service.imaging.jpeg_check import checked_decoder
@@ -59,6 +60,7 @@ MEMORY = "Memory that a call adds to the weights"
 NEW_SIZES = "The first batch of 4 of a size that was not seen before, and its best of three more"
 WAITS = "How often the host waits for the device in a batch of 8"
 SIZES = {"640x480": (640, 480), "1200x800": (1200, 800), "1080p": (1920, 1080)}
+STAGES = (*MODEL_STAGES, "graph")
 ALL_PRECISIONS_AT = "1200x800"
 TORCHVISION_BATCHES = (1, 8)
 Sides = tuple[Callable[[], object], Callable[[], object]]
@@ -120,6 +122,9 @@ class _Calls:
         with_theirs = batch in TORCHVISION_BATCHES
         if with_theirs:
             sides["torchvision"] = until_done(partial(_their_call, self._theirs, image, batch, found, device), device)
+        if not bench.quick:
+            for predictor in predictors.values():
+                predictor.predict([Query(image)] * batch)  # `graphs` records the second batch of a kind
         seconds = alternate(
             sides, rounds=2 if bench.quick else 15, most_seconds=0.5 if bench.quick else 4, least_rounds=2
         )
@@ -135,8 +140,7 @@ class _Calls:
             self._add(CALLS, [*head, objects, milliseconds(times), per_second, *reference])
             if key in self._main_orders:
                 timed = kept[key][-len(times) :]
-                stages = [milliseconds([one.stage_seconds[stage] for one in timed]) for stage in STAGES]
-                self._add(STAGE_TIMES, [*head, *stages])
+                self._add(STAGE_TIMES, [*head, *(stage_ms(timed, stage) for stage in STAGES)])
                 if batch in TORCHVISION_BATCHES:
                     added = megabytes(peak_memory_bytes(sides[" ".join(key)], device))
                     self._add(MEMORY, [*head, added])

@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -218,9 +218,11 @@ class Report:
         self._tables[title] = list(columns), [list(row) for row in rows]
         self._write()
 
-    def show(self) -> None:
-        """Print the tables."""
+    def show(self, titles: Collection[str] | None = None) -> None:
+        """Print these tables, or all, and where they are kept."""
         for title, (columns, rows) in self._tables.items():
+            if titles is not None and title not in titles:
+                continue
             table = Table(*columns, title=title, title_justify="left")
             for row in rows:
                 table.add_row(*map(_text, row))

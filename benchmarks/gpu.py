@@ -2,7 +2,8 @@
 benchmarks.gpu`. Answers are compared with the CPU's, speeds with torchvision's; a server is measured over HTTP.
 
 Sections run in processes of their own: those that compare answers beside each other, those that measure time alone.
-What fails, hangs or crashes is reported with the end of its traceback, and the others go on.
+What fails, hangs or crashes is reported with the end of its traceback, and the others go on. The tables of each section
+are printed when it ends.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def main(
             for ended in threads.map(run, stage):
                 outcomes += ended
                 _add(report, outcomes, ended)
-    report.show()
-    print("\n".join(str(outcome) for outcome in outcomes), flush=True)
+    report.show([OUTCOMES])
     if any(outcome.problems for outcome in outcomes):
         raise SystemExit(1)
 
@@ -110,11 +110,12 @@ def _run(sections: list[Section], *, device: str, quick: bool, ends_at: float, f
 
 
 def _add(report: Report, outcomes: Sequence[Outcome], ended: Sequence[Outcome]) -> None:
-    """Put what ended into the report, and say on the way how it went."""
+    """Put what ended into the report, and print it at once: whoever stops this program keeps what it has found."""
     for outcome in ended:
         print(outcome, flush=True)
         for table in outcome.tables:
             report.table(*table)
+        report.show([title for title, _, _ in outcome.tables])
     rows: list[list[Cell]] = [[one.section, one.words, "" if one.seconds is None else one.seconds] for one in outcomes]
     report.table(OUTCOMES, _COLUMNS, rows)
 

@@ -241,9 +241,15 @@ def _measure(case: Case, networks: _Networks, *, rounds: int, is_quick: bool) ->
         ]
         rows["limit"].append([*head, f"{flop / 1e9:.1f}", spread([rate / 1e9 for rate in rates]), *limits])
         timed = stages[engine][-len(times[engine]) :]
-        rows["stages"].append([*head, *(milliseconds([one.stage_seconds[stage] for one in timed]) for stage in STAGES)])
+        rows["stages"].append([*head, *(stage_ms(timed, stage) for stage in STAGES)])
         rows["memory"].append([*head, memory["torchvision"], memory[engine]])
     return rows
+
+
+def stage_ms(predictions: Sequence[Prediction], stage: str) -> Cell:
+    """A batch that `graphs` replays has the one stage `graph`; one of another engine has the others."""
+    seconds = [one.stage_seconds[stage] for one in predictions if stage in one.stage_seconds]
+    return milliseconds(seconds) if seconds else "–"
 
 
 def _torchvision_call(model: GeneralizedRCNN, image: Image, batch: int, found: list[int], device: str) -> None:

@@ -129,7 +129,7 @@ class Metrics:
         )
         self.model_verification = Gauge(
             "roiserve_model_verification_ratio",
-            "Largest difference of boxes, scores or masks from eager in float32 when the model was loaded, as a share "
+            "Largest difference of boxes, scores, masks or recordings from what they are held to at load, as a share "
             "of what is tolerated; above 1 another engine took the place of the one that was wanted.",
             ("model", "value"),
             registry=registry,

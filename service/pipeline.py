@@ -66,6 +66,9 @@ class Predictor(Protocol):
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The padded size at which an image of this size runs; images of one padded size may share a batch."""
 
+    def begin_upload(self, image: Image) -> Image:
+        """Begin to bring a decoded image to the device; called on a decoding thread. Returns it, ready for a query."""
+
     def warm_up(self) -> None:
         """Do the one-time work that would otherwise slow down the first requests."""
 
@@ -266,7 +269,7 @@ class Pipeline:
         if job.is_bulk:
             self._coming.add(job)
         try:
-            image = await self._decoded(job, holding)
+            image = await self._decoded(job, holding, predictor)
         except BaseException:
             self._coming.discard(job)
             raise
@@ -281,13 +284,17 @@ class Pipeline:
             raise NotReadyError(f"the model {model_key} is not loaded any more")
         return predictor
 
-    async def _decoded(self, job: Job, holding: PixelHolding) -> Image:
+    async def _decoded(self, job: Job, holding: PixelHolding, predictor: Predictor) -> Image:
         """The decoded image; the size of an encoded one is known only when a thread has read its header."""
+
+        def decode(is_small: bool) -> Image:
+            return predictor.begin_upload(self._decode(job, holding, is_small))
+
         try:
-            return await self._in_thread(self._decoders, job, self._decode, job, holding, self._background is not None)
+            return await self._in_thread(self._decoders, job, decode, self._background is not None)
         except _LargeImageError:
             assert self._background is not None
-            return await self._in_thread(self._background, job, self._decode, job, holding, False)
+            return await self._in_thread(self._background, job, decode, False)
 
     def _decode(self, job: Job, holding: PixelHolding, is_small: bool) -> Image:
         def before_decoding(pixels: int) -> None:

@@ -10,10 +10,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from service.devices.device import Upload
 
 Float32Array = NDArray[np.float32]
 Int64Array = NDArray[np.int64]
@@ -46,10 +49,12 @@ class Image:
     Attributes:
         pixels: (H, W, 3) uint8 RGB, C-contiguous.
         orientation_applied: whether EXIF orientation turned or mirrored the stored pixels.
+        upload: the same pixels on their way to a device; None if they are not.
     """
 
     pixels: UInt8Array
     orientation_applied: bool = False
+    upload: Upload | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or self.pixels.dtype != np.uint8:
@@ -206,7 +211,8 @@ class VerifiedValue:
 
     Attributes:
         difference: the largest of all values, in int8 their root mean square; for boxes in pixels of the pictures, for
-            scores and masks as probabilities; `NOT_FINITE` if any number was not finite.
+            scores and masks as probabilities; `NOT_FINITE` if any number was not finite. For recordings the largest
+            share of the detections that a replay finds otherwise than the work that was recorded.
         tolerance: the most that passes.
     """
 
@@ -222,7 +228,7 @@ class Verification:
     Attributes:
         engine: the one that was verified; if it did not pass, another one serves.
         precision: the one that was verified.
-        values: `boxes`, `scores`, and `masks` if the network has them.
+        values: `boxes`, `scores`, `masks` if the network has them, and `recordings` if the engine makes some.
         seconds: how long the verification took.
     """
 

@@ -17,7 +17,7 @@ import PIL.Image
 
 from service.errors import ModelStoreError, OutOfMemoryError
 from service.settings import Settings
-from service.structures import Detections, ModelInfo, Prediction, Query
+from service.structures import Detections, Image, ModelInfo, Prediction, Query
 
 FAKE_INFO = ModelInfo(
     name="fake",
@@ -74,6 +74,9 @@ class FakePredictor:
         """The size in steps of 32, as networks pad."""
         height, width = image_size
         return -(-height // 32) * 32, -(-width // 32) * 32
+
+    def begin_upload(self, image: Image) -> Image:
+        return image
 
     def warm_up(self) -> None:
         self.may_warm_up.wait()

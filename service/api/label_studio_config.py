@@ -19,7 +19,7 @@ _CONTROLS: Mapping[str, RegionType] = {
 # Thousands of labels take a tenth of this.
 _MAX_CHARACTERS = 1024 * 1024
 # Every object is written once for each tag that takes its label, with the tag's names.
-_MAX_TAGS = 100
+_MAX_TAGS = 50
 _MAX_NAME_CHARACTERS = 1000
 
 

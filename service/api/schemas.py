@@ -136,6 +136,11 @@ class ModelVerification(BaseModel):
     boxes: VerifiedDifference
     scores: VerifiedDifference
     masks: VerifiedDifference | None = Field(None, description="Null for a model without masks.")
+    recordings: VerifiedDifference | None = Field(
+        None,
+        description="The largest share of the detections that a recorded batch finds otherwise than the same work "
+        "unrecorded. Null for engines other than graphs.",
+    )
 
 
 class ModelDescription(BaseModel):
@@ -217,7 +222,7 @@ def model_document(info: ModelInfo, *, is_default: bool) -> dict[str, object]:
 
 def verification_document(verification: Verification) -> dict[str, object]:
     """The result of a verification, as `ModelVerification` describes it."""
-    values = {name: verification.values.get(name) for name in ("boxes", "scores", "masks")}
+    values = {name: verification.values.get(name) for name in ("boxes", "scores", "masks", "recordings")}
     return {
         "passed": verification.has_passed,
         "engine": verification.engine,

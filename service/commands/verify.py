@@ -84,10 +84,10 @@ def _print_differences(verification: Verification) -> None:
 
     from service.structures import NOT_FINITE
 
-    units = {"boxes": "px", "scores": "", "masks": ""}
+    units = {"boxes": "px"}
     measure = "root mean square" if verification.precision == "int8" else "largest"
     table = Table("", f"{measure} difference", "tolerated", box=None, header_style="bold", pad_edge=False)
     for name, value in verification.values.items():
         found = "not finite" if value.difference == NOT_FINITE else f"{value.difference:.2g}"
-        table.add_row(name, f"{found} {units[name]}", f"{value.tolerance:g} {units[name]}")
+        table.add_row(name, f"{found} {units.get(name, '')}", f"{value.tolerance:g} {units.get(name, '')}")
     Console().print(table)

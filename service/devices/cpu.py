@@ -28,7 +28,7 @@ class CpuDevice(Device):
         "Failed to allocate",  # OpenVINO
     )
 
-    def use(self, precision: str = "float32") -> AbstractContextManager[None]:
+    def use(self, precision: str | None = None) -> AbstractContextManager[None]:
         """See `Device`: there is nothing to do."""
         return nullcontext()
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.backends import cuda, cudnn
 
-from service.devices.device import Clock, Device, Kernels, Recording
+from service.devices.device import Clock, Device, Kernels, Recorder, Recording, Upload
 from service.errors import ServiceError, first_line
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
+
+_UPLOADS_SHARE = 64
+"""Pixels that wait for their batch on the GPU take at most its memory divided by this: 1.25 GB of 80 GB."""
+_precision_flags = threading.RLock()
+"""Held while PyTorch's flags of TF32, which are global to the process, have to stay as they are."""
 
 
 class CudaDevice(Device):
@@ -41,23 +49,30 @@ class CudaDevice(Device):
     )
 
     @contextmanager
-    def use(self, precision: str = "float32") -> Iterator[None]:
+    def use(self, precision: str | None = None) -> Iterator[None]:
         """See `Device`. Triton launches on the thread's current device, whatever its arguments lie on.
 
         PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa instead of 23, unless told not to. That
-        flag is global to the process, so it is set for each batch.
+        flag is global to the process, so it is set for each batch, and kept until the batch ends although other threads
+        load models or probe the device meanwhile.
         """
-        allowed = cudnn.allow_tf32, cuda.matmul.allow_tf32
-        try:
-            cudnn.allow_tf32 = cuda.matmul.allow_tf32 = precision == "tf32"
-            with torch.cuda.device(self.torch_device):
-                yield
-        finally:
-            cudnn.allow_tf32, cuda.matmul.allow_tf32 = allowed
+        with ExitStack() as contexts:
+            if precision is not None:
+                contexts.enter_context(_tf32(allowed=precision == "tf32"))
+            contexts.enter_context(torch.cuda.device(self.torch_device))
+            yield
 
     def upload(self, tensor: Tensor) -> Tensor:
         """See `Device`: copies from pinned memory, which the GPU reads without the CPU."""
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
+        """See `Device`: copies on a stream of its own."""
+        return self._uploads.begin(pixels)
+
+    @cached_property
+    def _uploads(self) -> _Uploads:
+        return _Uploads(self.torch_device)
 
     @cached_property
     def kernels(self) -> Kernels | None:
@@ -71,15 +86,9 @@ class CudaDevice(Device):
             return None
         return "triton"
 
-    def record(self, work: Callable[[], Tensor]) -> Recording:
-        """See `Device`: captures a CUDA graph. All graphs of a device share one pool of working memory."""
-        # Not `use`, which would set the precision: the caller has.
-        with torch.cuda.device(self.torch_device):
-            return _Graph(work, self._graph_pool)
-
-    @cached_property
-    def _graph_pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+    def recorder(self) -> Recorder:
+        """See `Device`: captures CUDA graphs."""
+        return _GraphRecorder(self)
 
     def jpeg_decoder(self) -> Callable[[bytes], NDArray[np.uint8]]:
         """See `Device`: nvJPEG, by torchvision, which decodes one file at a time."""
@@ -125,6 +134,60 @@ def _launch_probe(device: torch.device) -> None:
         raise RuntimeError(f"expected a kernel to make [1, 1], got {values.tolist()}")
 
 
+class _Uploads:
+    """Copies that are begun before their batches, so that neither the batch nor the thread that launches its kernels
+    waits for them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._most_bytes = torch.cuda.get_device_properties(device).total_memory // _UPLOADS_SHARE
+        self._lock = threading.Lock()
+        self._waiting: WeakSet[_Upload] = WeakSet()
+
+    def begin(self, pixels: NDArray[np.uint8]) -> Upload | None:
+        """See `Device.begin_upload`."""
+        upload = _Upload(pixels.nbytes)
+        with self._lock:
+            if upload.nbytes + sum(one.nbytes for one in self._waiting) > self._most_bytes:
+                return None
+            self._waiting.add(upload)
+        try:
+            with torch.cuda.stream(self._stream):
+                # Filled by NumPy: PyTorch would start as many threads as there are cores for each thread that decodes.
+                pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                np.copyto(pinned.numpy(), pixels)
+                upload.fill(pinned.to(self._device, non_blocking=True), self._stream.record_event())
+        except RuntimeError as error:  # no memory, or the device is lost: the batch will tell
+            logger.info("pixels are not copied ahead", extra={"fields": {"reason": first_line(error)}})
+            return None
+        return upload
+
+
+class _Upload:
+    """See `Upload`."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def fill(self, copy: Tensor, done: torch.cuda.Event) -> None:
+        """Hold a copy until it is taken."""
+        self._copy = copy, done
+
+    def take(self) -> Tensor | None:
+        """See `Upload`."""
+        if self._copy is None:
+            return None
+        (copy, done), self._copy, self.nbytes = self._copy, None, 0
+        stream = torch.cuda.current_stream(copy.device)
+        stream.wait_event(done)
+        # Else its memory could be filled with other pixels before this stream has read it.
+        copy.record_stream(stream)
+        return copy
+
+
 class _NvJpeg:
     """See `Device.jpeg_decoder`.
 
@@ -145,7 +208,6 @@ class _NvJpeg:
         # Imported here: few servers use it.
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        # Not `CudaDevice.use`, which sets flags of the whole process.
         with torch.cuda.stream(self._stream):
             try:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -159,30 +221,65 @@ class _NvJpeg:
         return pixels
 
 
-class _Graph:
-    """A captured CUDA graph; see `Recording`."""
+@contextmanager
+def _tf32(*, allowed: bool) -> Iterator[None]:
+    with _precision_flags:
+        before = cudnn.allow_tf32, cuda.matmul.allow_tf32
+        try:
+            cudnn.allow_tf32 = cuda.matmul.allow_tf32 = allowed
+            yield
+        finally:
+            cudnn.allow_tf32, cuda.matmul.allow_tf32 = before
 
-    def __init__(self, work: Callable[[], Tensor], pool: Any) -> None:
-        # Kernels are compiled and libraries allocate workspaces in their first runs, which must not happen during the
-        # capture; these runs have to be on another stream than the default one.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        # Other threads may use the GPU meanwhile.
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = work()
+
+class _GraphRecorder:
+    """Captures CUDA graphs; see `Recorder`.
+
+    Each recorder has its own stream and memory pool. When PyTorch 2.12 and newer destroy a graph, they free cuBLAS's
+    workspace of its stream, which other graphs of that stream still use (pytorch/pytorch#193402); and a pool whose
+    graphs were all destroyed takes no new ones while any of its memory is in use.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device.torch_device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """See `Recorder`."""
+        stream, graph = self._stream, torch.cuda.CUDAGraph()
+        with self._device.use():
+            # Kernels are compiled and libraries allocate workspaces in their first runs, which must not happen during
+            # the capture. A workspace belongs to a stream, hence the same one.
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(stream)
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                output = work()
+        self._graphs.append(graph)
+        return _Graph(graph, output)
+
+    def release(self) -> None:
+        """See `Recorder`."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _Graph:
+    """See `Recording`."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
 
     def replay(self) -> None:
         """See `Recording`."""
-        self._graph.replay()
-
-    def release(self) -> None:
-        """See `Recording`."""
-        self._graph.reset()
+        self.graph.replay()
 
 
 class _EventClock:

@@ -33,11 +33,20 @@ class Clock(Protocol):
         """The time of each stage. Read it once the batch's results are on the host."""
 
 
+class Upload(Protocol):
+    """A copy from the host to the device that was begun before its use, and may be under way."""
+
+    def take(self) -> Tensor | None:
+        """The copy, for work that this thread queues from now on; None if it was taken before, since it is kept no
+        longer than it has to be.
+        """
+
+
 class Recording(Protocol):
     """Work that was recorded once and can be replayed with other values in the same memory.
 
     Attributes:
-        output: what the work returned; each replay overwrites it, and so may that of another recording.
+        output: what the work returned; each replay overwrites it.
     """
 
     output: Tensor
@@ -45,8 +54,20 @@ class Recording(Protocol):
     def replay(self) -> None:
         """Queue the work."""
 
+
+class Recorder(Protocol):
+    """Makes recordings that share their working memory, so that all of them end together."""
+
+    def record(self, work: Callable[[], Tensor]) -> Recording:
+        """Record work on the device. It must not wait for the device or copy from the host, its tensors must have the
+        same sizes each time, and whatever it reads must stay where it is; it is run some times before it is recorded.
+
+        Raises:
+            RuntimeError: it cannot be recorded. Nothing more should be recorded in this process.
+        """
+
     def release(self) -> None:
-        """Free its memory. It cannot be replayed afterwards."""
+        """Free the memory of all recordings. None can be made or replayed afterwards."""
 
 
 class Device(ABC):
@@ -59,7 +80,7 @@ class Device(ABC):
         fastest_engine: the engine that `auto` stands for.
         half_precision: the number format that `auto` stands for with an engine other than `eager`.
         precisions: the formats that a network can run in here.
-        can_record: whether `record` works.
+        can_record: whether `recorder` works.
     """
 
     runs_ahead: ClassVar[bool]
@@ -81,12 +102,23 @@ class Device(ABC):
         return torch.device(self.label)
 
     @abstractmethod
-    def use(self, precision: str = "float32") -> AbstractContextManager[None]:
-        """Make it this thread's current device, with arithmetic in this precision, until the context ends."""
+    def use(self, precision: str | None = None) -> AbstractContextManager[None]:
+        """Make it this thread's current device until the context ends.
+
+        Args:
+            precision: of the arithmetic in this context. Contexts of other threads that name one wait meanwhile, even
+                if it is the same. None for code that computes nothing whose precision matters.
+        """
 
     @abstractmethod
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the host to the device, without waiting for work already queued there."""
+
+    def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
+        """Begin to copy while other work runs on the device. Any thread may call it. None if there is nothing to gain,
+        or no room.
+        """
+        return None
 
     @property
     @abstractmethod
@@ -109,12 +141,11 @@ class Device(ABC):
     def memory(self) -> Mapping[str, float]:
         """Bytes by kind: `allocated`, `reserved` and `total` of a GPU; the process's `resident` memory on the CPU."""
 
-    def record(self, work: Callable[[], Tensor]) -> Recording:
-        """Record work on the device. It must not wait for the device or copy from the host, and its tensors must have
-        the same sizes each time; it is run some times before it is recorded.
+    def recorder(self) -> Recorder:
+        """A new recorder.
 
         Raises:
-            RuntimeError: it cannot be recorded.
+            RuntimeError: work on this kind of device cannot be recorded.
         """
         raise RuntimeError(f"{self.label} cannot record work")
 

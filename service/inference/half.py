@@ -52,11 +52,13 @@ class HalfNetwork:
         mask_head = parts.mask_head
 
         def run_trunk(batch: Tensor) -> TrunkOutput:
+            self._checks = []  # Those of a batch that failed count for no other.
             output = parts.trunk(batch.to(self._dtype))
             self._check(output.objectness, output.deltas)
             return output
 
         def run_backbone(batch: Tensor) -> Mapping[str, Tensor]:
+            self._checks = []
             return parts.backbone(batch.to(self._dtype))
 
         def run_box_head(pooled: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from service.devices import Clock, device_of
 from service.errors import InferenceError, ModelStoreError, OutOfMemoryError, first_line
 from service.inference.engines.choosing import COMPILING
-from service.inference.engines.graphs import GraphedDetector
+from service.inference.engines.graphs import COUNTS, MOST_CHANGED, GraphedDetector
 from service.inference.half import HalfNetwork
-from service.inference.verification import Reference, fixed_pictures
+from service.inference.verification import SIZE, Reference, fixed_pictures
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
 from service.modeling.roi_heads import Selection
-from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query
+from service.structures import Detections, DetectOptions, Image, ModelInfo, Prediction, Query, VerifiedValue
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,11 @@ class Predictor:
         changing each other's answer.
         """
         return self._model.transform.padded_size(image_size)
+
+    def begin_upload(self, image: Image) -> Image:
+        """The image with its pixels on their way to the device, if copying takes time there. Any thread may call it."""
+        upload = self._device.begin_upload(image.pixels)
+        return image if upload is None else replace(image, upload=upload)
 
     def warm_up(self) -> None:
         """Run pictures through every part, so that the first request does not pay for one-time work, and compare the
@@ -159,8 +164,17 @@ class Predictor:
         for size in buckets:
             self.predict([replace(query, image=Image(np.zeros((*size, 3), np.uint8)))])
         if self._graphs is not None:
-            with self._device.use(self.info.precision), self._compiling_nothing():
-                self._graphs.record(buckets, with_masks=(True, False) if self.info.has_masks else (False,))
+            self._record_batches(self._graphs, buckets)
+
+    def _record_batches(self, graphs: GraphedDetector, buckets: Sequence[tuple[int, int]]) -> None:
+        """Record batches of every bucket; if there are none, those of the fixed pictures, so that some are verified."""
+        with self._device.use(self.info.precision), self._compiling_nothing():
+            graphs.record(
+                buckets or [self.group_key(SIZE)],
+                counts=COUNTS if buckets else (1, 2),
+                with_masks=(True, False) if self.info.has_masks else (False,),
+                pictures=[self._device.upload(torch.from_numpy(one)) for one in fixed_pictures()],
+            )
 
     def _verify(self) -> str | None:
         """Compare the network with its reference. Returns what is wrong, or None if it passes."""
@@ -171,6 +185,9 @@ class Predictor:
             verification = self._reference.hold(self._model, engine=info.engine, precision=info.precision)
         if self._half is not None:
             self._half.take_check()
+        if self._graphs is not None:
+            recordings = VerifiedValue(difference=self._graphs.largest_change, tolerance=MOST_CHANGED)
+            verification = replace(verification, values={**verification.values, "recordings": recordings})
         self._take_uncompiled()
         self.info = replace(info, verification=verification)
         logger.info(
@@ -188,7 +205,7 @@ class Predictor:
     def _predict(self, queries: Sequence[Query]) -> list[Prediction]:
         images = [query.image for query in queries]
         clock, half = self._device.clock(), self._half
-        uploaded = [self._device.upload(torch.from_numpy(image.pixels)) for image in images]
+        uploaded = [self._on_device(image) for image in images]
 
         def detect(model: GeneralizedRCNN) -> list[ImageDetections]:
             return model.detect(
@@ -223,6 +240,11 @@ class Predictor:
             )
             for one in detections
         ]
+
+    def _on_device(self, image: Image) -> Tensor:
+        """(H, W, 3) uint8."""
+        copied = None if image.upload is None else image.upload.take()
+        return self._device.upload(torch.from_numpy(image.pixels)) if copied is None else copied
 
     def _replay(
         self, queries: Sequence[Query], uploaded: Sequence[Tensor], clock: Clock

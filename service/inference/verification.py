@@ -142,7 +142,7 @@ class Reference:
         size = {"min_size": min(SIZE), "max_size": max(SIZE)}
         transform = Transform(config.transform.model_copy(update=size)).to(device.torch_device)
         # While gradients are enabled, RoIs are pooled by PyTorch's operators instead of our kernels.
-        with device.use(), torch.enable_grad():
+        with device.use("float32"), torch.enable_grad():
             self._batch = transform.prepare([device.upload(torch.from_numpy(one)) for one in fixed_pictures()]).tensors
             self._given = _choose(model, self._batch)
             self._answers = _ask(model, model.own_parts(), self._batch, self._given)

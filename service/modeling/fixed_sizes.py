@@ -97,6 +97,7 @@ class FixedDetections:
         masks: (N, D, M, M) float32 probabilities spread over the box; None if not requested.
         counts: (N,) int64, how many each image has.
         fit: (N,) bool; False if an image had more candidates than the capacity, so that its detections may be wrong.
+        was_read: the anchors, which a recording of this reads at each replay: they must be kept as long.
     """
 
     boxes: Tensor
@@ -105,6 +106,7 @@ class FixedDetections:
     masks: Tensor | None
     counts: Tensor
     fit: Tensor
+    was_read: Sequence[Tensor] = ()
 
 
 @torch.inference_mode()
@@ -129,12 +131,10 @@ def detect_fixed(
     """
     parts, heads = model.parts or model.own_parts(), model.roi_heads
     trunk = parts.trunk(batch)
+    grid_sizes = [(one.shape[2], one.shape[3]) for one in trunk.features.values()]
+    anchors = model.rpn.lay_anchors((batch.shape[2], batch.shape[3]), grid_sizes, batch.device)
     proposals = model.rpn.propose_table(
-        trunk.objectness,
-        trunk.deltas,
-        padded_size=(batch.shape[2], batch.shape[3]),
-        grid_sizes=[(one.shape[2], one.shape[3]) for one in trunk.features.values()],
-        image_sizes=wanted.sizes,
+        trunk.objectness, trunk.deltas, anchors=anchors, grid_sizes=grid_sizes, image_sizes=wanted.sizes
     )
     pooled = heads.box_roi_pool(trunk.features, list(proposals.unbind()), [])
     class_logits, box_regression = parts.box_head(pooled)
@@ -159,7 +159,7 @@ def detect_fixed(
         # To the original images, as `GeneralizedRCNN.detect` does. The products are whole numbers but for rounding.
         limits = (wanted.sizes.flip(1).repeat(1, 2) * wanted.factors).round()
         boxes = torch.minimum(boxes, limits.unsqueeze(1))
-    return FixedDetections(boxes, found.labels, found.scores, masks, found.counts, found.fit)
+    return FixedDetections(boxes, found.labels, found.scores, masks, found.counts, found.fit, [anchors])
 
 
 def _select(

@@ -58,11 +58,12 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             detections.
         """
         device = device_of(objectness.device)
+        anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
         if device.kernels == "numba":
             return choose_proposals(
                 objectness.float(),
                 deltas.float(),
-                self.lay_anchors(padded_size, grid_sizes, objectness.device),
+                anchors,
                 counts=self._counts(grid_sizes),
                 image_sizes=image_sizes,
                 pre_nms_top_n=self.pre_nms_top_n(),
@@ -74,7 +75,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
                 iou_thresh=rounded_down([self.nms_thresh])[0],
             )
         limits = to_device(image_sizes, torch.float32, objectness.device)
-        boxes, kept = self._choose(objectness, deltas, padded_size, grid_sizes, limits)
+        boxes, kept = self._choose(objectness, deltas, anchors, grid_sizes, limits)
         if device.runs_ahead:
             return list(self._table(boxes, kept).unbind())
         return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
@@ -84,7 +85,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         objectness: Tensor,
         deltas: Tensor,
         *,
-        padded_size: Size,
+        anchors: Tensor,
         grid_sizes: Sequence[Size],
         image_sizes: Tensor,
     ) -> Tensor:
@@ -94,14 +95,14 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         Args:
             objectness: see `propose`.
             deltas: see `propose`.
-            padded_size: see `propose`.
+            anchors: see `lay_anchors`.
             grid_sizes: see `propose`.
             image_sizes: (N, 2) float32 (height, width) on the device.
 
         Returns:
             (N, P, 4) float32: each image's proposals, best first, then empty boxes.
         """
-        return self._table(*self._choose(objectness, deltas, padded_size, grid_sizes, image_sizes))
+        return self._table(*self._choose(objectness, deltas, anchors, grid_sizes, image_sizes))
 
     def _table(self, boxes: Tensor, kept: Kept) -> Tensor:
         num_images = len(kept.starts) - 1
@@ -112,12 +113,11 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         self,
         objectness: Tensor,
         deltas: Tensor,
-        padded_size: Size,
+        anchors: Tensor,
         grid_sizes: Sequence[Size],
         image_sizes: Tensor,
     ) -> tuple[Tensor, Kept]:
         """All images' candidates, (N * T, 4), and which of them are proposals."""
-        anchors = self.lay_anchors(padded_size, grid_sizes, objectness.device)
         # 1. The best of each level, by logit.
         places, levels = self._best_of_each_level(objectness, grid_sizes)
         logits = objectness.gather(1, places).float()
@@ -164,7 +164,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         return [height * width * each for (height, width), each in zip(grid_sizes, per_place, strict=True)]
 
     def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
-        """(A, 4) float32 anchors for a batch of this size, cached."""
+        """(A, 4) float32 anchors for a batch of this size. Those used last are cached."""
         key = (padded_size, *grid_sizes, device)
         if key not in self._anchors:
             # On the host: an operation takes them from there without waiting for the device.

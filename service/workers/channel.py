@@ -143,7 +143,8 @@ def source_from(fields: Header, body: bytes) -> Source:
     """An image from its form in a frame."""
     if "shape" not in fields:
         return Encoded(body, fields["intensity"])
-    return Pixels(np.frombuffer(body, np.uint8).reshape(fields["shape"]))
+    # A copy that can be written: PyTorch warns about other arrays.
+    return Pixels(np.frombuffer(bytearray(body), np.uint8).reshape(fields["shape"]))
 
 
 # The answer forms, by their names in a header.

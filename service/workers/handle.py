@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 from service.cores import Share
@@ -21,6 +20,7 @@ from service.settings import Settings
 from service.structures import ModelInfo
 from service.workers.channel import FrameReader, Header, error_from, pack
 from service.workers.detector import PredictorFactory
+from service.workers.fork_server import start_process, until_started
 
 # How long a worker may take to end after its socket was closed.
 _LEAVE_SECONDS = 5.0
@@ -72,9 +72,10 @@ class WorkerHandle(asyncio.Protocol):
         )
         self._process = process
         # In a thread, since starting it blocks until the fork server has imported its preloaded modules.
-        self._starting = asyncio.ensure_future(asyncio.to_thread(_start_with_signals_blocked, process))
+        self._starting = asyncio.ensure_future(asyncio.to_thread(start_process, process))
         try:
-            await asyncio.shield(self._starting)
+            await until_started(self._starting)
+            self._starting.result()
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
         except BaseException:
             ours.close()
@@ -158,7 +159,7 @@ class WorkerHandle(asyncio.Protocol):
             Its exit status, negative for a signal; None if it was never started.
         """
         if self._starting is not None:
-            await asyncio.wait([self._starting])
+            await until_started(self._starting)
         if self._transport is not None:
             self._transport.close()
         if self._process is None or self._process.pid is None:
@@ -171,20 +172,6 @@ def _run_worker(end: socket.socket, settings: Settings, factory: PredictorFactor
     from service.workers.process import run_worker
 
     run_worker(end, settings, factory, share)
-
-
-def _start_with_signals_blocked(process: BaseProcess) -> None:
-    """Start a worker, and the fork server before the first one, with SIGINT and SIGTERM blocked. Terminals and service
-    managers signal the whole process group, but only the process that serves HTTP knows how to drain.
-    """
-    # Otherwise starting the fork server would start the resource tracker, in this thread, which unblocks the signals.
-    resource_tracker.ensure_running()
-    signals = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _await_end(process: BaseProcess) -> int | None:

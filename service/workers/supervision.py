@@ -119,7 +119,7 @@ class DeviceSupervisor:
             await self._start(handle, self.device)
             watching = asyncio.create_task(self._watch(handle))
             await handle.ended.wait()
-        except OSError as error:  # no descriptors, no memory for a process
+        except (OSError, EOFError) as error:  # no descriptors, no memory for a process, or the fork server ended
             detail = {"device": self.device, "detail": str(error)}
             logger.error("worker cannot be started", extra={"fields": detail})
         except Exception as error:

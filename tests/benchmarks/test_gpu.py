@@ -15,7 +15,9 @@ from benchmarks._bench import ROOT, Outcome, Section, run_in_process
 from benchmarks._gpu_answers import differences
 from benchmarks._gpu_server import LOADS
 from benchmarks._gpu_speed import CALLS
-from service.structures import Detections
+from benchmarks._measure import Report
+from benchmarks.model import stage_ms
+from service.structures import Detections, Prediction
 
 # A benchmark of four sections: one measures, one raises, one hangs, one kills its process.
 PROGRAM = """
@@ -78,6 +80,23 @@ def test_what_goes_wrong_in_a_section_is_told_and_costs_no_other(
     assert died.words == "its process ended with status 11"
     assert died.problems[0].endswith("Fatal Python error\n")
     assert died.tables == [("Lengths", ["what", "m"], [["before it died", 3]])]
+
+
+def test_tables_are_printed_as_soon_as_their_section_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who stops the program, or the machine that is taken back, leaves what was found."""
+    report = Report("gpu", tmp_path)
+    ended = [Outcome("measures", 1.0, [], [("Lengths", ["what", "m"], [["a table", 1.5]])])]
+    gpu._add(report, ended, ended)
+    assert "a table" in capsys.readouterr().out
+    assert "a table" in (tmp_path / "gpu.md").read_text()
+
+
+def test_stages_of_a_replayed_batch_are_told_apart() -> None:
+    """It has one of its own, and none of the others, whose columns stay empty."""
+    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    replayed = [Prediction(nothing, {"graph": seconds}, 1) for seconds in (0.001, 0.003, 0.002)]
+    assert str(stage_ms(replayed, "graph")) == "2 (1.5 – 2.5)"
+    assert stage_ms(replayed, "backbone") == "–"
 
 
 def test_section_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

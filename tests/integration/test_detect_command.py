@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from PIL import Image
 
+from service.cli import main
 from service.model_store.model_toml import ProvenanceTable
 from service.model_store.store import ModelStore
 from service.modeling.build import build_model
@@ -49,13 +54,33 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
     command = [sys.executable, "-m", "service", "detect", "--store", str(folder / "store"), *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
 
 
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for torch takes long to import."""
+    command = ["roiserve", "detect", "--store", str(folder / "store"), *arguments]
+    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    with (
+        chdir(REPOSITORY),
+        patch.object(sys, "argv", command),
+        patch.dict(os.environ),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert isinstance(ended.value.code, int)
+    for one in (out, err):
+        one.seek(0)
+    return subprocess.CompletedProcess(command, ended.value.code, out.read(), err.read())
+
+
 def test_a_folder_becomes_a_line_of_json_and_a_drawn_picture_for_each_picture(folder: Path) -> None:
-    done = run(folder, str(folder / "pictures"), "--json", "--out", str(folder / "drawn"))
+    done = run_alone(folder, str(folder / "pictures"), "--json", "--out", str(folder / "drawn"))
     assert done.returncode == 0, done.stderr
     documents = {Path(one["file"]).name: one for one in map(json.loads, done.stdout.splitlines())}
     assert set(documents) == {"a.png", "b.jpg"}

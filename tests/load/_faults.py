@@ -21,7 +21,7 @@ from service.imaging import decode
 from service.logs import configure_logging
 from service.pipeline import Predictor
 from service.settings import Settings
-from service.structures import ModelInfo, Prediction, Query
+from service.structures import Image, ModelInfo, Prediction, Query
 from service.workers.detector import PredictorFactory
 from service.workers.stored import stored_predictors
 
@@ -71,6 +71,9 @@ class FaultyPredictor:
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return self._predictor.group_key(image_size)
+
+    def begin_upload(self, image: Image) -> Image:
+        return image
 
     def warm_up(self) -> None:
         self._predictor.warm_up()

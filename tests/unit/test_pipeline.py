@@ -193,7 +193,7 @@ async def test_large_images_are_decoded_and_drawn_in_the_background(
 
         monkeypatch.setattr(pipeline, "Image", named_image)
         source = Pixels(np.zeros((*size, 3), np.uint8))
-        image = await bench.pipeline._decoded(bench.job(source), holding)
+        image = await bench.pipeline._decoded(bench.job(source), holding, bench.predictor)
         assert image.size == size
         assert [name.startswith("background") for name in threads] == [is_large]
         none = objects(np.zeros((0, 4), np.float32), np.zeros((0, 28, 28), np.float32))
@@ -322,6 +322,33 @@ async def test_pixels_are_taken_as_they_are() -> None:
         with pytest.raises(TooLargeError, match="200 x 100 pixels"):
             await bench.pipeline.run(bench.job(Pixels(np.zeros((100, 200, 3), np.uint8))))
     assert sent.encoded == encoded.encoded
+
+
+async def test_pixels_are_on_their_way_to_the_device_before_their_image_is_queued() -> None:
+    """So that neither the batch nor the thread that launches its work waits for the copy."""
+
+    class Copy:
+        def take(self) -> None:
+            return None
+
+    seen: list[object] = []
+
+    class Predictor(FakePredictor):
+        def begin_upload(self, image: Image) -> Image:
+            seen.append(threading.current_thread())
+            return replace(image, upload=Copy())
+
+        def predict(self, queries: Sequence[Query]) -> list[Prediction]:
+            seen.extend(type(query.image.upload) for query in queries)
+            return super().predict(queries)
+
+    bench = Bench()
+    predictor = Predictor()
+    bench.pipeline._predictors = {predictor.info.key: predictor}
+    async with running(bench):
+        decoder = await asyncio.wrap_future(bench.threads.submit(threading.current_thread))
+        await bench.pipeline.run(bench.job())
+    assert seen == [decoder, Copy]
 
 
 async def test_detections_leave_as_tensors() -> None:

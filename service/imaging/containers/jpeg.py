@@ -110,12 +110,14 @@ class Work:
         num_pixels: from the largest frame header; 0 if there is none.
         num_components: likewise; 3 for colours, 4 for ink.
         fill_bytes: how many precede markers.
+        num_segments: how many segments it has.
     """
 
     num_scans: int
     num_pixels: int
     num_components: int
     fill_bytes: int
+    num_segments: int
 
 
 def count_work(data: bytes) -> Work:
@@ -124,15 +126,16 @@ def count_work(data: bytes) -> Work:
     Raises:
         InvalidImageError: an unfinished segment, or too many segments.
     """
-    num_scans = num_pixels = num_components = length = 0
+    num_scans = num_pixels = num_components = length = num_segments = 0
     for marker, start, end, _ in _segments(data):
         length = end
+        num_segments += 1
         if marker in _FRAME_HEADERS:
             height, width, components = struct.unpack_from(">HHB", data, start + 3)
             num_pixels, num_components = max(num_pixels, height * width), max(num_components, components)
         num_scans += marker == _SOS
     fill_bytes = sum(len(run.group()) - 1 for run in _FILL.finditer(data, 0, length))
-    return Work(num_scans, num_pixels, num_components, fill_bytes)
+    return Work(num_scans, num_pixels, num_components, fill_bytes, num_segments)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, bool]]:

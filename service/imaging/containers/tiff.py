@@ -31,6 +31,10 @@ _MAX_JPEG_TABLES_BYTES = 1 << 16
 # libjpeg takes 0.3 µs per fill byte. Unlike in a JPEG file they can't be removed, because the directory holds the
 # lengths.
 MAX_FILL_BYTES = 1 << 16
+# Of all JPEGs together: a dozen in each of so many strips.
+MAX_JPEG_SEGMENTS = 1 << 17
+# Of every tag but the lists of strips or tiles. A palette of 16 bits has 384 KiB.
+_MAX_TAG_BYTES = 1 << 19
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS, _PLANES = 256, 257, 258, 259, 277, 278, 284
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 322, 323, 324, 325
@@ -43,6 +47,7 @@ _SINGLE_TAGS = frozenset(
 _NEEDED_TAGS = _SINGLE_TAGS | {
     *(_BITS, _STRIP_OFFSETS, _STRIP_BYTES, 320, _TILE_OFFSETS, _TILE_BYTES, 338, 339, _JPEG_TABLES, 529, 530, 532),
 }
+_LISTS = frozenset({_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES})  # no longer than `MAX_STRIPS`
 _JPEG = 7
 # None, CCITT, LZW, JPEG, deflate, PackBits, Zstandard. Not LZMA, because a file can make it allocate gigabytes.
 _COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 50000)
@@ -182,16 +187,18 @@ def _check_jpegs(
         raise TooLargeError(f"the TIFF is cut into over {MAX_JPEG_STRIPS} strips or tiles of JPEG")
     tables = directory.entries.get(_JPEG_TABLES)
     view = memoryview(directory.data)
-    num_fill = work = most_scans = most_components = 0
+    num_fill = work = most_scans = most_components = num_segments = 0
     if tables is not None:
         if tables.value_bytes > _MAX_JPEG_TABLES_BYTES:
             raise InvalidImageError(f"JPEG tables of {tables.value_bytes} bytes in the TIFF")
         num_fill += count_work(bytes(view[tables.value_offset : tables.value_offset + tables.value_bytes])).fill_bytes
     for index, offset in enumerate(offsets):
-        end = offset + byte_counts[index] if index < len(byte_counts) and byte_counts[index] else len(view)
-        if layout.count == 1:
-            end = len(view)
-        part = count_work(bytes(view[offset:end]))
+        # libtiff looks for the length of a single strip or tile itself, but reads none of several without a length.
+        length = byte_counts[index] if index < len(byte_counts) else 0
+        part = count_work(bytes(view[offset : len(view) if layout.count == 1 else offset + length]))
+        num_segments += part.num_segments
+        if num_segments > MAX_JPEG_SEGMENTS:
+            raise InvalidImageError(f"the JPEG data in the TIFF hold over {MAX_JPEG_SEGMENTS} segments")
         num_fill += part.fill_bytes
         most_scans = max(most_scans, part.num_scans)
         most_components = max(most_components, part.num_components)
@@ -209,6 +216,9 @@ def _first_picture(directory: Directory) -> bytes:
     needed = [(tag, entry) for tag, entry in sorted(directory.entries.items()) if tag in _NEEDED_TAGS]
     if sum(entry.value_bytes for tag, entry in needed if tag not in _SINGLE_TAGS) > len(directory.data):
         raise InvalidImageError("the tags of the TIFF are larger than its data")
+    for tag, entry in needed:
+        if entry.value_bytes > _MAX_TAG_BYTES and tag not in _SINGLE_TAGS | _LISTS:
+            raise InvalidImageError(f"TIFF tag {tag} has {entry.value_bytes} bytes; we read up to {_MAX_TAG_BYTES}")
     data, order = directory.data, directory.byte_order
     padding = bytes(-len(data) % 8)
     count, pointer, header_bytes = ("Q", "Q", 8) if directory.is_big else ("H", "I", 4)

@@ -118,7 +118,7 @@ def put_engine(
     return Placed(
         chosen,
         half,
-        find_problem=lambda: _why_uncompiled(network),
+        find_problem=lambda: _why_uncompiled(network) or (None if graphs is None else _why_unrecorded(graphs)),
         take_uncompiled=network.take_uncompiled,
         graphs=graphs,
     )
@@ -183,6 +183,10 @@ def _why_uncompiled(network: CompiledNetwork) -> str | None:
     if not network.uncompiled:
         return None
     return f"the engine did not compile the {' and the '.join(network.uncompiled)} of this network"
+
+
+def _why_unrecorded(graphs: GraphedDetector) -> str | None:
+    return None if graphs.problem is None else f"engine 'graphs' cannot record a batch: {graphs.problem}"
 
 
 def _why_not(engine: str, model: GeneralizedRCNN, device: Device, precision: str) -> str | None:

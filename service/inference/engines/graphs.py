@@ -3,7 +3,8 @@
 pictures.
 
 A recording holds for one padded size and one number of pictures. A batch is filled up to the next recorded number with
-blank pictures. What no recording holds for takes the usual path.
+blank pictures. What no recording holds for takes the usual path. Each recording is replayed once when it is made, and
+what it finds is compared with what the recorded work found.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from service.devices import Device
-from service.devices.device import Recording
+from service.devices.device import Recorder, Recording
 from service.errors import first_line
 from service.modeling.fixed_sizes import CANDIDATES, FixedDetections, Wanted, detect_fixed
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -29,7 +31,7 @@ from service.structures import Detections, Float32Array
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = (1, 2, 4, 8)
+COUNTS = (1, 2, 4, 8)
 """Numbers of pictures that are recorded."""
 _MOST_RECORDINGS = 96
 """All that the most buckets take (11 sizes, 4 counts, with and without masks: 88), and a few. They share their working
@@ -40,13 +42,34 @@ Key = tuple[tuple[int, int], int, bool]
 """Padded (height, width), number of pictures, with masks."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Recorded:
-    """A recording, its inputs, and which detections its output holds."""
+MOST_CHANGED = 0.1
+"""The share of the detections that a replay may find otherwise. The same kernels on the same numbers should find the
+same, but no library promises it, and a rounding may decide which of two boxes is suppressed.
+"""
+_ALIKE_PIXELS, _ALIKE_PROBABILITY = 1.0, 0.03
 
-    recording: Recording
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inputs:
+    """What a recording reads: (N, C, H, W) and see `Wanted`."""
+
     batch: Tensor
     wanted: Tensor
+
+    def fill(self, batch: Tensor, wanted: Tensor) -> None:
+        """With the pictures of a batch, and blank ones, of which no class is wanted."""
+        for ours, given in ((self.batch, batch), (self.wanted, wanted)):
+            ours[: len(given)].copy_(given)
+            ours[len(given) :].zero_()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recorded:
+    """A recording, its inputs, and what else it reads."""
+
+    recording: Recording
+    inputs: _Inputs
+    was_read: Sequence[Tensor]
 
 
 class GraphedDetector:
@@ -59,6 +82,11 @@ class GraphedDetector:
         max_detections: the most detections of an image; requests for more take the usual path.
         take_check: see `HalfNetwork.take_check`; None in float32.
         capacity: candidates of an image; an image with more takes the usual path.
+
+    Attributes:
+        problem: why nothing is recorded any more; None if nothing failed.
+        largest_change: of all recordings that were made, the largest share of the detections that the replay found
+            otherwise.
     """
 
     def __init__(
@@ -79,15 +107,38 @@ class GraphedDetector:
         self._capacity = capacity
         self._seen: Counter[Key] = Counter()
         self._recorded: dict[Key, _Recorded] = {}
+        self._recorder: Recorder | None = None
         self._memory: Tensor | None = None
+        self.problem: str | None = None
+        self.largest_change = 0.0
 
-    def record(self, sizes: Sequence[tuple[int, int]], *, with_masks: Sequence[bool]) -> None:
-        """Record batches of these padded sizes, each with masks, without, or both. The largest come first, so that the
-        others fit into their memory.
+    @torch.inference_mode()
+    def record(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        pictures: Sequence[Tensor],
+        with_masks: Sequence[bool],
+        counts: Sequence[int] = COUNTS,
+    ) -> None:
+        """Record batches of these padded sizes and numbers of pictures, each with masks, without, or both. The largest
+        come first, so that the others fit into their memory.
+
+        Args:
+            pictures: (H, W, 3) uint8 RGB each, on the device: what the batches show.
         """
-        keys = [(size, count, masks) for size in sizes for count in _COUNTS for masks in with_masks]
-        for key in sorted(keys, key=lambda key: (math.prod(key[0]) * key[1], key[2]), reverse=True):
-            self._record(key)
+        shown = self._model.transform.prepare(pictures).tensors
+        keys = [(size, count, masks) for size in sizes for count in counts for masks in with_masks]
+        for size, count, masks in sorted(keys, key=lambda key: (math.prod(key[0]) * key[1], key[2]), reverse=True):
+            batch = functional.interpolate(shown, size).repeat(-(-count // len(shown)), 1, 1, 1)[:count]
+            everything = Wanted.of(
+                [Selection(0.0, self._max_detections)] * count,
+                heads=self._model.roi_heads,
+                num_classes=self._num_classes,
+                resized=[size] * count,
+                original=[size] * count,
+            )
+            self._record((size, count, masks), batch, self._device.upload(everything.table))
 
     @torch.inference_mode()
     def detect(
@@ -104,8 +155,8 @@ class GraphedDetector:
             The detections in each image, and whether the network's outputs were finite. None if no recording holds for
             this batch. The first batch of a kind is not recorded, the second is.
         """
-        recorded = self._recorded_for(images, selections, any(with_masks))
-        if recorded is None:
+        key = self._key(images, selections, any(with_masks))
+        if key is None or (key not in self._recorded and self._seen[key] != 2):
             return None
         prepared = self._model.transform.prepare(images)
         wanted = Wanted.of(
@@ -115,73 +166,113 @@ class GraphedDetector:
             resized=prepared.image_sizes,
             original=[(image.shape[0], image.shape[1]) for image in images],
         )
-        count = len(images)
-        recorded.batch[:count].copy_(prepared.tensors)
-        recorded.batch[count:].zero_()
-        recorded.wanted[:count].copy_(self._device.upload(wanted.table))
-        # Of blank pictures no class is wanted.
-        recorded.wanted[count:].zero_()
+        table = self._device.upload(wanted.table)
+        if key not in self._recorded:
+            self._record(key, prepared.tensors, table)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            return None
+        recorded.inputs.fill(prepared.tensors, table)
         recorded.recording.replay()
-        rows: Float32Array = recorded.recording.output[:count].cpu().numpy()
-        return _unpacked(rows, self._max_detections, with_masks)
+        rows: Float32Array = recorded.recording.output[: len(images)].cpu().numpy()
+        return _unpacked(rows, self._max_detections, with_masks) if rows[:, 1].all() else None
 
     def release(self) -> None:
         """Drop all recordings and their memory."""
-        for one in self._recorded.values():
-            one.recording.release()
+        if self._recorder is not None:
+            self._recorder.release()
+        self._recorder = None
         self._recorded.clear()
         self._seen.clear()
         self._memory = None
 
-    def _recorded_for(
-        self, images: Sequence[Tensor], selections: Sequence[Selection], with_masks: bool
-    ) -> _Recorded | None:
-        count = next((one for one in _COUNTS if one >= len(images)), None)
+    def _key(self, images: Sequence[Tensor], selections: Sequence[Selection], with_masks: bool) -> Key | None:
+        """What a recording of this batch holds for; None if there can be none."""
+        count = next((one for one in COUNTS if one >= len(images)), None)
         if count is None or any(one.detections_per_img > self._max_detections for one in selections):
             return None
         padded = [self._model.transform.padded_size((one.shape[0], one.shape[1])) for one in images]
         key = ((max(height for height, _ in padded), max(width for _, width in padded)), count, with_masks)
         self._seen[key] += 1
-        if self._seen[key] == 2:
-            self._record(key)
-        return self._recorded.get(key)
+        return key
 
-    @torch.inference_mode()
-    def _record(self, key: Key) -> None:
-        (height, width), count, with_masks = key
-        channels = self._model.transform.num_channels
-        if key in self._recorded or len(self._recorded) == _MOST_RECORDINGS:
+    def _record(self, key: Key, batch: Tensor, wanted: Tensor) -> None:
+        """Record batches like this one, unless that failed before or there is no room."""
+        if self.problem is not None or key in self._recorded or len(self._recorded) == _MOST_RECORDINGS:
             return
-        memory, needed = self._input_memory(), count * height * width * channels
-        if needed > len(memory):
+        inputs = self._inputs(key)
+        if inputs is None:
             return
-        # In channels-last order.
-        batch = memory[:needed].view(count, height, width, channels).permute(0, 3, 1, 2)
-        wanted = torch.zeros(count, 10 + self._num_classes, device=self._device.torch_device)
+        inputs.fill(batch, wanted)
+        was_read: list[Tensor] = []
 
         def run() -> Tensor:
             found = detect_fixed(
                 self._model,
-                batch,
-                Wanted(wanted),
+                inputs.batch,
+                Wanted(inputs.wanted),
                 capacity=self._capacity,
                 max_detections=self._max_detections,
-                with_masks=with_masks,
+                with_masks=key[2],
             )
+            was_read.extend(found.was_read)
             return _packed(found, None if self._take_check is None else self._take_check())
 
         try:
-            self._recorded[key] = _Recorded(self._device.record(run), batch, wanted)
+            self._recorder = self._recorder or self._device.recorder()
+            recording = self._recorder.record(run)
+            self._check(recording, run())
         except RuntimeError as error:
-            fields = {"size": f"{width}x{height}", "batch_size": count, "reason": first_line(error)}
-            logger.warning("a batch cannot be recorded; such batches take the usual path", extra={"fields": fields})
+            # A capture that fails may leave PyTorch's allocator in a state in which it frees nothing more
+            # (pytorch/pytorch#180395), so this is tried no further.
+            (height, width), count, _ = key
+            self.problem = first_line(error)
+            fields = {"size": f"{width}x{height}", "batch_size": count, "reason": self.problem}
+            logger.warning("a batch cannot be recorded; new kinds take the usual path", extra={"fields": fields})
+        else:
+            self._recorded[key] = _Recorded(recording, inputs, was_read)
 
-    def _input_memory(self) -> Tensor:
-        """Room for the largest batch; all recordings read the front of it."""
+    def _check(self, recording: Recording, expected: Tensor) -> None:
+        """Compare a replay with what the recorded work itself gives."""
+        recording.replay()
+        replayed, computed = (
+            _unpacked(rows.cpu().numpy(), self._max_detections, [True] * len(rows))[0]
+            for rows in (recording.output, expected)
+        )
+        change = max(_changed(ours, theirs) for ours, theirs in zip(replayed, computed, strict=True))
+        self.largest_change = max(self.largest_change, change)
+        if change > MOST_CHANGED:
+            raise RuntimeError(f"its replay finds {change:.0%} of the objects otherwise")
+
+    def _inputs(self, key: Key) -> _Inputs | None:
+        """The memory that a recording reads: all share the front of that for the largest batch. None if it is more."""
+        (height, width), count, _ = key
+        channels = self._model.transform.num_channels
         if self._memory is None:
-            numbers = _COUNTS[-1] * self._model.transform.most_pixels * self._model.transform.num_channels
+            numbers = COUNTS[-1] * self._model.transform.most_pixels * channels
             self._memory = torch.zeros(numbers, device=self._device.torch_device)
-        return self._memory
+        needed = count * height * width * channels
+        if needed > len(self._memory):
+            return None
+        # In channels-last order.
+        batch = self._memory[:needed].view(count, height, width, channels).permute(0, 3, 1, 2)
+        return _Inputs(batch, torch.zeros(count, 10 + self._num_classes, device=self._device.torch_device))
+
+
+def _changed(found: Detections, expected: Detections) -> float:
+    """The share of the detections that have none like them in the other: of the same label, and with nearly the same
+    score, box and mask.
+    """
+    if not len(found) or not len(expected):
+        return float(len(found) != len(expected))
+    alike = (found.labels[:, None] == expected.labels) & (
+        np.abs(found.scores[:, None] - expected.scores) <= _ALIKE_PROBABILITY
+    )
+    alike &= np.abs(found.boxes[:, None] - expected.boxes).max(axis=2) <= _ALIKE_PIXELS
+    if found.masks is not None and expected.masks is not None:
+        for ours, theirs in np.argwhere(alike):
+            alike[ours, theirs] = np.abs(found.masks[ours] - expected.masks[theirs]).mean() <= _ALIKE_PROBABILITY
+    return 1 - float(min(alike.any(axis=1).mean(), alike.any(axis=0).mean()))
 
 
 def why_not_recorded(model: GeneralizedRCNN, device: Device) -> str | None:
@@ -210,12 +301,8 @@ def _packed(found: FixedDetections, is_finite: Tensor | None) -> Tensor:
     return torch.cat(columns if found.masks is None else [*columns, found.masks.flatten(start_dim=1)], dim=1)
 
 
-def _unpacked(
-    rows: Float32Array, max_detections: int, with_masks: Sequence[bool]
-) -> tuple[list[Detections], bool] | None:
-    """Undo `_packed`; None if an image does not fit."""
-    if not rows[:, 1].all():
-        return None
+def _unpacked(rows: Float32Array, max_detections: int, with_masks: Sequence[bool]) -> tuple[list[Detections], bool]:
+    """Undo `_packed`: the detections in each image, and whether the network's outputs were finite."""
     most = max_detections
     boxes, labels, scores, masks = np.split(rows[:, 3:], [4 * most, 5 * most, 6 * most], axis=1)
     side = math.isqrt(masks.shape[1] // most)
@@ -224,7 +311,7 @@ def _unpacked(
             boxes=boxes[index].reshape(most, 4)[:count],
             labels=labels[index, :count].astype(np.int64),
             scores=scores[index, :count],
-            masks=masks[index].reshape(most, side, side)[:count] if wanted else None,
+            masks=masks[index].reshape(most, side, side)[:count] if wanted and side else None,
         )
         for index, (count, wanted) in enumerate(zip(rows[:, 0].astype(int), with_masks, strict=True))
     ]

@@ -355,7 +355,9 @@ def _converted(module: nn.Module, shapes: Sequence[Shape]) -> Any:
         # torch warns that tracing is deprecated, and that dynamic sizes may be recorded as constants.
         warnings.simplefilter("ignore")
         # Not `openvino.convert_model`, which sends telemetry.
-        decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(examples))
+        # Tracing is not checked by tracing again, which takes three times as long: the verification compares outputs.
+        options = {"check_trace": False}
+        decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(examples), trace_kwargs=options)
         frontend = FrontEndManager().load_by_framework("pytorch")
         converted = frontend.convert(frontend.load(decoder))
     for port, shape, example in zip(converted.inputs, shapes, examples, strict=True):

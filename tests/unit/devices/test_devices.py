@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from unittest.mock import MagicMock, patch
 
@@ -79,6 +81,30 @@ def test_float32_is_not_tf32_unless_it_is_asked_for(precision: str, allowed: boo
         # Triton launches on the current device, wherever its arguments lie.
         assert chosen == [torch.device("cuda", 1)]
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_precision_stays_for_a_whole_batch_whatever_other_threads_do() -> None:
+    """A server loads models and probes its devices while batches run, and the flags are the whole process's."""
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def load() -> tuple[bool, bool]:
+        begun.set()
+        with CudaDevice("cuda:0").use("float32"):
+            return flags()
+
+    device, before, begun = CudaDevice("cuda:0"), flags(), threading.Event()
+    with recorded_device([]), ThreadPoolExecutor(1) as thread:
+        with device.use("tf32"):
+            with device.use():  # as to probe or to free memory
+                assert flags() == (True, True)
+            loading = thread.submit(load)
+            begun.wait()
+            assert not loading.done()
+            assert flags() == (True, True)
+        assert loading.result() == (False, False)
+    assert flags() == before
 
 
 @NO_GPU
@@ -154,69 +180,168 @@ def test_what_the_compiler_lacks_is_said_in_one_line() -> None:
     assert device.compiler_problem == "no C compiler found"  # asked once
 
 
-def test_work_is_recorded_after_runs_on_another_stream_and_all_recordings_share_one_pool() -> None:
-    """What CUDA is told: without a GPU nothing is recorded."""
-    told: list[str] = []
+class FakeGraphs:
+    """As if there was a GPU that captures graphs: notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.streams: list[object] = []
+        self.pools: list[object] = []
 
     @contextmanager
-    def noted(name: str) -> Iterator[None]:
-        told.append(f"{name} begins")
+    def noted(self, name: str) -> Iterator[None]:
+        self.told.append(f"{name} begins")
         yield
-        told.append(f"{name} ends")
+        self.told.append(f"{name} ends")
 
-    def work() -> torch.Tensor:
-        told.append("work")
+    def stream(self, device: torch.device | None = None) -> MagicMock:
+        return MagicMock(wait_stream=lambda other: self.told.append("wait"))
+
+    def run_on(self, stream: object) -> AbstractContextManager[None]:
+        self.streams.append(stream)
+        return self.noted("stream")
+
+    def graph(self) -> MagicMock:
+        return MagicMock(replay=lambda: self.told.append("replay"), reset=lambda: self.told.append("reset"))
+
+    def capture(
+        self, of: MagicMock, *, pool: object, stream: object, capture_error_mode: str
+    ) -> AbstractContextManager[None]:
+        assert capture_error_mode == "thread_local"  # other threads may use the GPU
+        self.streams.append(stream)
+        self.pools.append(pool)
+        return self.noted("capture")
+
+    def work(self) -> torch.Tensor:
+        self.told.append("work")
         return torch.zeros(1)
 
-    def stream() -> MagicMock:
-        return MagicMock(wait_stream=lambda other: told.append("wait"))
 
-    graph = MagicMock(replay=lambda: told.append("replay"), reset=lambda: told.append("reset"))
-    pools = []
-
-    def capture(of: MagicMock, *, pool: object, capture_error_mode: str) -> AbstractContextManager[None]:
-        assert capture_error_mode == "thread_local"  # other threads may use the GPU
-        pools.append(pool)
-        return noted("capture")
-
-    device = CudaDevice("cuda:0")
+@contextmanager
+def fake_graphs() -> Iterator[FakeGraphs]:
+    fake = FakeGraphs()
     with ExitStack() as patches:
-        for name, fake in {
+        for name, function in {
             "device": lambda device: nullcontext(),
-            "Stream": stream,
-            "current_stream": stream,
-            "stream": lambda stream: noted("stream"),
-            "CUDAGraph": lambda: graph,
-            "graph": capture,
+            "Stream": fake.stream,
+            "current_stream": fake.stream,
+            "stream": fake.run_on,
+            "CUDAGraph": fake.graph,
+            "graph": fake.capture,
             "graph_pool_handle": object,
         }.items():
-            patches.enter_context(patch.object(torch.cuda, name, fake))
-        recording = device.record(work)
-        device.record(work)
+            patches.enter_context(patch.object(torch.cuda, name, function))
+        yield fake
+
+
+def test_work_is_recorded_after_runs_on_the_same_stream() -> None:
+    """What CUDA is told: without a GPU nothing is recorded. A library's workspace belongs to a stream."""
+    with fake_graphs() as fake:
+        recorder = CudaDevice("cuda:0").recorder()
+        recording = recorder.record(fake.work)
+        recorder.record(fake.work)
         recording.replay()
-        recording.release()
+        recorder.release()
     once = ["wait", "stream begins", "work", "work", "stream ends", "wait", "capture begins", "work", "capture ends"]
-    assert told == [*once, *once, "replay", "reset"]
-    assert pools[0] is pools[1]
+    assert fake.told == [*once, *once, "replay", "reset", "reset"]
+    assert len(set(map(id, fake.streams))) == 1
+    assert len(set(map(id, fake.pools))) == 1
     with pytest.raises(RuntimeError, match="cpu cannot record"):
-        CpuDevice("cpu").record(work)
+        CpuDevice("cpu").recorder()
+
+
+def test_each_recorder_has_its_own_stream_and_memory() -> None:
+    """PyTorch frees the workspace of a graph's stream together with the graph, whoever else uses it."""
+    with fake_graphs() as fake:
+        device = CudaDevice("cuda:0")
+        for _ in range(2):
+            device.recorder().record(fake.work)
+    assert fake.streams[0] is fake.streams[1]
+    assert fake.streams[2] is fake.streams[3]
+    assert fake.streams[0] is not fake.streams[2]
+    assert fake.pools[0] is not fake.pools[1]
 
 
 def test_recording_keeps_the_precision_that_the_caller_set() -> None:
     seen = []
 
-    def graph(work: Callable[[], torch.Tensor], pool: object) -> None:
+    def work() -> torch.Tensor:
         seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return torch.zeros(1)
 
     device = CudaDevice("cuda:0")
-    with (
-        recorded_device([]),
-        patch.object(torch.cuda, "graph_pool_handle"),
-        patch("service.devices.cuda._Graph", graph),
-        device.use("tf32"),
-    ):
-        device.record(lambda: torch.zeros(1))
-    assert seen == [True]
+    with fake_graphs(), device.use("tf32"):
+        device.recorder().record(work)
+    assert seen == [True, True, True]
+
+
+@contextmanager
+def fake_uploads(*, total_memory: int) -> Iterator[list[str]]:
+    """As if there was a GPU to copy to, whose memory is the host's; yields what is told to streams."""
+    told: list[str] = []
+    empty = torch.empty
+
+    def pinned(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory  # else the copy would wait
+        return empty(shape, dtype=dtype)
+
+    def run_on(stream: MagicMock) -> AbstractContextManager[None]:
+        told.append("copy")
+        return nullcontext()
+
+    batch = MagicMock(wait_event=lambda event: told.append(f"wait for {event}"))
+    with ExitStack() as patches:
+        for name, function in {
+            "Stream": lambda device: MagicMock(record_event=lambda: "the copy"),
+            "stream": run_on,
+            "current_stream": lambda device: batch,
+            "get_device_properties": lambda device: MagicMock(total_memory=total_memory),
+        }.items():
+            patches.enter_context(patch.object(torch.cuda, name, function))
+        patches.enter_context(patch.object(torch, "empty", pinned))
+        patches.enter_context(
+            patch.object(torch.Tensor, "record_stream", lambda copy, stream: told.append("keep for the batch"))
+        )
+        yield told
+
+
+def copying_device() -> CudaDevice:
+    device = CudaDevice("cuda:0")
+    vars(device)["torch_device"] = torch.device("cpu")
+    return device
+
+
+def test_pixels_that_are_copied_ahead_are_there_before_the_batch_reads_them() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    with fake_uploads(total_memory=10_000) as told:
+        upload = copying_device().begin_upload(pixels)
+        assert upload is not None
+        assert told == ["copy"]
+        copied = upload.take()
+        assert told == ["copy", "wait for the copy", "keep for the batch"]
+        assert copied is not None
+        np.testing.assert_array_equal(copied.numpy(), pixels)
+        assert upload.take() is None  # a batch that is tried again copies from the host
+    assert CpuDevice("cpu").begin_upload(pixels) is None
+
+
+def test_pixels_that_wait_on_the_gpu_take_a_small_share_of_its_memory() -> None:
+    pixels = np.zeros((10, 10, 3), np.uint8)
+    with fake_uploads(total_memory=64 * 700):
+        device = copying_device()
+        first, second, third = (device.begin_upload(pixels) for _ in range(3))
+        assert first is not None
+        assert second is not None
+        assert third is None
+        first.take()
+        del second  # its job was cancelled
+        assert device.begin_upload(pixels) is not None
+        assert device.begin_upload(pixels[:5]) is not None
+
+
+def test_a_copy_ahead_that_fails_leaves_it_to_the_batch() -> None:
+    with fake_uploads(total_memory=10_000), patch.object(torch, "empty", side_effect=torch.OutOfMemoryError):
+        assert copying_device().begin_upload(np.zeros((2, 2, 3), np.uint8)) is None
 
 
 class FakeStream:

@@ -113,6 +113,15 @@ def test_batch_that_overflows_runs_again_in_float32_and_says_so() -> None:
     assert not prediction.overflowed
 
 
+def test_outputs_of_a_batch_that_failed_count_for_no_other() -> None:
+    """Whatever it computed, a capture that failed least of all: its tensors were never filled."""
+    predictor = half(network(FAMILY), "bfloat16")
+    assert predictor._half is not None
+    predictor._half._check(torch.tensor(torch.inf))
+    (prediction,) = predictor.predict([QUERY])
+    assert not prediction.overflowed
+
+
 def test_weights_too_large_for_the_format_are_refused_by_name_and_auto_takes_float32(tmp_path: Path) -> None:
     model = network(FAMILY)
     with torch.no_grad():

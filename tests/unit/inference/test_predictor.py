@@ -14,12 +14,13 @@ import pytest
 import torch
 from torchvision.models.detection.transform import resize_boxes
 
+from service.devices.cpu import CpuDevice
 from service.errors import InferenceError, OutOfMemoryError
 from service.inference.loading import describe, interchangeable_ops
 from service.inference.predictor import Predictor
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
-from service.structures import Box, Detections, DetectOptions, Image, Query
+from service.structures import Box, Detections, DetectOptions, Image, Query, UInt8Array
 from service.training.loop import evaluation_info
 from tests.tiny_models import given_proposals
 
@@ -52,6 +53,36 @@ def predictor() -> Predictor:
 
 def picture(seed: int, height: int = 120, width: int = 200) -> Image:
     return Image(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+class CopiedAhead:
+    def __init__(self, pixels: UInt8Array) -> None:
+        self._copy: torch.Tensor | None = torch.from_numpy(pixels)
+
+    def take(self) -> torch.Tensor | None:
+        copy, self._copy = self._copy, None
+        return copy
+
+
+def test_pixels_that_were_copied_ahead_are_not_copied_again_unless_a_batch_is_tried_again(predictor: Predictor) -> None:
+    expected = detect(predictor, Query(picture(1)), Query(picture(2)))
+    assert predictor.begin_upload(picture(1)).upload is None  # a CPU copies nothing
+    copied = []
+
+    def upload(device: CpuDevice, tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.dtype)
+        return tensor
+
+    with (
+        patch.object(CpuDevice, "begin_upload", lambda device, pixels: CopiedAhead(pixels)),
+        patch.object(CpuDevice, "upload", upload),
+    ):
+        queries = [Query(predictor.begin_upload(picture(1))), Query(picture(2))]
+        for tried in (1, 2):
+            found = detect(predictor, *queries)
+            assert copied.count(torch.uint8) == {1: 1, 2: 3}[tried]
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(ours.boxes, theirs.boxes)
 
 
 @contextmanager

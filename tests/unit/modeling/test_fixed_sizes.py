@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,13 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from service.devices.cpu import CpuDevice
+from service.devices.cuda import CudaDevice
+from service.modeling import poolers
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.fixed_sizes import FixedDetections, Wanted, detect_fixed
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
+from service.modeling.poolers import RoIPooler
 from service.modeling.roi_heads import Selection
+from service.ops import nms
 from tests.unit.modeling.test_waiting import MASK_CONFIG, as_on_cuda, counted_waits
 
 CLASSES = 3
@@ -144,3 +152,50 @@ def test_sizes_do_not_depend_on_what_is_found(with_masks: bool) -> None:
         found = fixed([Selection(thresh, 5)] * 2, with_masks=with_masks)
         assert found.boxes.shape == (2, MOST, 4)
         assert (None if found.masks is None else found.masks.shape) == ((2, MOST, 28, 28) if with_masks else None)
+
+
+class FromTheHost(TorchDispatchMode):
+    """Notes the operations that read a tensor of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's base
+        self.operations: set[object] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
+        if any(one.device.type == "cpu" for one in tensors):
+            self.operations.add(func)
+            assert all(one.ndim == 0 for one in tensors if one.device.type == "cpu")
+        return result
+
+
+def test_on_cuda_nothing_is_copied_from_the_host() -> None:
+    """A graph could not hold it. PyTorch's fake tensors go the way of a GPU's without one, and refuse operations whose
+    result has a size that only the device knows.
+    """
+
+    def pool(pooler: RoIPooler, maps: Sequence[Tensor], boxes: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        assert isinstance(pooler.output_size, int)
+        levels = poolers._levels(boxes, scales)
+        return maps[0].new_empty(len(levels), maps[0].shape[1], pooler.output_size, pooler.output_size)
+
+    with (
+        FakeTensorMode(),
+        patch.object(CudaDevice, "kernels", "triton"),
+        patch.object(CudaDevice, "upload", side_effect=AssertionError("a copy from the host")),
+        patch.object(RoIPooler, "_pool_by_triton", pool),
+        patch.object(nms, "_suppress", lambda boxes, groups, *rest: torch.zeros_like(groups, dtype=torch.bool)),
+    ):
+        with torch.device("cuda:0"):
+            model = build_model(MASK_CONFIG).eval()
+            batch, wanted = torch.empty(2, 3, 64, 96), torch.empty(2, 10 + CLASSES)
+        # Without inference mode, in which operations that consist of others are not taken apart.
+        detect: Any = detect_fixed.__wrapped__  # type: ignore[attr-defined]  # of the decorator
+        with torch.no_grad():
+            detect(model, batch, Wanted(wanted), capacity=64, max_detections=MOST, with_masks=True)  # lays the anchors
+            with FromTheHost() as from_the_host:
+                found = detect(model, batch, Wanted(wanted), capacity=64, max_detections=MOST, with_masks=True)
+    assert found.masks.device.type == "cuda"
+    # A number that is added is passed to the kernel by value.
+    assert from_the_host.operations <= {torch.ops.aten.add.Tensor, torch.ops.aten.lift_fresh.default}

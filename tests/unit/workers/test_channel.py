@@ -132,6 +132,7 @@ def test_sources_come_back_as_they_were(shape: tuple[int, ...]) -> None:
     header, body = source_to(Pixels(array))
     pixels = source_from(through_json(header), body)
     assert isinstance(pixels, Pixels)
+    assert pixels.array.flags.writeable  # otherwise PyTorch warns, in the log
     assert np.array_equal(pixels.array, array)
 
 

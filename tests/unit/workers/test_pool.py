@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from service.logs import request_id_context
 from service.metrics import Metrics
 from service.settings import Settings
 from service.structures import Answer, DetectOptions, Encoded, Job, Json, Progress
-from service.workers import pool, served_models, supervision
+from service.workers import fork_server, pool, served_models, supervision
 from service.workers.detector import PredictorFactory
 from service.workers.pool import WorkerPool
 from service.workers.stored import PRELOAD
@@ -139,7 +138,7 @@ async def test_errors_of_the_worker_are_raised_here_as_they_were() -> None:
 
 async def test_worker_is_ended_also_when_the_fork_server_that_bore_it_is_gone() -> None:
     async with running(workers=2) as bench:
-        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]  # its own
+        os.kill(fork_server._pid() or 0, signal.SIGKILL)
         first, second = bench.pool._workers()
         os.kill(first.pid or 0, signal.SIGKILL)
         await first.ended.wait()

@@ -16,9 +16,10 @@ import PIL.Image
 import pytest
 
 from service.errors import InvalidImageError, TooLargeError, UnsupportedImageError
+from service.imaging.containers import tiff as tiff_module
 from service.imaging.containers.directory import read_directory
-from service.imaging.containers.jpeg import MAX_SCANS
-from service.imaging.containers.tiff import MAX_FILL_BYTES, MAX_STRIPS, read_tiff
+from service.imaging.containers.jpeg import MAX_SCANS, Work, count_work
+from service.imaging.containers.tiff import MAX_FILL_BYTES, MAX_JPEG_SEGMENTS, MAX_STRIPS, read_tiff
 from service.imaging.decode import ImageLimits, decode_image
 
 LONG, BYTES = 4, 7
@@ -211,6 +212,34 @@ def test_fill_bytes_of_a_jpeg_in_a_tiff_are_counted() -> None:
     filled = data[:-2] + b"\xff" * (MAX_FILL_BYTES + 1) + data[-2:]
     with pytest.raises(InvalidImageError, match="fill bytes"):
         read_tiff(in_parts((64, 64), None, [filled], compression=7))
+
+
+def test_of_several_jpegs_without_a_length_none_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 KB whose 8000 strips are at the same 3900 segments took 15 s; libtiff reads no strip without a length."""
+    searched: list[int] = []
+
+    def counted(data: bytes) -> Work:
+        searched.append(len(data))
+        return count_work(data)
+
+    monkeypatch.setattr(tiff_module, "count_work", counted)
+    offsets, lengths = struct.pack("<8000I", *[8 + 64_000] * 8000), bytes(32_000)
+    body = offsets + lengths + b"\xff\xd8" + b"\xff\xe1\0\2" * 3900
+    tags = {256: (LONG, 1, 16), 257: (LONG, 1, 8000), 259: (LONG, 1, 7), 278: (LONG, 1, 1)}
+    read_tiff(tiff(TAGS | tags | {273: (LONG, 8000, 8), 279: (LONG, 8000, 8 + 32_000)}, pixels=body))
+    assert searched == [0] * 8000
+
+
+def test_segments_of_the_jpegs_in_a_tiff_are_counted_together() -> None:
+    parts = [b"\xff\xd8" + b"\xff\xe1\0\2" * 3900 + b"%d" % number for number in range(40)]
+    with pytest.raises(InvalidImageError, match=f"over {MAX_JPEG_SEGMENTS} segments"):
+        read_tiff(in_parts((1000, 1000), None, parts, compression=7))
+
+
+@pytest.mark.parametrize("tag", [258, 320, 338, 529])
+def test_tags_of_the_pixels_that_are_longer_than_any_palette_are_refused(tag: int) -> None:
+    with pytest.raises(InvalidImageError, match=f"tag {tag} has 600000 bytes"):
+        read_tiff(tiff(TAGS | {tag: (3, 300_000, 8)}, pixels=b"\x08\0" * 300_000))
 
 
 def test_libtiff_writes_nothing_to_standard_error_and_its_lines_are_counted(
