@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +75,15 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 def _digits(number: float) -> str:
     """Three digits, but no whole ones lost."""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def let_compile(call: Callable[[], object]) -> None:
+    """Call as often as it takes until `openvino` has a graph for this size of picture."""
+    for _ in range(8):
+        call()
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join()
 
 
 def alternate(

@@ -35,6 +35,7 @@ from benchmarks._measure import (
     alternate,
     best_rates,
     count_flop,
+    let_compile,
     matrix_products,
     megabytes,
     milliseconds,
@@ -212,6 +213,9 @@ def _measure(case: Case, networks: _Networks, *, rounds: int, is_quick: bool) ->
     # 1. The operations and the memory, in calls that no clock runs for.
     flop = case.batch * count_flop(partial(_our_call, predictors["eager"], image, 1, []))
     memory = {name: megabytes(peak_memory_bytes(call, device)) for name, call in sides.items()}
+    for engine in predictors:
+        if engine.startswith("openvino"):
+            let_compile(sides[engine])
     # 2. The times, in turn.
     timed_products = {f"product by {name}": product for name, product in products.items()}
     times = alternate(
