@@ -255,7 +255,7 @@ class Pipeline:
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
         return Answer(
-            image.size, image.orientation_applied, found, prediction.batch_size, encoded, job.progress.batch_id
+            image.size, image.orientation_applied, found, prediction.batch_size, [encoded], job.progress.batch_id
         )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:

@@ -464,7 +464,7 @@ class Answer:
         image_size: (height, width) of the upright image, the frame of the boxes.
         detections: how many there are.
         batch_size: how many images shared the batch.
-        encoded: the detections in the form that the job asked for.
+        pieces: the detections in the form that the job asked for; a long answer arrives from a worker in pieces.
         batch_id: identifies the batch.
     """
 
@@ -472,5 +472,15 @@ class Answer:
     orientation_applied: bool
     detections: int
     batch_size: int
-    encoded: bytes
+    pieces: Sequence[bytes]
     batch_id: str = ""
+
+    @property
+    def encoded(self) -> bytes:
+        """All pieces together, which takes a copy."""
+        return b"".join(self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of all pieces together."""
+        return sum(map(len, self.pieces))

@@ -169,7 +169,7 @@ class Ask:
             nonlocal size
             progress = Progress("decode", trace_id=self.record.trace_id) if is_bulk else self.record.progress
             answer = await self.run(order, source, progress, is_bulk=is_bulk)
-            size += len(answer.encoded)
+            size += answer.num_bytes
             if size > self.state.settings.max_answer_bytes:
                 raise AnswerTooLargeError(
                     f"the answer would have more than {self.state.settings.max_answer_bytes} bytes; send fewer images, "

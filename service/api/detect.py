@@ -5,7 +5,7 @@ options, hands jobs to the detector and writes the answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -122,8 +122,8 @@ async def detect(
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     if isinstance(form, Coco):
         return Response(answer.encoded, media_type="application/json")
-    document = order.describe(answer, record.progress)
-    return detections_response({"request_id": record.request_id} | document, answer.encoded)
+    document = order.describe(replace(answer, pieces=[b"null"]), record.progress)
+    return detections_response({"request_id": record.request_id} | document, answer.pieces)
 
 
 @router.post(
@@ -174,7 +174,7 @@ async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object
         progress = Progress("decode", trace_id=trace_id)
         try:
             answer = await order.run(order.images[index], forms[index], progress, is_bulk=True)
-            if size + len(answer.encoded) > max_bytes:
+            if size + answer.num_bytes > max_bytes:
                 raise AnswerTooLargeError(
                     f"the answers to this request's images would have more than {max_bytes} bytes in all; send fewer "
                     "images, or ask for masks=rle, masks=crop or masks=none"
@@ -185,7 +185,7 @@ async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object
                 raise
             report(error, state.metrics)
             return {"error": problem(error)}
-        size += len(answer.encoded)
+        size += answer.num_bytes
         return answer.encoded if isinstance(forms[index], Coco) else order.describe(answer, progress)
 
     # Two batches' worth at a time keep the device busy and leave room in the queue for others.

@@ -96,7 +96,7 @@ async def _answer(ask: Ask, name: str, *, with_masks: bool) -> Response:
     chosen = options | {"model": name, "masks": "png" if with_masks else "none"}
     parameters = ask.parameters(chosen, names={"score_thresh": "threshold"} if "score_thresh" in options else {})
     [(answer, _)] = await ask.answer([Encoded(image)], parameters, Json("png" if with_masks else "none"))
-    if len(answer.encoded) <= _QUICK_BYTES:
+    if answer.num_bytes <= _QUICK_BYTES:
         return json_response(_found(answer.encoded))
     return json_response(await asyncio.to_thread(_found, answer.encoded))
 

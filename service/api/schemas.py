@@ -236,16 +236,18 @@ def json_response(document: object) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")
 
 
-def detections_response(document: dict[str, object], encoded: bytes) -> Response:
-    """The same for a document with the detections of one image, which is not copied if it is long.
+def detections_response(document: dict[str, object], detections: Sequence[bytes]) -> Response:
+    """The same for a document with the detections of one image, which are not copied if they are long.
 
     Args:
-        encoded: the detections.
+        document: with null in the place of the detections.
+        detections: in JSON, in pieces.
     """
-    if len(encoded) < _LONG_BYTES:
-        return json_response(document)
-    head, tail = orjson.dumps(document | {"detections": None}).split(b'"detections":null')
-    return _ResponseInPieces([head + b'"detections":', encoded, tail])
+    head, tail = orjson.dumps(document).split(b'"detections":null')
+    pieces = [head + b'"detections":', *detections, tail]
+    if sum(map(len, pieces)) < _LONG_BYTES:
+        return Response(b"".join(pieces), media_type="application/json")
+    return _ResponseInPieces(pieces)
 
 
 class _ResponseInPieces(Response):

@@ -283,7 +283,7 @@ async def _detect_file(
     if ids is not None:
         coco_form = ids.form(file, info, with_masks=resolved.options.with_masks)
         coco = await asyncio.to_thread(encode, coco_form, image, found, info)
-    answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, encoded)
+    answer = Answer(image.size, image.orientation_applied, len(found), prediction.batch_size, [encoded])
     labels = Counter(info.labels[label_id - 1] for label_id in found.labels)
     return _Result(detections_document(info, answer, progress), drawn, coco, labels)
 

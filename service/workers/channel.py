@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
@@ -56,8 +56,8 @@ class FrameReader:
         self._needed = _LENGTHS.size
         self._header: Header | None = None
 
-    def feed(self, data: bytes) -> Iterator[tuple[Header, bytes]]:
-        """The frames that these bytes complete."""
+    def feed(self, data: bytes) -> Iterator[tuple[Header, Sequence[bytes]]]:
+        """The frames that these bytes complete, with the pieces in which their bodies came."""
         self._pieces.append(data)
         self._length += len(data)
         while self._length >= self._needed:
@@ -68,16 +68,16 @@ class FrameReader:
                 continue
             header_length, body_length = _LENGTHS.unpack_from(self._together())
             if self._length >= _LENGTHS.size + header_length:
-                self._header = orjson.loads(self._take(_LENGTHS.size + header_length)[_LENGTHS.size :])
+                self._header = orjson.loads(b"".join(self._take(_LENGTHS.size + header_length))[_LENGTHS.size :])
                 self._needed = body_length
             else:
                 self._needed = _LENGTHS.size + header_length
 
-    def _take(self, length: int) -> bytes:
-        """The first bytes; they are copied once. They end in the last piece."""
+    def _take(self, length: int) -> Sequence[bytes]:
+        """The first bytes, which end in the last piece."""
         last = self._pieces.pop()
         rest = self._length - length
-        taken = b"".join([*self._pieces, last[: len(last) - rest]])
+        taken = [*self._pieces, last[: len(last) - rest]]
         self._pieces, self._length = [last[len(last) - rest :]], rest
         return taken
 
@@ -107,7 +107,8 @@ class BlockingChannel:
         """The frames that the other end sends, until it is closed."""
         reader = FrameReader()
         while data := self._socket.recv(_READ_BYTES):
-            yield from reader.feed(data)
+            for header, pieces in reader.feed(data):
+                yield header, b"".join(pieces)
 
 
 def options_from(fields: Header) -> DetectOptions:

@@ -146,7 +146,7 @@ class Dispatcher:
             }
             worker.send(header, body)
 
-    def receive(self, worker: WorkerHandle, header: Header, body: bytes) -> None:
+    def receive(self, worker: WorkerHandle, header: Header, body: Sequence[bytes]) -> None:
         """Take a frame about a job: `mark`, `queued`, `answer` or `error`."""
         job_id = header["id"]
         ticket = self._tickets.get(job_id)
@@ -230,12 +230,12 @@ class Dispatcher:
                     self._blame.forget(job_id)
                 self.dispatch()
 
-    def _settle(self, worker: WorkerHandle, ticket: Ticket, header: Header, body: bytes) -> None:
+    def _settle(self, worker: WorkerHandle, ticket: Ticket, header: Header, body: Sequence[bytes]) -> None:
         if header["kind"] == "answer":
             ticket.job.progress.enter("respond")
             ticket.job.progress.stage_seconds |= header["stage_seconds"]
             fields = header["answer"] | {"image_size": tuple(header["answer"]["image_size"])}
-            outcome: Outcome = Answer(**fields, encoded=body)
+            outcome: Outcome = Answer(**fields, pieces=body)
         else:
             outcome = error_from(header["error"])
         self._leave_worker(ticket)

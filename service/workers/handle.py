@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
@@ -44,7 +44,7 @@ class WorkerHandle(asyncio.Protocol):
         ended: set when the process has ended or is about to.
     """
 
-    def __init__(self, receive: Callable[[WorkerHandle, Header, bytes], None]) -> None:
+    def __init__(self, receive: Callable[[WorkerHandle, Header, Sequence[bytes]], None]) -> None:
         self.models: dict[str, ModelInfo] = {}
         self.memory: Mapping[tuple[str, str], float] = {}
         self.is_ready = False

@@ -173,7 +173,7 @@ class WorkerPool:
             update["models"] = tuple(self._models.infos)
         await worker.start(self._settings.model_copy(update=update), self._factory, share)
 
-    def _receive(self, worker: WorkerHandle, header: Header, body: bytes) -> None:
+    def _receive(self, worker: WorkerHandle, header: Header, body: Sequence[bytes]) -> None:
         device = next((one for one in self._devices if one.worker is worker), None)
         if device is None:
             return

@@ -168,7 +168,7 @@ class _Worker:
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}
         header["observations"] = self._take_observations()
-        if len(answer.encoded) < _LONG_ANSWER_BYTES:
+        if answer.num_bytes < _LONG_ANSWER_BYTES:
             self._reply("error", header, answer.encoded)
         else:
             # Sending waits for the other process to read.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from service.errors import ServiceError
@@ -53,7 +53,7 @@ class DeviceSupervisor:
         device: str,
         *,
         start: Callable[[WorkerHandle, str], Coroutine[Any, Any, None]],
-        receive: Callable[[WorkerHandle, Header, bytes], None],
+        receive: Callable[[WorkerHandle, Header, Sequence[bytes]], None],
         on_change: Callable[[], None],
         dispatcher: Dispatcher,
         metrics: Metrics,

@@ -131,7 +131,7 @@ class GraphsBySize:
                 raise RuntimeError("its outputs differ")
         except Exception as error:  # OpenVINO's differ by what is wrong
             fields = {"size": size, "reason": first_line(error)}
-            logger.warning("no graph for this size of picture", extra={"fields": fields})
+            logger.info("no graph for this size of picture", extra={"fields": fields})
         else:
             self._graphs[size] = graph
 

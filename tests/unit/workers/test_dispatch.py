@@ -66,7 +66,7 @@ class Scripted(WorkerHandle):
         {"job": self.jobs, "cancel": self.cancelled}[header["kind"]].append(header["id"])
 
     def say(self, kind: str, job_id: int, **fields: Any) -> None:
-        self._bench.dispatcher.receive(self, {"kind": kind, "id": job_id, **fields}, b"")
+        self._bench.dispatcher.receive(self, {"kind": kind, "id": job_id, **fields}, [])
 
     def begin(self, job_id: int, stage: str = "decode") -> None:
         self.say("mark", job_id, stage=stage, change=1)
