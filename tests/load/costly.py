@@ -26,7 +26,7 @@ SLOWER_AT_MOST = 2.0
 TIMEOUT_SECONDS = 120.0
 
 
-def costly(*, seconds: float = 12.0, side: int = 7000, objects: int = 1000, items: int = 1_000_000) -> Verdict:
+def costly(*, seconds: float = 24.0, side: int = 7000, objects: int = 1000, items: int = 1_000_000) -> Verdict:
     """None of them takes more from good traffic than a fair share of the processor, and none costs a worker.
 
     Args:
