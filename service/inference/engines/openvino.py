@@ -196,12 +196,13 @@ class OpenVinoNetwork:
     def _mask_head(self) -> Head:
         module, shapes = self._module("mask_head")
         graph = partial(self._graph, module, shapes, self._quantizers.mask_head)
-        whole = [(_MASK_PATCHES, *shape[1:]) for shape in shapes]
-        return Head(
-            OneGraph(self._compiler.load("mask_head", graph)),
-            rows=_MASK_PATCHES,
-            for_whole_chunks=OneGraph(self._compiler.load(f"mask_head-{_MASK_PATCHES}", graph, whole)),
-        )
+        for_any_number = OneGraph(self._compiler.load("mask_head", graph))
+        for_whole_chunks = None
+        # An OpenVINO that does not know the setting for fixed sizes is only slower.
+        with suppress(RuntimeError):
+            whole = [(_MASK_PATCHES, *shape[1:]) for shape in shapes]
+            for_whole_chunks = OneGraph(self._compiler.load(f"mask_head-{_MASK_PATCHES}", graph, whole))
+        return Head(for_any_number, rows=_MASK_PATCHES, for_whole_chunks=for_whole_chunks)
 
     def _graph(self, module: nn.Module, shapes: Sequence[Shape], quantizers: PartQuantizers) -> Any:
         if not quantizers.layers:

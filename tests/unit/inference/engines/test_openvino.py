@@ -79,6 +79,7 @@ def test_a_size_that_comes_often_gets_a_graph_with_the_same_outputs(tmp_path: Pa
 
 
 def test_a_graph_with_other_outputs_does_not_take_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     trunk = trunk_of(tmp_path)
     trunk._compile_for = trunk_of(tmp_path, shifts_weights=0.01)._compile_for
     batch = torch.ones(8, 3, 64, 64)
