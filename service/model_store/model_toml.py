@@ -27,6 +27,9 @@ WEIGHTS_FILE = "weights.safetensors"
 
 # Per file: enough to fix it, without megabytes of message for a hundred thousand wrong labels.
 _LISTED_PROBLEMS = 20
+# Far more than any model needs. Python takes a second to parse a megabyte, and far longer for a key of many parts.
+_MAX_LENGTH = 1024 * 1024
+_MAX_DOTS = 1000
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Figure = int | float
@@ -182,8 +185,14 @@ def _without_empty_tables(table: Mapping[str, object]) -> dict[str, object]:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    if len(text) > _MAX_LENGTH or any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ModelStoreError(
+            f"{path}: expected at most {_MAX_LENGTH} characters, and {_MAX_DOTS} dots in a line; more would take long to "
+            "parse"
+        )
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, deeply nested lists, …
         raise ModelStoreError(f"{path}: not valid TOML: {error}") from error
 

@@ -104,6 +104,8 @@ def test_an_unknown_key_like_no_other_is_answered_with_the_known_ones(path: Path
         (b"labels = '\xff'", "expected UTF-8 text, got the byte 0xff"),
         (b"labels = " + b"[" * 100_000, "not valid TOML"),
         (b"labels = " + b"9" * 5_000, "not valid TOML"),
+        (b".".join([b"a"] * 100_000) + b" = 1", "1000 dots in a line"),
+        (b"# " + b"a" * 2_000_000, "at most 1048576 characters"),
     ],
 )
 def test_what_is_not_toml_is_said_to_be_none(path: Path, content: bytes, problem: str) -> None:
