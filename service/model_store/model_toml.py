@@ -188,7 +188,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     text = read_text(path)
     if len(text) > _MAX_LENGTH or any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
         raise ModelStoreError(
-            f"{path}: expected at most {_MAX_LENGTH} characters, and {_MAX_DOTS} dots in a line; more take long to parse"
+            f"{path}: expected at most {_MAX_LENGTH} characters, and {_MAX_DOTS} dots in a line, which parse at once"
         )
     try:
         return tomllib.loads(text)
