@@ -39,10 +39,10 @@ _DETECTIONS = {
     "image": {"width": 256, "height": 256, "orientation_applied": False},
     "detections": [
         {
-            "box": [76.89134, 188.5119, 96.358215, 208.12332],
+            "box": [76.891335, 188.5119, 96.35822, 208.12332],
             "label": "nucleus",
             "label_id": 1,
-            "score": 0.99919313,
+            "score": 0.999193,
             "mask": {"size": [256, 256], "counts": "R^c08f74M2N1O2N101O0000000001O001O1N2O2M2N3KnaW1"},
         }
     ],
