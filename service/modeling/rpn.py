@@ -76,9 +76,7 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
             )
         limits = to_device(image_sizes, torch.float32, objectness.device)
         boxes, kept = self._choose(objectness, deltas, anchors, grid_sizes, limits)
-        if device.runs_ahead:
-            return list(self._table(boxes, kept).unbind())
-        return [boxes[one] for one in kept.up_to([self.post_nms_top_n()] * len(image_sizes))]
+        return list(self._table(boxes, kept).unbind())
 
     def propose_table(
         self,
