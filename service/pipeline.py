@@ -51,7 +51,7 @@ T = TypeVar("T")
 _PARTS_AT_A_TIME = 4
 # What decodes or encodes for longer than some ten milliseconds does so in the background.
 _LARGE_PIXELS = 4_000_000
-_MANY_PARTS = 16
+_MANY_PARTS = 2
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
 _MATES_SECONDS = 0.1
 

@@ -57,13 +57,18 @@ _SMALLER: Mapping[MaskFormat | AnnotatorMasks, str] = {
     "label_studio": "rectangles",
     "cvat": "rectangles",
 }
-# A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
-# thread.
-_SIDES_PER_PART_PIXELS = 5_000
+# A mask takes time in proportion to the sides of its box. These take 2 to 4 ms with smooth outlines and ten times as
+# long at worst, while handing a part over to a thread takes a tenth of a millisecond of Python's lock.
+_SIDES_PER_PART_PIXELS = 40_000
+_SIDES_PER_SLOW_PART_PIXELS: Mapping[MaskFormat | AnnotatorMasks, int] = {
+    "polygons": 20_000,
+    "label_studio": 10_000,
+    "cvat": 10_000,
+}
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
-# A PNG of a large image takes a tenth of a millisecond, however small its mask is.
-_MOST_MASKS_PER_PART = 16
+# Some ten microseconds each, however small they are.
+_MOST_MASKS_PER_PART = 128
 
 
 class ArrayEncoder(Encoder):
@@ -78,7 +83,7 @@ class ArrayEncoder(Encoder):
         self.smaller = _SMALLER.get(masks, "masks=none")
 
     def split(self, detections: Detections) -> Sequence[Detections]:
-        """Parts of about 2 ms, unless a single mask takes longer.
+        """Parts of a few milliseconds, unless a single mask takes longer.
 
         Raises:
             AnswerTooLargeError: the masks would take seconds.
@@ -93,7 +98,8 @@ class ArrayEncoder(Encoder):
                 f"too long to encode, at most {_MOST_SIDES_PIXELS}; ask for fewer by max_detections or score_thresh, "
                 f"or for masks=none"
             )
-        part = np.maximum(sides // _SIDES_PER_PART_PIXELS, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
+        sides_per_part = _SIDES_PER_SLOW_PART_PIXELS.get(self._masks, _SIDES_PER_PART_PIXELS)
+        part = np.maximum(sides // sides_per_part, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
         ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
         return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
