@@ -171,7 +171,15 @@ def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, 
             if waiting < 0:
                 waiting = node
             else:
-                _connect(waiting, node, middle, left, right)
+                # `_connect` without a call, which would count references to the arrays, by atomic operations.
+                if waiting < middle:
+                    right[waiting] = node
+                else:
+                    left[waiting] = node
+                if node < middle:
+                    right[node] = waiting
+                else:
+                    left[node] = waiting
                 waiting = -1
     return xs, left, right
 
