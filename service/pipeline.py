@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, TypeVar
@@ -42,6 +41,7 @@ from service.structures import (
     Prediction,
     Progress,
     Query,
+    at_risk,
 )
 from service.tasks import all_of
 
@@ -126,12 +126,11 @@ def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequen
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
     batch_id = uuid.uuid4().hex
-    with ExitStack() as at_risk:
-        for work in batch:
-            work.waits = False
-            work.progress.batch_id = batch_id
-            work.progress.enter("inference")
-            at_risk.enter_context(work.progress.at_risk("inference"))
+    for work in batch:
+        work.waits = False
+        work.progress.batch_id = batch_id
+        work.progress.enter("inference")
+    with at_risk([work.progress for work in batch], "inference"):
         predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
     trace_id = next((work.progress.trace_id for work in batch if work.progress.trace_id), None)
@@ -302,7 +301,7 @@ class Pipeline:
                 raise _LargeImageError
             holding.take(pixels)
 
-        with job.progress.at_risk("decode"):
+        with at_risk([job.progress], "decode"):
             if isinstance(job.source, Encoded):
                 return decode_image(
                     job.source.data,
@@ -325,7 +324,7 @@ class Pipeline:
 
         def encode(part: Detections) -> bytes:
             try:
-                with job.progress.at_risk("encode"):
+                with at_risk([job.progress], "encode"):
                     return encoder.encode(image, part, info, should_stop=lambda: holding.is_over)
             except MemoryError:
                 raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None

@@ -553,7 +553,7 @@ class Watched(Progress):
         super().__init__("body")
         self.threads = 0
 
-    def _mark(self, stage: str | None, change: int) -> None:
+    def _mark(self, stage: str | None, change: int, *, at_once: bool = False) -> None:
         self.threads += change
 
 
