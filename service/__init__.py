@@ -32,7 +32,7 @@ service/
 ├── memory.py           how much memory may still be taken
 ├── control_groups.py   the limits of containers, where both are read
 ├── jit.py              numeric loops to machine code, cached on disk
-├── structures.py       the data types that the rooms pass to each other
+├── structures/         the data types that the rooms pass to each other
 ├── tensors.py          named arrays as bytes
 ├── tasks.py            runs several coroutines at a time
 └── errors.py           the error tree

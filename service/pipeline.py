@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Literal, Protocol, TypeVar
 
 from service.answers import encoder_for
@@ -52,6 +53,8 @@ _PARTS_AT_A_TIME = 4
 # What decodes or encodes for longer than some ten milliseconds does so in the background.
 _LARGE_PIXELS = 4_000_000
 _MANY_PARTS = 2
+# What is joined faster than a thread starts.
+_QUICK_BYTES = 256 * 1024
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
 _MATES_SECONDS = 0.1
 
@@ -254,7 +257,13 @@ class Pipeline:
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
         return Answer(
-            image.size, image.orientation_applied, found, prediction.batch_size, [encoded], job.progress.batch_id
+            image_size=image.size,
+            orientation_applied=image.orientation_applied,
+            detections=found,
+            batch_size=prediction.batch_size,
+            pieces=[encoded],
+            batch_id=job.progress.batch_id,
+            left_out=encoder_for(job.form).left_out(prediction.detections),
         )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
@@ -320,29 +329,31 @@ class Pipeline:
         encoder = encoder_for(job.form)
         self._check_size(job, encoder, image, detections, encoder.least_bytes(image.size, detections))
         info = self._predictor(job.model).info
-        size = 0
+        size, lock = 0, Lock()
 
-        def encode(part: Detections) -> bytes:
+        def encode(part: Detections) -> list[bytes]:
+            nonlocal size
+            pieces = []
             try:
                 with at_risk([job.progress], "encode"):
-                    return encoder.encode(image, part, info, should_stop=lambda: holding.is_over)
+                    for piece in encoder.encode(image, part, info, should_stop=lambda: holding.is_over):
+                        pieces.append(piece)
+                        with lock:
+                            size += len(piece)
+                        self._check_size(job, encoder, image, detections, size)
             except MemoryError:
                 raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None
-
-        async def encode_in_thread(part: Detections) -> bytes:
-            nonlocal size
-            encoded = await self._in_thread(threads, job, encode, part)
-            size += len(encoded)
-            self._check_size(job, encoder, image, detections, size)
-            return encoded
+            return pieces
 
         split = encoder.split(detections)
         is_long = len(split) > _MANY_PARTS or (
             isinstance(job.form, Drawing) and image.height * image.width > _LARGE_PIXELS
         )
         threads = self._background if is_long and self._background is not None else self._encoders
+        encode_in_thread = partial(self._in_thread, threads, job, encode)
         parts = await all_of(encode_in_thread, split, at_a_time=_PARTS_AT_A_TIME)
-        return await self._in_thread(threads, job, encoder.join, parts) if is_long else encoder.join(parts)
+        is_quick = size < _QUICK_BYTES
+        return encoder.join(parts) if is_quick else await self._in_thread(threads, job, encoder.join, parts)
 
     def _check_size(self, job: Job, encoder: Encoder, image: Image, detections: Detections, size: int) -> None:
         """Refuse an answer that is known to have at least `size` bytes, if that is too many."""
@@ -351,7 +362,7 @@ class Pipeline:
             raise AnswerTooLargeError(
                 f"the answer, {len(detections)} detections{masks} in {image.width} x {image.height} "
                 f"pixels, would have more than {self._max_answer_bytes} bytes; ask for {encoder.smaller}, or for fewer "
-                "detections with max_detections or score_thresh"
+                f"detections with {encoder.fewer}"
             )
 
     async def _submit(self, job: Job, predictor: Predictor, query: Query) -> Prediction:

@@ -40,7 +40,8 @@ class Parts:
     same part.
 
     Attributes:
-        trunk: backbone, pyramid and RPN head, for a normalised batch (N, 3, H, W).
+        trunk: backbone, pyramid and RPN head, for a normalised batch (N, 3, H, W) float; 1 channel for grey and 4 for
+            RGBA models.
         backbone: the feature maps alone, for batches that come with proposals.
         box_head: (R, C, S, S) -> class logits (R, K) and box regression (R, 4 K).
         mask_head: (R, C, S, S) and labels (R,) -> mask logits (R, M, M) of each proposal's class; None without masks.

@@ -22,11 +22,15 @@ from service import errors
 from service.errors import ServiceError
 from service.structures import (
     Coco,
+    Cvat,
     DetectOptions,
     Drawing,
     Encoded,
     Form,
+    HuggingFace,
     Json,
+    LabelStudio,
+    LabelStudioTag,
     ModelInfo,
     Pixels,
     Roboflow,
@@ -186,6 +190,9 @@ _FORMS: Mapping[str, type[Form]] = {
     "tensors": Tensors,
     "coco": Coco,
     "roboflow": Roboflow,
+    "hugging_face": HuggingFace,
+    "cvat": Cvat,
+    "label_studio": LabelStudio,
 }
 
 
@@ -197,7 +204,10 @@ def form_to(form: Form) -> Header:
 
 def form_from(fields: Header) -> Form:
     """An answer form from its fields in a header."""
-    return _FORMS[fields["name"]](**{name: value for name, value in fields.items() if name != "name"})
+    values = {name: value for name, value in fields.items() if name != "name"}
+    if "tags" in values:
+        values["tags"] = tuple(LabelStudioTag(**tag | {"labels": tuple(tag["labels"])}) for tag in values["tags"])
+    return _FORMS[fields["name"]](**values)
 
 
 def model_info_from(fields: Header) -> ModelInfo:

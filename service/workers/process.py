@@ -171,6 +171,7 @@ class _Worker:
             "detections": answer.detections,
             "batch_size": answer.batch_size,
             "batch_id": answer.batch_id,
+            "left_out": answer.left_out,
         }
         stages = {stage: progress.stage_seconds[stage] for stage in ("decode", "queue", "inference", "encode")}
         header = {"kind": "answer", "id": job_id, "answer": fields, "stage_seconds": stages}

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import pipeline
+from service.answers.array import ArrayEncoder
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
 from service.batching.batcher import Batcher
@@ -37,17 +38,19 @@ from service.imaging.decode import ImageLimits
 from service.metrics import Metrics
 from service.pipeline import Pipeline, ThreadTask, WholeImage, Work, run_batch
 from service.structures import (
-    AnnotatorMasks,
+    Cvat,
     Detections,
     DetectOptions,
     Drawing,
     Encoded,
     Float32Array,
     Form,
+    HuggingFace,
     Image,
     Job,
     Json,
-    MaskFormat,
+    LabelStudio,
+    LabelStudioTag,
     Pixels,
     Prediction,
     Progress,
@@ -161,11 +164,11 @@ async def test_many_large_masks_are_encoded_by_several_threads_at_once(monkeypat
     found = objects(boxes, rng.random((50, 28, 28), np.float32))
     both = threading.Barrier(2)
     bench = Bench()
-    elements = JsonEncoder(Json("rle")).encode(image, found, bench.predictor.info, should_stop=never)
+    [elements] = JsonEncoder(Json("rle")).encode(image, found, bench.predictor.info, should_stop=never)
     begun: list[int] = []
 
     class InCompany(JsonEncoder):
-        def encode(self, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+        def encode(self, image: Image, part: Detections, *args: Any, **options: Any) -> Iterator[bytes]:
             begun.append(len(part))
             if len(begun) <= 2:
                 both.wait(60)
@@ -200,9 +203,9 @@ async def test_large_images_are_decoded_and_drawn_in_the_background(
         begun: list[str] = []
 
         class Named(JsonEncoder):
-            def encode(self, *args: Any, **options: Any) -> bytes:
+            def encode(self, *args: Any, **options: Any) -> Iterator[bytes]:
                 begun.append(threading.current_thread().name)
-                return b""
+                return iter(())
 
         monkeypatch.setattr(pipeline, "encoder_for", lambda form: Named(Json()))
         await bench.pipeline._encode(bench.job(form=Drawing()), image, none, holding)
@@ -215,7 +218,7 @@ async def test_long_answers_are_encoded_in_the_background(monkeypatch: pytest.Mo
     begun: list[str] = []
 
     class Named(JsonEncoder):
-        def encode(self, *args: Any, **options: Any) -> bytes:
+        def encode(self, *args: Any, **options: Any) -> Iterator[bytes]:
             begun.append(threading.current_thread().name)
             return super().encode(*args, **options)
 
@@ -238,20 +241,33 @@ def many_masks(number: int = 40) -> tuple[Image, Detections]:
 
 
 @pytest.mark.parametrize(
-    ("masks", "advice"),
-    [("png", "masks=crop or masks=rle"), ("polygons", "masks=rle"), ("rle", "none"), ("label_studio", "rectangles")],
+    ("form", "advice"),
+    [
+        (Json("png"), "masks=crop or masks=rle"),
+        (Json("polygons"), "masks=rle"),
+        (Json("rle"), "none"),
+        (HuggingFace(with_masks=True), "object-detection"),
+        (Cvat(with_masks=True), "the function for boxes"),
+        (
+            LabelStudio("fake@1", (LabelStudioTag("brushlabels", "brush", "image", ("cat", "dog"), 0.05),)),
+            "RectangleLabels",
+        ),
+    ],
 )
 async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smaller(
-    masks: MaskFormat | AnnotatorMasks, advice: str, monkeypatch: pytest.MonkeyPatch
+    form: Form, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = JsonEncoder.encode
+    written: list[int] = []
+    encode = ArrayEncoder.encode
 
-    def count(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+    def count(encoder: ArrayEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> Iterator[bytes]:
         encoded.append(len(part))
-        return encode(encoder, image, part, *args, **options)
+        for piece in encode(encoder, image, part, *args, **options):
+            written.append(len(piece))
+            yield piece
 
-    monkeypatch.setattr(JsonEncoder, "encode", count)
+    monkeypatch.setattr(ArrayEncoder, "encode", count)
     bench = Bench()
     bench.pipeline._max_answer_bytes = 1000
     image, found = many_masks()
@@ -260,20 +276,23 @@ async def test_answer_that_would_be_too_large_is_refused_and_told_what_is_smalle
         bench.held_pixels.hold() as holding,
         pytest.raises(AnswerTooLargeError, match=f"more than 1000 bytes; ask for .*{advice}"),
     ):
-        await bench.pipeline._encode(bench.job(form=Json(masks)), image, found, holding)
+        await bench.pipeline._encode(bench.job(form=form), image, found, holding)
     # A PNG has a size that is known beforehand; of the others no more is encoded than what was too much.
-    assert sum(encoded) == 0 if masks == "png" else 1 <= sum(encoded) < 40
+    is_known = form in (Json("png"), HuggingFace(with_masks=True))
+    assert sum(encoded) == 0 if is_known else 1 <= sum(encoded) < 40
+    # A bitmap, of 200 MB each here, is not written to its end.
+    assert sum(written) < 1_000_000
 
 
 async def test_encoding_stops_when_its_caller_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, may_go_on = threading.Event(), threading.Event()
     parts: list[int] = []
 
-    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> Iterator[bytes]:
         parts.append(len(part))
         begun.set()
         may_go_on.wait()
-        return b"[]"
+        return iter([b"{}"])
 
     monkeypatch.setattr(JsonEncoder, "encode", encode)
     bench = Bench()
@@ -292,11 +311,11 @@ async def test_small_answer_does_not_wait_for_all_of_a_large_one(monkeypatch: py
     begun, may_go_on = threading.Event(), threading.Event()
     order: list[str] = []
 
-    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> bytes:
+    def encode(encoder: JsonEncoder, image: Image, part: Detections, *args: Any, **options: Any) -> Iterator[bytes]:
         order.append("large" if image.width == 10_000 else "small")
         begun.set()
         may_go_on.wait()
-        return b"[]"
+        return iter([b"{}"])
 
     monkeypatch.setattr(JsonEncoder, "encode", encode)
     bench = Bench()

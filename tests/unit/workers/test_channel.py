@@ -16,11 +16,15 @@ from service.errors import DeadlineExceededError, InferenceError, OverloadedErro
 from service.structures import (
     NOT_FINITE,
     Coco,
+    Cvat,
     DetectOptions,
     Drawing,
     Encoded,
     Form,
+    HuggingFace,
     Json,
+    LabelStudio,
+    LabelStudioTag,
     Pixels,
     Roboflow,
     Tensors,
@@ -139,6 +143,9 @@ def test_strange_error_becomes_one_of_the_service_with_its_traceback() -> None:
         Coco("a.png", True),
         Coco(139),
         Roboflow("points"),
+        HuggingFace(with_masks=True),
+        Cvat(),
+        LabelStudio("a@1", (LabelStudioTag("brushlabels", "brush", "image", ("Cat", None), 0.5),)),
     ],
 )
 def test_forms_come_back_as_they_were(form: Form) -> None:
