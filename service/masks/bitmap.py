@@ -31,12 +31,11 @@ def encode_bitmaps(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[Bitmap]:
-    """Draw each mask; arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    """Draw each mask, at the threshold 0.5; arguments and errors as in `rle.encode_rle`."""
+    runs = find_runs(masks, boxes, image_size, style=style)
     bitmaps: list[Bitmap] = []
     for index in range(len(runs)):
         mask = row_runs(runs, index)
