@@ -22,6 +22,7 @@ from service.workers.channel import FrameReader, Header, error_from, pack
 from service.workers.detector import PredictorFactory
 from service.workers.fork_server import start_process, until_started
 
+_READ_BYTES = 256 * 1024
 # How long a worker may take to end after its socket was closed.
 _LEAVE_SECONDS = 5.0
 # The frames that answer `ask`.
@@ -59,6 +60,7 @@ class WorkerHandle(asyncio.Protocol):
         self._process: BaseProcess | None = None
         self._starting: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None
 
     async def start(self, settings: Settings, factory: PredictorFactory, share: Share | None = None) -> None:
         """Start the process; afterwards either `got_ready` or `ended` is set.
@@ -76,7 +78,7 @@ class WorkerHandle(asyncio.Protocol):
         try:
             await until_started(self._starting)
             self._starting.result()
-            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+            await self.connect(ours)
         except BaseException:
             ours.close()
             raise
@@ -85,6 +87,11 @@ class WorkerHandle(asyncio.Protocol):
                 theirs.close()
             else:
                 self._starting.add_done_callback(lambda _: theirs.close())
+
+    async def connect(self, end: socket.socket) -> None:
+        """Talk to the process at the other end of a socket."""
+        self._socket = end
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=end)
 
     @property
     def pending_commands(self) -> int:
@@ -113,10 +120,20 @@ class WorkerHandle(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """Called by asyncio: the process has ended, or is about to."""
         self.is_ready = False
+        self._read_rest()
         self.ended.set()
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(NotReadyError("the worker stopped meanwhile; try again"))
+
+    def _read_rest(self) -> None:
+        """Read what the process sent before it ended: event loops do not if writing to it was what failed. Otherwise
+        the marks of the job that killed it could be missing, and another worker would die of it.
+        """
+        assert self._socket is not None
+        with suppress(OSError):  # there is no more, or it is closed already
+            while data := self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT):
+                self.data_received(data)
 
     def send(self, header: Header, body: bytes = b"") -> None:
         """Send a frame; it is lost if the worker has ended."""

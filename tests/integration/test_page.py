@@ -189,6 +189,27 @@ def take_photo(page: Page) -> None:
     page.get_by_role("button", name="Take the picture").click()
 
 
+def test_camera_that_is_slow_to_start_can_be_used_once_it_shows_something(visit: Visit, live: Live) -> None:
+    page = visit.open(live)
+    page.evaluate(
+        """() => {
+            const track = new MediaStreamTrackGenerator({kind: "video"});
+            const frames = track.writable.getWriter();
+            const canvas = new OffscreenCanvas(64, 48);
+            canvas.getContext("2d").fillRect(0, 0, 64, 48);
+            navigator.mediaDevices.getUserMedia = async () => new MediaStream([track]);
+            window.start = () => frames.write(new VideoFrame(canvas, {timestamp: 0}));
+        }"""
+    )
+    page.get_by_role("button", name="Camera").click()
+    shoot = page.get_by_role("button", name="Take the picture")
+    expect(shoot).to_be_disabled()
+    page.evaluate("start()")
+    expect(shoot).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#picture")).to_have_attribute("aria-label", "camera.jpg with 0 objects")
+
+
 def test_picture_that_the_browser_cannot_show_comes_from_the_server(visit: Visit, live: Live) -> None:
     page = visit.open(live)
     visit.give(picture(red=204, image_format="TIFF"), "a.tif", "image/tiff")

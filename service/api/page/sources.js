@@ -41,10 +41,11 @@ function watchDrops(onPicture, onProblem) {
 }
 
 function watchCamera(onPicture, onProblem) {
-  const [dialog, video] = [byId("camera-dialog"), byId("video")];
+  const [dialog, video, shoot] = ["camera-dialog", "video", "shoot"].map(byId);
   // Browsers lend their camera only to pages of this computer or with HTTPS.
   byId("camera").hidden = !navigator.mediaDevices?.getUserMedia;
   byId("camera").addEventListener("click", async () => {
+    shoot.disabled = true;  // a camera may take seconds to give its first picture
     try {
       video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
       dialog.showModal();
@@ -52,7 +53,11 @@ function watchCamera(onPicture, onProblem) {
       onProblem("There is no picture from a camera", "None is connected, or the browser was not allowed to use it.");
     }
   });
-  byId("shoot").addEventListener("click", async () => {
+  video.addEventListener("loadeddata", () => {
+    shoot.disabled = false;
+    shoot.focus();
+  });
+  shoot.addEventListener("click", async () => {
     const blob = await encode(video, video.videoWidth, video.videoHeight, "image/jpeg");
     dialog.close();
     onPicture({ blob, name: "camera.jpg" });

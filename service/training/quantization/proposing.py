@@ -146,7 +146,8 @@ def _nncf() -> Any:
     # Imported here: an optional extra that takes a second. `service.inference` keeps its telemetry from being imported.
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    # Not by `nncf.set_log_level`, which also sets the level of all handlers of its logger, whoever attached them.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
 
 

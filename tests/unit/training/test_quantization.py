@@ -30,7 +30,7 @@ from service.structures import DetectOptions, Image, Query
 from service.training.quantization import run as quantization_run
 from service.training.quantization import search as quantization_search
 from service.training.quantization.calibration import record
-from service.training.quantization.proposing import Proposal
+from service.training.quantization.proposing import Proposal, check_installed
 from service.training.quantization.search import Ap, NothingLeftError, Plan, search
 from service.training.quantization.state import State
 from tests.coco_folder import write_coco_folder
@@ -80,6 +80,15 @@ def pictures(count: int) -> Sequence[Query]:
     numbers = np.random.default_rng(0)
     options = DetectOptions(score_thresh=0.0, max_detections=10)
     return [Query(Image(numbers.integers(0, 256, (96, 128, 3), dtype=np.uint8)), options) for _ in range(count)]
+
+
+def test_nncf_says_errors_only_and_the_handlers_that_others_attached_to_its_logger_keep_their_level() -> None:
+    logger, handler = logging.getLogger("nncf"), logging.NullHandler()
+    logger.addHandler(handler)
+    check_installed()
+    logger.removeHandler(handler)
+    assert handler.level == logging.NOTSET
+    assert logger.getEffectiveLevel() == logging.ERROR
 
 
 def test_the_version_says_what_it_is(stored: StoredModel) -> None:

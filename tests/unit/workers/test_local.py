@@ -39,7 +39,7 @@ def job(red: int = 100, model: str = "fake@1") -> Job:
         source=Encoded(picture(red=red)),
         options=DetectOptions(),
         form=Json(),
-        deadline=time.monotonic() + 60,
+        deadline=time.monotonic() + 3600,
         progress=Progress("body"),
     )
 
