@@ -21,6 +21,7 @@ from service.training.evaluation import AveragePrecision, Evaluation, Predicts, 
 from service.training.figures import FIGURES, NOTE, mean_and_spread
 from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
 from service.training.proposals import ProposalCache
+from service.training.run_folder import locked
 
 COLUMNS = ("operator", "of", *FIGURES.values(), "ms per image")
 
@@ -109,7 +110,9 @@ def retrain(
         device=device,
     )
     model = build_model(config.searching())
-    model.load_state_dict(trainer.run(on_step=on_step).weights)
+    with locked(state_path.parent):
+        best = trainer.run(on_step=on_step)
+    model.load_state_dict(best.weights)
     return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
