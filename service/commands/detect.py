@@ -294,7 +294,7 @@ async def _detect_file(
 
 
 def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:
-    import orjson
+    from service.api.schemas import json_pieces
 
     file = text_of(picture.file)
     if isinstance(result, ServiceError):
@@ -306,8 +306,8 @@ def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | No
             target = out / picture.target
             _make_folder(target.parent)
             _write(Path(f"{target}{_DRAWN}"), result.drawn)
-            _write(Path(f"{target}.json"), orjson.dumps(document))
+            _write(Path(f"{target}.json"), b"".join(json_pieces(document)))
     if as_json:
-        typer.echo(orjson.dumps(document))
+        typer.echo(b"".join(json_pieces(document)))
     elif isinstance(result, _Result):
         typer.echo(f"{file}: {result.summary()}")
