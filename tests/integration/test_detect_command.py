@@ -125,7 +125,7 @@ def test_pipes_and_folders_are_no_pictures_and_names_need_not_be_text(folder: Pa
     os.mkfifo(pictures / "pipe.png")
     (pictures / "folder.png").mkdir()
     (pictures / "link.png").symlink_to("nowhere")
-    shutil.copy(pictures / "b.jpg", os.fsencode(pictures) + b"/b\xff.jpg")
+    shutil.copy(pictures / "b.jpg", pictures / os.fsdecode(b"b\xff.jpg"))
     done = run(folder, str(pictures), "--json", "--out", str(folder / "drawn"), "--coco", str(folder / "coco.json"))
     assert "1 of 4 files failed" in done.stderr
     documents = [json.loads(line) for line in done.stdout.splitlines()]
