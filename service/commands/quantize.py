@@ -48,8 +48,9 @@ def quantize(
 
     from service.model_store.store import ModelStore
     from service.training.quantization.proposing import check_installed
-    from service.training.quantization.run import Run
+    from service.training.quantization.run import Run, run_folder
     from service.training.quantization.workbench import check_quantizable
+    from service.training.run_folder import locked
 
     if threads:
         torch.set_num_threads(threads)
@@ -74,7 +75,10 @@ def quantize(
         raise DatasetError(f"{val_set.path}: expected at least one object to measure AP on, got none")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with (
+        locked(run_folder(model_store, stored)),
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+    ):
 
         def stage(name: str, steps: int) -> Callable[[], None]:
             for old in progress.task_ids:

@@ -88,6 +88,7 @@ def train(
     from service.model_store.model_toml import ProvenanceTable, read_model_config
     from service.training.export import check_room, export_model, load_initial_weights, target_of
     from service.training.loop import Trainer
+    from service.training.run_folder import locked
     from service.training.trunk_weights import load_trunk_weights
 
     if suggest:
@@ -148,28 +149,29 @@ def train(
         initial_weights=initial_weights,
         workers=workers or available_cores(),
     )
-    check_room(target, trainer.state_bytes)
-    try:
-        best = _run_with_progress(trainer)
-    except KeyboardInterrupt:
-        _tell_where_it_stopped(trainer, target.state_path)
-        raise typer.Exit(130) from None
-    stored = export_model(
-        target,
-        config=config,
-        best=best,
-        val=sets["val"],
-        dtype=store_as,
-        provenance=ProvenanceTable(
-            data=data_name or str(data),
-            licence=licence,
-            attribution=attribution,
-            command=shlex.join(["roiserve", *sys.argv[1:]]),
-        ),
-        device=target_device.torch_device,
-        findings={split: dataset.report.lines() for split, dataset in sets.items()},
-        history=trainer.history,
-    )
+    with locked(target.state_path.parent):
+        check_room(target, trainer.state_bytes)
+        try:
+            best = _run_with_progress(trainer)
+        except KeyboardInterrupt:
+            _tell_where_it_stopped(trainer, target.state_path)
+            raise typer.Exit(130) from None
+        stored = export_model(
+            target,
+            config=config,
+            best=best,
+            val=sets["val"],
+            dtype=store_as,
+            provenance=ProvenanceTable(
+                data=data_name or str(data),
+                licence=licence,
+                attribution=attribution,
+                command=shlex.join(["roiserve", *sys.argv[1:]]),
+            ),
+            device=target_device.torch_device,
+            findings={split: dataset.report.lines() for split, dataset in sets.items()},
+            history=trainer.history,
+        )
     typer.echo(f"{stored.key} is in {stored.path}, from epoch {best.epoch}")
 
 

@@ -20,6 +20,7 @@ from service.training.evaluation import AveragePrecision, Evaluation, Predicts, 
 from service.training.figures import FIGURES, NOTE, mean_and_spread
 from service.training.loop import Progress, TrainConfig, Trainer, evaluation_predictor
 from service.training.proposals import ProposalCache
+from service.training.run_folder import locked
 
 COLUMNS = ("operator", "of", *FIGURES.values(), "ms per image")
 
@@ -107,7 +108,9 @@ def retrain(
         state_path=state_path,
         device=device,
     )
-    return evaluation_predictor(config, trainer.run(on_step=on_step).weights, device)
+    with locked(state_path.parent):
+        best = trainer.run(on_step=on_step)
+    return evaluation_predictor(config, best.weights, device)
 
 
 def busy_note(load: float, cores: int) -> str | None:

@@ -67,7 +67,7 @@ def target_of(out: Path) -> Target:
 
 
 def check_room(target: Target, num_bytes: int) -> None:
-    """Create the run's folder, and check that its state can be written there.
+    """Check that the run's state can be written into its folder.
 
     Args:
         num_bytes: size of the state; two copies exist for a moment.
@@ -77,7 +77,6 @@ def check_room(target: Target, num_bytes: int) -> None:
     """
     folder = target.state_path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "room.tmp"
         try:
             with probe.open("wb") as file:
