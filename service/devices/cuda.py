@@ -50,7 +50,7 @@ class CudaDevice(Device):
 
     @contextmanager
     def use(self, precision: str | None = None) -> Iterator[None]:
-        """See `Device`. Triton launches on the thread's current device, whatever its arguments lie on.
+        """See `Device`. Triton launches on the thread's current device, whatever device its arguments are on.
 
         PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa instead of 23, unless told not to. That
         flag is global to the process, so it is set for each batch, and kept until the batch ends although other threads

@@ -77,8 +77,8 @@ class Device(ABC):
         label: what PyTorch calls it: `cpu`, `cuda:1`.
         runs_ahead: whether work is launched asynchronously, so that reading a value back waits for everything launched
             before.
-        fastest_engine: the engine that `auto` stands for.
-        half_precision: the number format that `auto` stands for with an engine other than `eager`.
+        fastest_engine: the engine that `auto` means.
+        half_precision: the number format that `auto` means with an engine other than `eager`.
         precisions: the formats that a network can run in here.
         can_record: whether `recorder` works.
     """
