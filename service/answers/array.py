@@ -57,9 +57,9 @@ MASK_ENCODERS: Mapping[MaskFormat | Outlines, Callable[..., Sequence[object]]] =
     "outlines and bitmap": _with_bitmap,
 }
 
-# Limits for one part: the sides in pixels of its masks' boxes, to which most of the time is proportional, and the number
-# of its masks. It takes 2 to 4 ms with smooth outlines and ten times as long at worst, while handing it over to a thread
-# takes a tenth of a millisecond of Python's lock. A mask as PNG takes time for the whole image, too.
+# Limits for one part: the sides in pixels of its masks' boxes, to which most of its time is proportional, and the
+# number of its masks. It takes 2 to 4 ms with smooth outlines and ten times as long at worst, while handing it to a
+# thread takes a tenth of a millisecond of Python's lock. A mask as PNG takes time for the whole image, too.
 _PART_LIMITS: Mapping[MaskFormat | Outlines, tuple[int, int]] = {
     "png": (40_000, 64),
     "polygons": (20_000, 128),
