@@ -66,6 +66,13 @@ class CudaDevice(Device):
         """See `Device`: copies from pinned memory, which the GPU reads without the CPU."""
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
+    def download(self, tensor: Tensor) -> Tensor:
+        """See `Device`: copies to pinned memory, which takes one transfer; else the driver copies piece by piece."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.torch_device).synchronize()
+        return host
+
     def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
         """See `Device`: copies on a stream of its own."""
         return self._uploads.begin(pixels)

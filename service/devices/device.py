@@ -114,6 +114,10 @@ class Device(ABC):
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the host to the device, without waiting for work already queued there."""
 
+    def download(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor from the device to the host, and wait for it and for all work queued before."""
+        return tensor.cpu()
+
     def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
         """Begin to copy while other work runs on the device. Any thread may call it. None if there is nothing to gain,
         or no room.

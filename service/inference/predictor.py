@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.devices import Clock, device_of
+from service.devices import Clock, Device, device_of
 from service.errors import InferenceError, ModelStoreError, OutOfMemoryError, first_line
 from service.inference.engines.choosing import COMPILING, EAGER, Placed
 from service.inference.engines.graphs import COUNTS, MOST_CHANGED, GraphedDetector
@@ -213,10 +213,10 @@ class Predictor:
                 detections, overflowed = replayed
             else:
                 found = detect(self._model)
-                detections, overflowed = _to_host(found, None if half is None else half.take_check())
+                detections, overflowed = _to_host(found, self._device, None if half is None else half.take_check())
         if overflowed:
             assert half is not None
-            detections, _ = _to_host(detect(half.in_float32()))
+            detections, _ = _to_host(detect(half.in_float32()), self._device)
         stage_seconds, padding_ratio = clock.seconds(), self._padding_ratio(images)
         uncompiled = self._note_uncompiled(images)
         return [
@@ -296,11 +296,14 @@ class Predictor:
         return 1 - sum(h * w for h, w in resized) / (len(images) * height * width)
 
 
-def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) -> tuple[list[Detections], bool]:
+def _to_host(
+    found: Sequence[ImageDetections], device: Device, is_finite: Tensor | None = None
+) -> tuple[list[Detections], bool]:
     """Copy all results of a batch to the host at once: on CUDA every copy waits for the device.
 
     Args:
         found: the detections in each image.
+        device: where they are.
         is_finite: () float32, 0 if the network computed infinities or NaN; it travels in the same copy.
 
     Returns:
@@ -315,8 +318,9 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
     ]
     if is_finite is not None:
         columns.append(is_finite)
-    flat = torch.cat([values.flatten() for values in columns]).cpu().split([values.numel() for values in columns])
-    copies = iter([values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True)])
+    flat = device.download(torch.cat([values.flatten() for values in columns]))
+    parts = flat.split([values.numel() for values in columns])
+    copies = iter([values.view(column.shape).numpy() for values, column in zip(parts, columns, strict=True)])
     detections = [
         Detections(
             boxes=next(copies),

@@ -168,7 +168,7 @@ class GraphedDetector:
             return None
         recorded.inputs.fill(prepared.tensors, table)
         recorded.recording.replay()
-        rows: Float32Array = recorded.recording.output[: len(images)].cpu().numpy()
+        rows: Float32Array = self._device.download(recorded.recording.output[: len(images)]).numpy()
         return _unpacked(rows, self._max_detections, with_masks) if rows[:, 1].all() else None
 
     def release(self) -> None:
