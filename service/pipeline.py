@@ -11,9 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Literal, Protocol, TypeVar
 
 from service.answers import encoder_for
@@ -42,6 +42,7 @@ from service.structures import (
     Prediction,
     Progress,
     Query,
+    at_risk,
 )
 from service.tasks import all_of
 
@@ -51,7 +52,9 @@ T = TypeVar("T")
 _PARTS_AT_A_TIME = 4
 # What decodes or encodes for longer than some ten milliseconds does so in the background.
 _LARGE_PIXELS = 4_000_000
-_MANY_PARTS = 16
+_MANY_PARTS = 2
+# What is joined faster than a thread starts.
+_QUICK_BYTES = 256 * 1024
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
 _MATES_SECONDS = 0.1
 
@@ -126,12 +129,11 @@ def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequen
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
     batch_id = uuid.uuid4().hex
-    with ExitStack() as at_risk:
-        for work in batch:
-            work.waits = False
-            work.progress.batch_id = batch_id
-            work.progress.enter("inference")
-            at_risk.enter_context(work.progress.at_risk("inference"))
+    for work in batch:
+        work.waits = False
+        work.progress.batch_id = batch_id
+        work.progress.enter("inference")
+    with at_risk([work.progress for work in batch], "inference"):
         predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
     trace_id = next((work.progress.trace_id for work in batch if work.progress.trace_id), None)
@@ -255,7 +257,13 @@ class Pipeline:
         found = len(prediction.detections)
         self._observe("detections", (job.model,), found)
         return Answer(
-            image.size, image.orientation_applied, found, prediction.batch_size, [encoded], job.progress.batch_id
+            image_size=image.size,
+            orientation_applied=image.orientation_applied,
+            detections=found,
+            batch_size=prediction.batch_size,
+            pieces=[encoded],
+            batch_id=job.progress.batch_id,
+            left_out=encoder_for(job.form).left_out(prediction.detections),
         )
 
     async def detect(self, job: Job) -> tuple[Image, Prediction]:
@@ -302,7 +310,7 @@ class Pipeline:
                 raise _LargeImageError
             holding.take(pixels)
 
-        with job.progress.at_risk("decode"):
+        with at_risk([job.progress], "decode"):
             if isinstance(job.source, Encoded):
                 return decode_image(
                     job.source.data,
@@ -321,29 +329,31 @@ class Pipeline:
         encoder = encoder_for(job.form)
         self._check_size(job, encoder, image, detections, encoder.least_bytes(image.size, detections))
         info = self._predictor(job.model).info
-        size = 0
+        size, lock = 0, Lock()
 
-        def encode(part: Detections) -> bytes:
+        def encode(part: Detections) -> list[bytes]:
+            nonlocal size
+            pieces = []
             try:
-                with job.progress.at_risk("encode"):
-                    return encoder.encode(image, part, info, should_stop=lambda: holding.is_over)
+                with at_risk([job.progress], "encode"):
+                    for piece in encoder.encode(image, part, info, should_stop=lambda: holding.is_over):
+                        pieces.append(piece)
+                        with lock:
+                            size += len(piece)
+                        self._check_size(job, encoder, image, detections, size)
             except MemoryError:
                 raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None
-
-        async def encode_in_thread(part: Detections) -> bytes:
-            nonlocal size
-            encoded = await self._in_thread(threads, job, encode, part)
-            size += len(encoded)
-            self._check_size(job, encoder, image, detections, size)
-            return encoded
+            return pieces
 
         split = encoder.split(detections)
         is_long = len(split) > _MANY_PARTS or (
             isinstance(job.form, Drawing) and image.height * image.width > _LARGE_PIXELS
         )
         threads = self._background if is_long and self._background is not None else self._encoders
+        encode_in_thread = partial(self._in_thread, threads, job, encode)
         parts = await all_of(encode_in_thread, split, at_a_time=_PARTS_AT_A_TIME)
-        return await self._in_thread(threads, job, encoder.join, parts) if is_long else encoder.join(parts)
+        is_quick = size < _QUICK_BYTES
+        return encoder.join(parts) if is_quick else await self._in_thread(threads, job, encoder.join, parts)
 
     def _check_size(self, job: Job, encoder: Encoder, image: Image, detections: Detections, size: int) -> None:
         """Refuse an answer that is known to have at least `size` bytes, if that is too many."""
@@ -352,7 +362,7 @@ class Pipeline:
             raise AnswerTooLargeError(
                 f"the answer, {len(detections)} detections{masks} in {image.width} x {image.height} "
                 f"pixels, would have more than {self._max_answer_bytes} bytes; ask for {encoder.smaller}, or for fewer "
-                "detections with max_detections or score_thresh"
+                f"detections with {encoder.fewer}"
             )
 
     async def _submit(self, job: Job, predictor: Predictor, query: Query) -> Prediction:

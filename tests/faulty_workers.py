@@ -123,7 +123,7 @@ def die_in_encode(settings: Settings) -> Iterator[FakePredictor]:
     """A worker whose encoder dies of what was found in fatal pictures."""
     encode = JsonEncoder.encode
 
-    def encode_or_die(encoder: JsonEncoder, image: Image, *args: Any, **options: Any) -> bytes:
+    def encode_or_die(encoder: JsonEncoder, image: Image, *args: Any, **options: Any) -> Iterator[bytes]:
         if image.pixels[0, 0, 0] == FATAL:
             die()
         return encode(encoder, image, *args, **options)

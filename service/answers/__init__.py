@@ -9,12 +9,28 @@ from __future__ import annotations
 from typing import assert_never
 
 from service.answers.coco import CocoEncoder
+from service.answers.cvat import CvatEncoder
 from service.answers.drawing import DrawingEncoder
 from service.answers.encoder import Encoder, never
+from service.answers.hugging_face import HuggingFaceEncoder
 from service.answers.json import JsonEncoder
+from service.answers.label_studio import LabelStudioEncoder
 from service.answers.roboflow import RoboflowEncoder
 from service.answers.tensors import TensorsEncoder
-from service.structures import Coco, Detections, Drawing, Form, Image, Json, ModelInfo, Roboflow, Tensors
+from service.structures import (
+    Coco,
+    Cvat,
+    Detections,
+    Drawing,
+    Form,
+    HuggingFace,
+    Image,
+    Json,
+    LabelStudio,
+    ModelInfo,
+    Roboflow,
+    Tensors,
+)
 
 
 def encoder_for(form: Form) -> Encoder:
@@ -30,6 +46,12 @@ def encoder_for(form: Form) -> Encoder:
             return CocoEncoder(form)
         case Roboflow():
             return RoboflowEncoder(form)
+        case HuggingFace():
+            return HuggingFaceEncoder(form)
+        case Cvat():
+            return CvatEncoder(form)
+        case LabelStudio():
+            return LabelStudioEncoder(form)
         case _:
             assert_never(form)
 
@@ -38,4 +60,4 @@ def encode(form: Form, image: Image, detections: Detections, info: ModelInfo) ->
     """Encode a whole answer in this thread."""
     encoder = encoder_for(form)
     parts = encoder.split(detections)
-    return encoder.join([encoder.encode(image, part, info, should_stop=never) for part in parts])
+    return encoder.join([list(encoder.encode(image, part, info, should_stop=never)) for part in parts])

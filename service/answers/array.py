@@ -7,63 +7,69 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 
 from service.answers.encoder import Encoder
 from service.errors import AnswerTooLargeError
-from service.masks.bitmap import encode_bitmaps
+from service.masks.bitmap import find_bitmaps
 from service.masks.brush import encode_brush
 from service.masks.png import encode_crops, encode_png, smallest_png
 from service.masks.polygons import encode_outlines, encode_polygons
 from service.masks.rle import encode_rle
-from service.structures import AnnotatorMasks, Detections, Float32Array, Image, MaskFormat, MaskStyle, ModelInfo
+from service.structures import Detections, Float32Array, Image, MaskFormat, MaskStyle, ModelInfo
+
+Outlines = Literal["outlines", "outlines and brush", "outlines and bitmap"]
+"""What annotation tools take of a mask."""
 
 
-def _label_studio(
+def _outlines(
     masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
 ) -> Sequence[object]:
-    """Of each mask its `outlines` and the bytes of its `brush`: a project may want either, or both."""
+    return [(outline, None) for outline in encode_outlines(masks, boxes, image_size, style=style)]
+
+
+def _with_brush(
+    masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
+) -> Sequence[object]:
     outlines = encode_outlines(masks, boxes, image_size, style=style)
     brushes = encode_brush(masks, boxes, image_size, style=style)
-    return [{"outlines": outline, "brush": brush} for outline, brush in zip(outlines, brushes, strict=True)]
+    return list(zip(outlines, brushes, strict=True))
 
 
-def _cvat(
+def _with_bitmap(
     masks: Float32Array, boxes: Float32Array, image_size: tuple[int, int], *, style: MaskStyle
 ) -> Sequence[object]:
-    """Of each mask its bitmap and its `outlines`."""
     outlines = encode_outlines(masks, boxes, image_size, style=style)
-    bitmaps = encode_bitmaps(masks, boxes, image_size, style=style)
-    return [{"outlines": outline, **bitmap} for outline, bitmap in zip(outlines, bitmaps, strict=True)]
+    return list(zip(outlines, find_bitmaps(masks, boxes, image_size, style=style), strict=True))
 
 
-MASK_ENCODERS: Mapping[MaskFormat | AnnotatorMasks, Callable[..., Sequence[object]]] = {
+MASK_ENCODERS: Mapping[MaskFormat | Outlines, Callable[..., Sequence[object]]] = {
     "rle": encode_rle,
     "polygons": encode_polygons,
     "png": encode_png,
     "crop": encode_crops,
-    "label_studio": _label_studio,
-    "cvat": _cvat,
+    "outlines": _outlines,
+    "outlines and brush": _with_brush,
+    "outlines and bitmap": _with_bitmap,
 }
 
-# What to ask for instead of an answer that would be too large; without masks if nothing else.
-_SMALLER: Mapping[MaskFormat | AnnotatorMasks, str] = {
-    "png": "masks=crop or masks=rle",
-    "polygons": "masks=rle or masks=crop",
-    "label_studio": "rectangles",
-    "cvat": "rectangles",
+# Limits for one part: the sides in pixels of its masks' boxes, to which most of its time is proportional, and the
+# number of its masks. It takes 2 to 4 ms with smooth outlines and ten times as long at worst, while handing it to a
+# thread takes a tenth of a millisecond of Python's lock. A mask as PNG takes time for the whole image, too.
+_PART_LIMITS: Mapping[MaskFormat | Outlines, tuple[int, int]] = {
+    "png": (40_000, 64),
+    "polygons": (20_000, 128),
+    "outlines": (10_000, 128),
+    "outlines and brush": (10_000, 128),
+    "outlines and bitmap": (10_000, 128),
 }
-# A mask takes time in proportion to the sides of its box: these take about 2 ms, far more than handing over to a
-# thread.
-_SIDES_PER_PART_PIXELS = 5_000
+_USUAL_PART_LIMITS = (40_000, 128)
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
-# A PNG of a large image takes a tenth of a millisecond, however small its mask is.
-_MOST_MASKS_PER_PART = 16
 
 
 class ArrayEncoder(Encoder):
@@ -71,14 +77,19 @@ class ArrayEncoder(Encoder):
 
     Args:
         masks: how `objects` gets the masks.
+
+    Attributes:
+        tail: what comes after the array.
     """
 
-    def __init__(self, masks: MaskFormat | AnnotatorMasks) -> None:
+    smaller = "masks=none"
+    tail = b""
+
+    def __init__(self, masks: MaskFormat | Outlines) -> None:
         self._masks = masks
-        self.smaller = _SMALLER.get(masks, "masks=none")
 
     def split(self, detections: Detections) -> Sequence[Detections]:
-        """Parts of about 2 ms, unless a single mask takes longer.
+        """Parts of a few milliseconds, unless a single mask takes longer.
 
         Raises:
             AnswerTooLargeError: the masks would take seconds.
@@ -93,7 +104,8 @@ class ArrayEncoder(Encoder):
                 f"too long to encode, at most {_MOST_SIDES_PIXELS}; ask for fewer by max_detections or score_thresh, "
                 f"or for masks=none"
             )
-        part = np.maximum(sides // _SIDES_PER_PART_PIXELS, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
+        most_pixels, most_masks = _PART_LIMITS.get(self._masks, _USUAL_PART_LIMITS)
+        part = np.maximum(sides // most_pixels, np.arange(len(boxes)) // most_masks)
         ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
         return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -111,15 +123,27 @@ class ArrayEncoder(Encoder):
             masks: for each detection, encoded; None without masks.
         """
 
-    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
-        """The elements of an array with an object for each detection."""
+    def encode(
+        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
+    ) -> Iterator[bytes]:
+        """Elements of the array, with commas between them."""
         masks = None
         if self._masks != "none" and part.masks is not None:
             masks = MASK_ENCODERS[self._masks](part.masks, part.boxes, image.size, style=info.mask_style)
-        return orjson.dumps(self.objects(image, part, masks, info), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        yield from self.write(self.objects(image, part, masks, info), masks)
 
-    def join(self, parts: Sequence[bytes]) -> bytes:
+    def write(self, objects: Sequence[Mapping[str, object]], masks: Sequence[Any] | None) -> Iterator[bytes]:
+        """What `encode` yields, of its objects."""
+        if objects:
+            yield orjson.dumps(objects, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+
+    def join(self, parts: Sequence[Sequence[bytes]]) -> bytes:
         """One array of the elements of all parts."""
         commas = itertools.chain([b"["], itertools.repeat(b","))
+        filled = [(comma, *part) for comma, part in zip(commas, filter(None, parts), strict=False)] or [(b"[",)]
         # In one go, without copies before it: for large answers, `join` lets other threads run Python meanwhile.
-        return b"".join([*itertools.chain.from_iterable(zip(commas, parts, strict=False)), b"]"])
+        return b"".join([self.head(), *itertools.chain.from_iterable(filled), b"]", self.tail])
+
+    def head(self) -> bytes:
+        """What comes before the array, once all parts are encoded."""
+        return b""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from service.answers.encoder import Encoder
 from service.imaging.overlay import draw_detections, encode_picture
@@ -16,7 +16,9 @@ class DrawingEncoder(Encoder):
     def __init__(self, form: Drawing) -> None:
         self._form = form
 
-    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
+    def encode(
+        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
+    ) -> Iterator[bytes]:
         """The picture's bytes."""
 
         def paste(index: int) -> PastedMask:
@@ -31,4 +33,4 @@ class DrawingEncoder(Encoder):
             parts=self._form.parts,
             should_stop=should_stop,
         )
-        return encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")
+        yield encode_picture(drawn, "png" if self._form.type == "image/png" else "jpeg")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from service.answers.array import ArrayEncoder
-from service.structures import Detections, Image, Json, ModelInfo
+from service.structures import Detections, Image, Json, MaskFormat, ModelInfo
+
+# What to ask for instead of an answer that would be too large; without masks if nothing else.
+_SMALLER: Mapping[MaskFormat, str] = {"png": "masks=crop or masks=rle", "polygons": "masks=rle or masks=crop"}
 
 
 class JsonEncoder(ArrayEncoder):
@@ -16,6 +19,7 @@ class JsonEncoder(ArrayEncoder):
 
     def __init__(self, form: Json) -> None:
         super().__init__(form.masks)
+        self.smaller = _SMALLER.get(form.masks, self.smaller)
 
     def objects(
         self, image: Image, part: Detections, masks: Sequence[Any] | None, info: ModelInfo

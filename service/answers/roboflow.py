@@ -20,6 +20,7 @@ class RoboflowEncoder(ArrayEncoder):
 
     def __init__(self, form: Roboflow) -> None:
         super().__init__(_MASK_FORMATS[form.masks])
+        self.fewer = "max_detections or confidence"
         if form.masks == "points":
             self.smaller = "response_mask_format=rle"
 

@@ -4,7 +4,7 @@ boxes, and nothing is turned into text. `service.tensors.read_tensors` gives the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from service.answers.encoder import Encoder
 from service.structures import Detections, Image, ModelInfo
@@ -14,6 +14,8 @@ from service.tensors import write_tensors
 class TensorsEncoder(Encoder):
     """See the module."""
 
-    def encode(self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]) -> bytes:
+    def encode(
+        self, image: Image, part: Detections, info: ModelInfo, *, should_stop: Callable[[], bool]
+    ) -> Iterator[bytes]:
         """`boxes`, `labels`, `scores`, then `masks` and further outputs if there are any; see `Detections`."""
-        return write_tensors(part.arrays())
+        yield write_tensors(part.arrays())

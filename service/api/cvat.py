@@ -5,12 +5,10 @@ a function and runs it. The contract is that of `cvat/apps/lambda_manager/views.
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Header, Path, Response
 from pydantic import BaseModel, Field
@@ -21,8 +19,8 @@ from service.api.json_body import decode_base64, parse_model
 from service.api.openapi import describe_json, describe_plain_errors
 from service.api.schemas import json_response
 from service.api.state import State
-from service.errors import AnswerTooLargeError, ModelNotFoundError
-from service.structures import Encoded, Json, ModelInfo
+from service.errors import ModelNotFoundError
+from service.structures import Cvat, Encoded, ModelInfo
 
 _BOXES = ".boxes"
 
@@ -122,9 +120,8 @@ async def invoke_function(
     image, threshold = await asyncio.to_thread(_parse, await ask.read())
     masks = "rle" if function.with_masks else "none"
     parameters = ask.parameters({"model": function.info.key, "masks": masks, "score_thresh": threshold})
-    [(answer, _)] = await ask.answer([Encoded(image)], parameters, Json("cvat" if function.with_masks else "none"))
-    most = ask.state.settings.max_answer_bytes
-    return Response(await asyncio.to_thread(_write, answer.encoded, function, most), media_type="application/json")
+    [(answer, _)] = await ask.answer([Encoded(image)], parameters, Cvat(function.with_masks))
+    return json_response(answer)
 
 
 def _functions(state: State) -> Mapping[str, _Function]:
@@ -153,32 +150,3 @@ def _parse(body: bytes) -> tuple[bytes, float | None]:
     # CVAT's users write 1 as well as 1.0.
     document = parse_model(Invocation, body, strict=False)
     return decode_base64(document.image.encode(errors="replace")), document.threshold
-
-
-def _write(encoded: bytes, function: _Function, max_bytes: int) -> bytes:
-    """The shapes as JSON. Masks are written as text directly: as numbers, each pixel would take eight bytes."""
-    detections = orjson.loads(encoded)
-    if not function.with_masks:
-        return orjson.dumps([_shape(one, "rectangle", one["box"]) for one in detections])
-    found = [one for one in detections if one["mask"]["outlines"]]
-    size = sum(2 * height * width for height, width in (one["mask"]["size"] for one in found))
-    if size > max_bytes:
-        raise AnswerTooLargeError(
-            f"the bitmaps of {len(found)} masks would have {size} bytes, at most {max_bytes}; raise the threshold, or "
-            f"take the function {function.id}{_BOXES}"
-        )
-    return b"[" + b",".join(map(_write_mask, found)) + b"]"
-
-
-def _write_mask(one: Mapping[str, Any]) -> bytes:
-    # CVAT takes a single outline, for people who want polygons rather than masks.
-    shape = orjson.dumps(_shape(one, "mask", one["mask"]["outlines"][0]))
-    (x, y), (height, width) = one["mask"]["origin"], one["mask"]["size"]
-    packed = np.frombuffer(base64.b64decode(one["mask"]["bits"]), np.uint8)
-    text = np.full((height * width, 2), ord(","), np.uint8)
-    text[:, 0] = np.unpackbits(packed, count=height * width) + ord("0")
-    return b'%s,"mask":[%s%d,%d,%d,%d]}' % (shape[:-1], text.tobytes(), x, y, x + width - 1, y + height - 1)
-
-
-def _shape(one: Mapping[str, Any], kind: str, points: Sequence[float]) -> dict[str, object]:
-    return {"confidence": one["score"], "label": one["label"], "type": kind, "points": points}

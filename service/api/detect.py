@@ -5,7 +5,7 @@ options, hands jobs to the detector and writes the answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -28,7 +28,7 @@ from service.api.options import (
     refuse_repeated_options,
     resolve_options,
 )
-from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, detections_response, json_response
+from service.api.schemas import BatchAnswer, DetectAnswer, detections_document, json_response, pieces_response
 from service.api.state import ApiState, State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError
 from service.structures import Answer, Coco, Drawing, Encoded, Form, Json, ModelInfo, PictureType, Progress
@@ -121,9 +121,8 @@ async def detect(
     record.batch_id = answer.batch_id
     record.notes |= {"batch_size": answer.batch_size, "detections": answer.detections}
     if isinstance(form, Coco):
-        return Response(answer.encoded, media_type="application/json")
-    document = order.describe(replace(answer, pieces=[b"null"]), record.progress)
-    return detections_response({"request_id": record.request_id} | document, answer.pieces)
+        return json_response(answer)
+    return json_response({"request_id": record.request_id} | order.describe(answer, record.progress))
 
 
 @router.post(
@@ -149,8 +148,7 @@ async def detect_batch(
     results = await while_connected(request, _answer_each(order))
     record.notes["images"] = len(results)
     if order.parameters.format == "coco":
-        elements = [one[1:-1] for one in results if isinstance(one, bytes) and one != b"[]"]
-        return Response(b"[" + b",".join(elements) + b"]", media_type="application/json")
+        return pieces_response(_one_array([one for one in results if isinstance(one, Answer)]))
     return json_response({"request_id": record.request_id, "results": results})
 
 
@@ -161,7 +159,18 @@ def _form_of(order: _Order[AnswerParameters], index: int) -> Json | Coco:
     return coco_form(order.parameters, order.resolved.mask_format, file_name)
 
 
-async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object] | bytes]:
+def _one_array(answers: Sequence[Answer]) -> list[bytes]:
+    """The JSON array, in pieces, of all elements of the answers, which are arrays."""
+    pieces: list[bytes] = []
+    for answer in answers:
+        if answer.detections:
+            first, *others = answer.pieces
+            pieces += [b"," if pieces else b"[", first[1:], *others]
+            pieces[-1] = pieces[-1][:-1]
+    return [*pieces, b"]"] if pieces else [b"[]"]
+
+
+async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object] | Answer]:
     """A document for each image, in order. An unexpected error in one of them cancels all the others, and so does any
     error with `format=coco`, whose answers, arrays of results, have no place for it.
     """
@@ -169,7 +178,7 @@ async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object
     max_bytes, size = state.settings.max_answer_bytes, 0
     forms = [_form_of(order, index) for index in range(len(order.images))]
 
-    async def answer_one(index: int) -> dict[str, object] | bytes:
+    async def answer_one(index: int) -> dict[str, object] | Answer:
         nonlocal size
         progress = Progress("decode", trace_id=trace_id)
         try:
@@ -186,7 +195,7 @@ async def _answer_each(order: _Order[AnswerParameters]) -> list[dict[str, object
             report(error, state.metrics)
             return {"error": problem(error)}
         size += answer.num_bytes
-        return answer.encoded if isinstance(forms[index], Coco) else order.describe(answer, progress)
+        return answer if isinstance(forms[index], Coco) else order.describe(answer, progress)
 
     # Two batches' worth at a time keep the device busy and leave room in the queue for others.
     return await all_of(answer_one, range(len(order.images)), at_a_time=2 * state.settings.max_batch_size)

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Depends, Path, Response
 from pydantic import BaseModel, Field
 
@@ -19,12 +18,10 @@ from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_er
 from service.api.options import GivenOptions
 from service.api.schemas import json_response
 from service.errors import InvalidRequestError, shown
-from service.structures import Encoded, Json
+from service.structures import Encoded, HuggingFace
 
 Name = Annotated[str, Path(description="name, or name@version", examples=["nuclei"])]
 
-# Larger answers are parsed in a thread.
-_QUICK_BYTES = 64 * 1024
 # Parameters that are accepted only with these values, which are what the server does anyway.
 _FIXED: Mapping[str, object] = {"mask_threshold": 0.5, "subtask": "instance", "overlap_mask_area_threshold": None}
 
@@ -95,10 +92,8 @@ async def _answer(ask: Ask, name: str, *, with_masks: bool) -> Response:
     image, options = await asyncio.to_thread(_parse, body) if body.lstrip().startswith(b"{") else (body, {})
     chosen = options | {"model": name, "masks": "png" if with_masks else "none"}
     parameters = ask.parameters(chosen, names={"score_thresh": "threshold"} if "score_thresh" in options else {})
-    [(answer, _)] = await ask.answer([Encoded(image)], parameters, Json("png" if with_masks else "none"))
-    if answer.num_bytes <= _QUICK_BYTES:
-        return json_response(_found(answer.encoded))
-    return json_response(await asyncio.to_thread(_found, answer.encoded))
+    [(answer, _)] = await ask.answer([Encoded(image)], parameters, HuggingFace(with_masks))
+    return json_response(answer)
 
 
 def _parse(body: bytes) -> tuple[bytes, dict[str, object]]:
@@ -112,14 +107,3 @@ def _parse(body: bytes) -> tuple[bytes, dict[str, object]]:
     if "threshold" in options:
         options["score_thresh"] = options.pop("threshold")
     return decode_base64(document.inputs.encode(errors="replace")), options
-
-
-def _found(encoded: bytes) -> list[dict[str, object]]:
-    """Convert detections from our JSON to the elements of these tasks' answers."""
-    found = []
-    for one in orjson.loads(encoded):
-        # Truncated to whole pixels, as in the library's own pipelines.
-        box = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, one["box"]), strict=True))
-        mask = {"mask": one["mask"]} if "mask" in one else {}
-        found.append({"label": one["label"], "score": one["score"], "box": box, **mask})
-    return found

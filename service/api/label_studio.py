@@ -5,13 +5,10 @@ and its tasks get the model's detections as rectangles, polygons or brush stroke
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
@@ -21,16 +18,14 @@ from service.api.disconnect import while_connected
 from service.api.errors import RouteNotFoundError, detail_of, report
 from service.api.health import ready
 from service.api.json_body import decode_base64, parse_model
-from service.api.label_studio_config import Control, RegionType, read_controls
+from service.api.label_studio_config import Control, read_controls
 from service.api.models import Name
 from service.api.openapi import describe_json, describe_plain_errors
 from service.api.schemas import json_response
 from service.api.state import State
 from service.errors import AnswerTooLargeError, CancelledRequestError, InvalidRequestError, ServiceError, shown
-from service.structures import Answer, Encoded, Json, ModelInfo, Progress
+from service.structures import Answer, Encoded, LabelStudio, LabelStudioTag, ModelInfo, Progress
 from service.tasks import all_of
-
-Detection = Mapping[str, Any]
 
 # Tasks may bring the brush strokes of their annotations: bytes as JSON numbers.
 _MAX_VALUES = 1024 * 1024
@@ -123,7 +118,7 @@ async def set_up(name: Name, ask: Asked) -> Response:
     """Check that the project's configuration has a place for what the model finds."""
     info = ask.state.models.find(name)
     document = await asyncio.to_thread(parse_model, SetupRequest, await ask.read(), max_values=_MAX_VALUES)
-    await asyncio.to_thread(_places, document.schema_, info)
+    await asyncio.to_thread(_controls, document.schema_, info)
     return json_response({"model_version": info.key})
 
 
@@ -141,14 +136,13 @@ async def predict(name: Name, ask: Asked) -> Response:
     document = await asyncio.to_thread(parse_model, PredictRequest, await ask.read(), max_values=_MAX_VALUES)
     if not document.tasks:
         return json_response({"results": []})
-    places = await asyncio.to_thread(_places, document.label_config, info)
-    with_masks = any(place.control.type != "rectanglelabels" for place in places)
-    options = {"masks": "rle" if with_masks else "none", "score_thresh": min(place.score_thresh for place in places)}
-    parameters = ask.parameters({"model": info.key, **options})
-    order = ask.order(parameters, Json("label_studio" if with_masks else "none"), images=len(document.tasks))
-    predictions = _Predictions(ask, order, places)
-    results = await while_connected(ask.request, predictions.of(document.tasks))
-    return json_response({"results": results})
+    controls = await asyncio.to_thread(_controls, document.label_config, info)
+    form = LabelStudio(info.key, tuple(_tag(control, info) for control in controls))
+    score_thresh = min(tag.score_thresh for tag in form.tags)
+    options = {"masks": "rle" if form.with_masks else "none", "score_thresh": score_thresh}
+    order = ask.order(ask.parameters({"model": info.key, **options}), form, images=len(document.tasks))
+    predictions = _Predictions(ask, order, controls[0].data_key)
+    return json_response({"results": await while_connected(ask.request, predictions.of(document.tasks))})
 
 
 @router.post("/webhook", openapi_extra=describe_json(Event))
@@ -166,56 +160,49 @@ async def train(name: Name) -> Response:
     raise RouteNotFoundError(_NO_TRAINING)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where regions go.
-
-    Attributes:
-        labels: the project's label for each of the model's that it has.
-        score_thresh: keep what scores above this.
-    """
-
-    control: Control
-    labels: Mapping[str, str]
-    score_thresh: float
-
-
-def _places(config: str, info: ModelInfo) -> list[_Place]:
-    """Where the model's detections can go, all in the same image; by the configuration of a project.
+def _controls(config: str, info: ModelInfo) -> list[Control]:
+    """The tags of a project's configuration that take what the model detects, all for the same image.
 
     Raises:
-        InvalidRequestError: nowhere; or see `read_controls`.
+        InvalidRequestError: there are none; or see `read_controls`.
     """
     controls = [one for one in read_controls(config) if info.has_masks or one.type == "rectanglelabels"]
     if not controls:
         raise InvalidRequestError(f"{info.key} has no masks, so that the project needs a tag RectangleLabels")
-    places = [
-        _Place(one, labels, info.score_thresh if one.score_thresh is None else one.score_thresh)
-        for one in controls
-        if (labels := one.match(info.labels))
-    ]
-    if not places:
+    fitting = [one for one in controls if one.match(info.labels)]
+    if not fitting:
         theirs = ", ".join(label for one in controls for label in one.labels)
         raise InvalidRequestError(
             f"the project has none of the labels of {info.key}; it has: {theirs or 'none'}; the model's are: "
             f"{', '.join(info.labels)}"
         )
-    return [place for place in places if place.control.to_name == places[0].control.to_name]
+    return [one for one in fitting if one.to_name == fitting[0].to_name]
+
+
+def _tag(control: Control, info: ModelInfo) -> LabelStudioTag:
+    labels = control.match(info.labels)
+    return LabelStudioTag(
+        type=control.type,
+        from_name=control.from_name,
+        to_name=control.to_name,
+        labels=tuple(labels.get(label) for label in info.labels),
+        score_thresh=info.score_thresh if control.score_thresh is None else control.score_thresh,
+    )
 
 
 class _Predictions:
     """The predictions for the tasks of one request."""
 
-    def __init__(self, ask: Ask, order: Order, places: Sequence[_Place]) -> None:
+    def __init__(self, ask: Ask, order: Order, data_key: str) -> None:
         self._ask = ask
         self._order = order
-        self._places = places
+        self._data_key = data_key
         self._size = 0
         self._errors: list[ServiceError] = []
         self._without_label = 0
 
-    async def of(self, tasks: Sequence[Task]) -> list[orjson.Fragment | list[object]]:
-        """JSON of a prediction for each task, or an empty list.
+    async def of(self, tasks: Sequence[Task]) -> list[Answer | list[object]]:
+        """A prediction for each task, or an empty list.
 
         Raises:
             ServiceError: no task has a prediction; the first one's error.
@@ -234,9 +221,9 @@ class _Predictions:
         self._ask.record.notes |= notes
         return results
 
-    async def _predict_or_note(self, task: Task, *, is_bulk: bool) -> orjson.Fragment | list[object]:
+    async def _predict_or_note(self, task: Task, *, is_bulk: bool) -> Answer | list[object]:
         try:
-            return orjson.Fragment(await self._predict(task, is_bulk=is_bulk))
+            return await self._predict(task, is_bulk=is_bulk)
         except CancelledRequestError:
             raise
         except ServiceError as error:
@@ -244,7 +231,7 @@ class _Predictions:
             self._errors.append(error)
             return []
 
-    async def _predict(self, task: Task, *, is_bulk: bool) -> bytes:
+    async def _predict(self, task: Task, *, is_bulk: bool) -> Answer:
         progress = Progress("fetch", trace_id=self._ask.record.trace_id) if is_bulk else self._ask.record.progress
         progress.enter("fetch")
         image, held_bytes = await self._fetch(task)
@@ -252,20 +239,21 @@ class _Predictions:
             answer = await self._ask.run(self._order, Encoded(image), progress, is_bulk=is_bulk)
         finally:
             self._ask.record.holding.release(held_bytes)
-        max_bytes = self._ask.state.settings.max_answer_bytes
-        encoded, without_label = await asyncio.to_thread(_write, answer, self._order.info, self._places, max_bytes)
-        self._without_label += without_label
-        self._size += len(encoded)
-        if self._size > max_bytes:
-            raise _too_large(max_bytes)
-        return encoded
+        self._without_label += answer.left_out
+        self._size += answer.num_bytes
+        if self._size > (max_bytes := self._ask.state.settings.max_answer_bytes):
+            raise AnswerTooLargeError(
+                f"the tasks' predictions would have more than {max_bytes} bytes; send fewer tasks, or use fewer tags"
+            )
+        return answer
 
     async def _fetch(self, task: Task) -> tuple[bytes, int]:
         """A task's image, and how many bytes are held for it beside the request's body."""
-        key = self._places[0].control.data_key
-        address = task.data.get(key)
+        address = task.data.get(self._data_key)
         if not isinstance(address, str):
-            raise InvalidRequestError(f"task {shown(task.id)}: expected the address of an image as {key!r} of its data")
+            raise InvalidRequestError(
+                f"task {shown(task.id)}: expected the address of an image as {self._data_key!r} of its data"
+            )
         if address[:5].lower() == "data:":
             return await asyncio.to_thread(decode_base64, address.encode(errors="replace")), 0
         images = self._ask.state.label_studio_images
@@ -276,85 +264,3 @@ class _Predictions:
             )
         image = await images.fetch(address, deadline=self._order.deadline, holding=self._ask.record.holding)
         return image, len(image)
-
-
-def _write(answer: Answer, info: ModelInfo, places: Sequence[_Place], max_bytes: int) -> tuple[bytes, int]:
-    """A prediction as JSON, and the number of detections whose labels the project does not have.
-
-    Raises:
-        AnswerTooLargeError: the prediction would have more than `max_bytes`.
-    """
-    detections = orjson.loads(answer.encoded)
-    regions: list[orjson.Fragment] = []
-    scores: list[float] = []
-    size = 0
-    for one in detections:
-        for region in _regions(one, answer.image_size, places):
-            encoded = orjson.dumps(region)
-            size += len(encoded)
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            regions.append(orjson.Fragment(encoded))
-            scores.append(one["score"])
-    mean = sum(scores) / len(scores) if scores else None
-    known = {label for place in places for label in place.labels}
-    prediction = {"model_version": info.key, "score": mean, "result": regions}
-    return orjson.dumps(prediction), sum(one["label"] not in known for one in detections)
-
-
-def _regions(one: Detection, image_size: tuple[int, int], places: Sequence[_Place]) -> Iterator[dict[str, Any]]:
-    """A detection's regions, in every place that takes it."""
-    height, width = image_size
-    shapes: dict[RegionType, list[dict[str, Any]]] = {}
-    for place in places:
-        kind = place.control.type
-        if one["label"] not in place.labels or one["score"] <= place.score_thresh:
-            continue
-        if kind not in shapes:
-            shapes[kind] = _SHAPES[kind](one, image_size)
-        for value in shapes[kind]:
-            yield {
-                "id": secrets.token_hex(5),
-                "type": kind,
-                "from_name": place.control.from_name,
-                "to_name": place.control.to_name,
-                "original_width": width,
-                "original_height": height,
-                "image_rotation": 0,
-                "score": one["score"],
-                "value": value | {kind: [place.labels[one["label"]]]},
-            }
-
-
-def _too_large(max_bytes: int) -> AnswerTooLargeError:
-    return AnswerTooLargeError(
-        f"the tasks' predictions would have more than {max_bytes} bytes; send fewer tasks, or use fewer tags"
-    )
-
-
-def _rectangles(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    x1, y1, x2, y2 = one["box"]
-    [[x, y], [width, height]] = _percent([x1, y1, x2 - x1, y2 - y1], image_size)
-    return [{"x": x, "y": y, "width": width, "height": height, "rotation": 0}]
-
-
-def _polygons(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    return [{"points": _percent(outline, image_size), "closed": True} for outline in one["mask"]["outlines"]]
-
-
-def _brushes(one: Detection, image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    return [{"format": "rle", "rle": one["mask"]["brush"]}] if one["mask"]["outlines"] else []
-
-
-def _percent(flat: Sequence[float], image_size: tuple[int, int]) -> list[list[float]]:
-    """Pairs of numbers along x and y, in percent of the image."""
-    height, width = image_size
-    return [[round(100 * x / width, 4), round(100 * y / height, 4)] for x, y in zip(flat[::2], flat[1::2], strict=True)]
-
-
-# Each takes a detection and the image's (height, width), and returns the values of its regions.
-_SHAPES: Mapping[RegionType, Callable[[Detection, tuple[int, int]], list[dict[str, Any]]]] = {
-    "rectanglelabels": _rectangles,
-    "polygonlabels": _polygons,
-    "brushlabels": _brushes,
-}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 from xml.parsers import expat
 
 from service.errors import InvalidRequestError, TooLargeError
-
-RegionType = Literal["rectanglelabels", "polygonlabels", "brushlabels"]
+from service.structures import RegionType
 
 _CONTROLS: Mapping[str, RegionType] = {
     "RectangleLabels": "rectanglelabels",

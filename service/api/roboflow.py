@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from importlib.metadata import version as version_of
 from typing import Annotated, Any, Literal, TypeVar
 
-import orjson
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -338,13 +337,13 @@ async def _infer(ask: Ask, *, with_masks: bool) -> Response:
 
 
 def _document(ask: Ask, answer: Answer, progress: Progress) -> dict[str, object]:
-    """What was found in one image, as `InferAnswer` describes it; the predictions are JSON already."""
+    """What was found in one image, as `InferAnswer` describes it, for `json_pieces`."""
     height, width = answer.image_size
     return {
         "inference_id": ask.record.request_id,
         "time": time.monotonic() - progress.started_at,
         "image": {"width": width, "height": height},
-        "predictions": orjson.Fragment(answer.encoded),
+        "predictions": answer,
     }
 
 

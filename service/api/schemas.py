@@ -5,8 +5,9 @@ our own output is not validated at run time; a test checks that the two agree.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 
 import orjson
 from fastapi import Response
@@ -17,6 +18,9 @@ from service.structures import Answer, Intensity, MaskStyle, ModelInfo, Progress
 
 # An answer of this size takes a millisecond to copy.
 _LONG_BYTES = 1024 * 1024
+_GROUP_BYTES = 64 * 1024
+# Stands for an `Answer`: a byte that JSON never has.
+_STAND_IN = b"\0"
 
 
 class ImageFrame(BaseModel):
@@ -118,7 +122,7 @@ class BatchAnswer(BaseModel):
 
 
 class VerifiedDifference(BaseModel):
-    """How far one kind of output lies from that of the plain network."""
+    """How far one kind of output is from that of the plain network."""
 
     difference: float = Field(
         description="The largest, in int8 the root mean square: boxes in pixels, scores and masks as probabilities."
@@ -165,7 +169,7 @@ class ModelDescription(BaseModel):
     precision: str
     device: str
     verification: ModelVerification | None = Field(
-        None, description="Null for eager in float32, which the others are held to."
+        None, description="Null for eager in float32, which is the reference for the others."
     )
 
 
@@ -189,7 +193,7 @@ def detections_document(
     roi_op: str | None = None,
     intensity: Intensity | None = None,
 ) -> dict[str, object]:
-    """What was found in one image, as `ImageDetections` describes it; the detections are JSON already.
+    """What was found in one image, as `ImageDetections` describes it, for `json_pieces`.
 
     Args:
         roi_op: the operator that the request chose instead of the model's.
@@ -204,7 +208,7 @@ def detections_document(
         "roi_op": roi_op or info.roi_op,
         "image": {"width": width, "height": height, "orientation_applied": answer.orientation_applied}
         | ({} if intensity is None else {"intensity": intensity}),
-        "detections": orjson.Fragment(answer.encoded),
+        "detections": answer,
         "timings_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
         "batch_size": answer.batch_size,
     }
@@ -231,20 +235,30 @@ def verification_document(verification: Verification) -> dict[str, object]:
     } | {name: value and asdict(value) for name, value in values.items()}
 
 
-def json_response(document: object) -> Response:
-    """A JSON answer from a document, serialized once, without validation."""
-    return Response(orjson.dumps(document), media_type="application/json")
-
-
-def detections_response(document: dict[str, object], detections: Sequence[bytes]) -> Response:
-    """The same for a document with the detections of one image, which are not copied if they are long.
-
-    Args:
-        document: with null in the place of the detections.
-        detections: in JSON, in pieces.
+def json_pieces(document: object) -> list[bytes]:
+    """A document as JSON, serialized once, without validation. An `Answer` in it stands for its detections, which are
+    JSON already; they are not copied, hence the pieces.
     """
-    head, tail = orjson.dumps(document).split(b'"detections":null')
-    pieces = [head + b'"detections":', *detections, tail]
+    answers: list[Answer] = []
+
+    def stand_in(value: object) -> orjson.Fragment:
+        if not isinstance(value, Answer):
+            raise TypeError
+        answers.append(value)
+        return orjson.Fragment(_STAND_IN)
+
+    encoded = orjson.dumps(document, default=stand_in, option=orjson.OPT_PASSTHROUGH_DATACLASS)
+    first, *others = encoded.split(_STAND_IN)
+    return [first, *chain.from_iterable((*one.pieces, text) for one, text in zip(answers, others, strict=True))]
+
+
+def json_response(document: object) -> Response:
+    """A JSON answer from a document; see `json_pieces`."""
+    return pieces_response(json_pieces(document))
+
+
+def pieces_response(pieces: Sequence[bytes]) -> Response:
+    """A JSON answer from pieces of JSON, which are not copied if they are long."""
     if sum(map(len, pieces)) < _LONG_BYTES:
         return Response(b"".join(pieces), media_type="application/json")
     return _ResponseInPieces(pieces)
@@ -259,6 +273,19 @@ class _ResponseInPieces(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for piece in self._pieces:
+        for piece in _grouped(self._pieces):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body"})
+
+
+def _grouped(pieces: Sequence[bytes]) -> Iterator[bytes]:
+    """The pieces, small ones together, since sending each takes time."""
+    group: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= _GROUP_BYTES:
+            yield b"".join(group)
+            group, size = [], 0
+    yield b"".join(group)

@@ -11,7 +11,8 @@ from service.structures.progress import Progress
 
 MaskFormat = Literal["rle", "polygons", "png", "crop", "none"]
 RoboflowMasks = Literal["points", "rle", "none"]
-AnnotatorMasks = Literal["label_studio", "cvat"]
+RegionType = Literal["rectanglelabels", "polygonlabels", "brushlabels"]
+"""What Label Studio calls rectangles, polygons and brush strokes."""
 Intensity = Literal["full", "stretch"]
 PictureType = Literal["image/png", "image/jpeg"]
 DrawnPart = Literal["boxes", "masks", "labels", "scores"]
@@ -54,11 +55,9 @@ Source = Encoded | Pixels
 
 @dataclass(frozen=True, slots=True)
 class Json:
-    """An answer as our JSON, with masks in one of several formats, or in one from which `api` makes an annotation
-    tool's regions.
-    """
+    """An answer as our JSON, with masks in one of several formats."""
 
-    masks: MaskFormat | AnnotatorMasks = "none"
+    masks: MaskFormat = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,56 @@ class Roboflow:
     masks: RoboflowMasks = "none"
 
 
-Form = Json | Drawing | Tensors | Coco | Roboflow
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    """An answer as Hugging Face's tasks `object-detection` and, with masks, `image-segmentation` have it."""
+
+    with_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cvat:
+    """An answer as the shapes that CVAT's functions return: masks, or else rectangles."""
+
+    with_masks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LabelStudioTag:
+    """A tag of a Label Studio project that takes objects as regions.
+
+    Attributes:
+        from_name: the tag's name.
+        to_name: the name of the image's tag.
+        labels: the tag's label for each of the model's labels, in order; None where it has none.
+        score_thresh: it takes what scores above this.
+    """
+
+    type: RegionType
+    from_name: str
+    to_name: str
+    labels: tuple[str | None, ...]
+    score_thresh: float
+
+
+@dataclass(frozen=True, slots=True)
+class LabelStudio:
+    """An answer as a prediction of Label Studio, with a region for each object in every tag that takes it.
+
+    Attributes:
+        model_version: what the prediction says of the model.
+    """
+
+    model_version: str
+    tags: tuple[LabelStudioTag, ...]
+
+    @property
+    def with_masks(self) -> bool:
+        """Whether any tag takes masks."""
+        return any(tag.type != "rectanglelabels" for tag in self.tags)
+
+
+Form = Json | Drawing | Tensors | Coco | Roboflow | HuggingFace | Cvat | LabelStudio
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -147,6 +195,7 @@ class Answer:
         batch_size: how many images shared the batch.
         pieces: the detections in the form that the job asked for; a long answer arrives from a worker in pieces.
         batch_id: identifies the batch.
+        left_out: how many of the detections have labels for which the form has no place.
     """
 
     image_size: tuple[int, int]
@@ -155,6 +204,7 @@ class Answer:
     batch_size: int
     pieces: Sequence[bytes]
     batch_id: str = ""
+    left_out: int = 0
 
     @property
     def encoded(self) -> bytes:

@@ -203,7 +203,7 @@ def test_bitmaps_too_large_for_an_answer_are_refused(serve: Callable[..., Live])
     with pytest.raises(httpx.HTTPStatusError) as raised:
         Gateway(own.url).get("fake").invoke(IMAGE)
     assert raised.value.response.status_code == 422
-    assert "take the function fake.boxes" in raised.value.response.json()["error"]
+    assert "ask for the function for boxes" in raised.value.response.json()["error"]
     assert len(Gateway(own.url).get("fake.boxes").invoke(IMAGE)) == 2
 
 

@@ -14,7 +14,7 @@ from service.answers.array import MASK_ENCODERS
 from service.answers.encoder import never
 from service.answers.json import JsonEncoder
 from service.errors import AnswerTooLargeError
-from service.structures import AnnotatorMasks, Detections, Image, Json, MaskFormat, MaskStyle
+from service.structures import Detections, Image, Json, MaskFormat, MaskStyle
 from tests.fakes import FAKE_INFO
 from tests.unit.masks.cases import objects
 
@@ -27,18 +27,18 @@ def found(number: int) -> Detections:
     return Detections(boxes, labels, scores, masks)
 
 
-@pytest.mark.parametrize("masks", get_args(MaskFormat) + get_args(AnnotatorMasks))
-def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat | AnnotatorMasks) -> None:
+@pytest.mark.parametrize("masks", get_args(MaskFormat))
+def test_answer_is_the_same_array_however_it_is_split(masks: MaskFormat) -> None:
     detections, form = found(30), Json(masks)
-    elements = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
+    [elements] = encoder_for(form).encode(IMAGE, detections, FAKE_INFO, should_stop=never)
     whole = encode(form, IMAGE, detections, FAKE_INFO)
     assert whole == b"[" + elements + b"]"
     assert [set(one) - {"mask"} for one in orjson.loads(whole)] == [{"box", "label", "label_id", "score"}] * 30
 
 
-@pytest.mark.parametrize("form", sorted(MASK_ENCODERS))
+@pytest.mark.parametrize("form", [form for form in get_args(MaskFormat) if form != "none"])
 @pytest.mark.parametrize("style", get_args(MaskStyle))
-def test_every_form_follows_the_models_mask_style(form: MaskFormat | AnnotatorMasks, style: MaskStyle) -> None:
+def test_every_form_follows_the_models_mask_style(form: MaskFormat, style: MaskStyle) -> None:
     detections = found(3)
     assert detections.masks is not None
     encoded = encode(Json(form), IMAGE, detections, replace(FAKE_INFO, mask_style=style))
@@ -49,7 +49,7 @@ def test_every_form_follows_the_models_mask_style(form: MaskFormat | AnnotatorMa
 
 @pytest.mark.parametrize(
     ("sides", "parts"),
-    [([], 1), ([100] * 60, 4), ([1000] * 9, 4), ([1000] * 20, 9), ([3000] * 99, 99), ([1] * 200, 13)],
+    [([], 1), ([100] * 100, 1), ([1000] * 20, 2), ([1000] * 60, 4), ([30_000] * 9, 9), ([1] * 300, 3)],
 )
 def test_parts_end_where_they_would_take_long(sides: list[int], parts: int) -> None:
     detections = squares(sides)

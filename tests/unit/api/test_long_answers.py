@@ -12,7 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from service.api.schemas import _LONG_BYTES, detections_response
+from service.api.schemas import _LONG_BYTES, json_response
+from service.structures import Answer
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
@@ -21,10 +22,10 @@ def test_the_detections_stand_in_their_place_whatever_their_length(count: int, e
     found = [{"label": "nucleus", "score": 1 / (1 + number)} for number in range(count)]
     encoded = orjson.dumps(found)
     pieces = [encoded[start : start + 100_000] for start in range(0, len(encoded), 100_000)]
-    document = {"model": "nuclei", "detections": orjson.Fragment(b"null"), "batch_size": 1}
+    document = {"model": "nuclei", "detections": Answer((48, 64), False, count, 1, pieces), "batch_size": 1}
 
     def answer(request: Request) -> Response:
-        return detections_response(document, pieces)
+        return json_response(document)
 
     app = Starlette(routes=[Route("/", answer)], middleware=[Middleware(GZipMiddleware, minimum_size=1024)])
     response = TestClient(app).get("/", headers={"Accept-Encoding": encoding})
