@@ -106,16 +106,26 @@ def running_server(
     models: Sequence[StoredModel], *, workers: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Target]:
     """`roiserve serve` with these models, ready; stopped afterwards."""
-    port = free_port()
-    flags = [] if workers == "default" else ["--workers", workers]
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
     settings = {"ROISERVE_MODEL_STORE": str(BUNDLED), "ROISERVE_MODELS": ",".join(one.key for one in models)}
+    if workers != "default":
+        settings["ROISERVE_WORKERS"] = workers
+    with running(["-m", "service", "serve"], {**settings, **environment}) as (target, _):
+        yield target
+
+
+@contextmanager
+def running(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[tuple[Target, int]]:
+    """A server that Python runs with these arguments, ready, and its process id; stopped afterwards."""
+    port = free_port()
+    settings = {"ROISERVE_PORT": str(port), "ROISERVE_LOG_LEVEL": "warning"}
     with TemporaryFile() as log:
-        server = subprocess.Popen(command, env={**os.environ, **settings, **environment}, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, *arguments], env={**os.environ, **settings, **environment}, stdout=log, stderr=log
+        )
         try:
             target = Target.of_url(f"http://127.0.0.1:{port}")
             asyncio.run(until_ready(target, server))
-            yield target
+            yield target, server.pid
         except Exception:
             log.seek(0)
             sys.stderr.buffer.write(log.read())
@@ -168,11 +178,9 @@ def traffic(model: str, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
     return jpegs
 
 
-def load(target: Target, jpegs: Sequence[bytes], *, callers: int, seconds: float) -> Summary:
+def load(target: Target, jpegs: Sequence[bytes], *, callers: int, seconds: float, path: str = "/v1/detect") -> Summary:
     """A closed loop of so many callers."""
-    requests = [
-        target.request("POST", "/v1/detect", headers={"Content-Type": "image/jpeg"}, body=jpeg) for jpeg in jpegs
-    ]
+    requests = [target.request("POST", path, headers={"Content-Type": "image/jpeg"}, body=jpeg) for jpeg in jpegs]
     order = endless(requests, seed=0)
 
     async def run() -> Record:

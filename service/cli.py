@@ -5,6 +5,7 @@ imported before a command runs.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from typing import Annotated
@@ -22,6 +23,7 @@ from service.commands.quantize import quantize
 from service.commands.serve import serve_command
 from service.commands.train import train
 from service.errors import ServiceError
+from service.logs import TextFormatter
 
 app = typer.Typer(
     name="roiserve",
@@ -81,6 +83,9 @@ def main() -> None:
     """Run the command line; an error of ours, or of the disk, is one line and status 1, not a traceback."""
     let_waiting_threads_sleep()
     import_nothing_from_here()
+    # All commands but `serve` configure no log; their warnings go here, which by default leaves out the fields.
+    if logging.lastResort:
+        logging.lastResort.setFormatter(TextFormatter())
     try:
         app(prog_name="roiserve")
     except ServiceError as error:

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -43,6 +42,7 @@ from service.structures import (
     Prediction,
     Progress,
     Query,
+    at_risk,
 )
 from service.tasks import all_of
 
@@ -52,7 +52,7 @@ T = TypeVar("T")
 _PARTS_AT_A_TIME = 4
 # What decodes or encodes for longer than some ten milliseconds does so in the background.
 _LARGE_PIXELS = 4_000_000
-_MANY_PARTS = 16
+_MANY_PARTS = 2
 # What is joined faster than a thread starts.
 _QUICK_BYTES = 256 * 1024
 # How long a free device waits for images of a batch request that are being decoded, so that they share a batch.
@@ -129,12 +129,11 @@ def run_batch(batch: Sequence[Work | ThreadTask], *, observe: Observe) -> Sequen
 def _predict(batch: Sequence[Work], observe: Observe) -> Sequence[Prediction]:
     predictor = batch[0].predictor
     batch_id = uuid.uuid4().hex
-    with ExitStack() as at_risk:
-        for work in batch:
-            work.waits = False
-            work.progress.batch_id = batch_id
-            work.progress.enter("inference")
-            at_risk.enter_context(work.progress.at_risk("inference"))
+    for work in batch:
+        work.waits = False
+        work.progress.batch_id = batch_id
+        work.progress.enter("inference")
+    with at_risk([work.progress for work in batch], "inference"):
         predictions = predictor.predict([work.query for work in batch])
     model = predictor.info.key
     trace_id = next((work.progress.trace_id for work in batch if work.progress.trace_id), None)
@@ -311,7 +310,7 @@ class Pipeline:
                 raise _LargeImageError
             holding.take(pixels)
 
-        with job.progress.at_risk("decode"):
+        with at_risk([job.progress], "decode"):
             if isinstance(job.source, Encoded):
                 return decode_image(
                     job.source.data,
@@ -336,7 +335,7 @@ class Pipeline:
             nonlocal size
             pieces = []
             try:
-                with job.progress.at_risk("encode"):
+                with at_risk([job.progress], "encode"):
                     for piece in encoder.encode(image, part, info, should_stop=lambda: holding.is_over):
                         pieces.append(piece)
                         with lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from service.errors import InvalidRequestError
 from service.structures import Coco, ModelInfo
 
 _UNNAMED_CATEGORY = 0
+
+
+def text_of(path: PurePath | str) -> str:
+    """A path as text that can be printed and be in JSON, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +81,7 @@ class CocoIds:
 
         categories = self.categories
         return Coco(
-            image_id_of(file.name) if self.images is None else self.images[file.name],
+            image_id_of(text_of(file.name)) if self.images is None else self.images[file.name],
             with_masks,
             None if categories is None else tuple(categories.get(label, _UNNAMED_CATEGORY) for label in info.labels),
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from service.commands._coco import CocoIds
+from service.commands._coco import CocoIds, text_of
 from service.commands._options import DEFAULT_STORE, StoreOption
 from service.errors import InvalidRequestError, ServiceError
 
@@ -154,7 +154,7 @@ def _pictures(files: Sequence[Path]) -> list[_Picture]:
     found: list[tuple[Path, Path]] = []
     for file in files:
         if file.is_dir():
-            below = sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES)
+            below = sorted(one for one in file.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and _is_file(one))
             # What an earlier run has drawn into this folder is no question.
             found += [(one, one.relative_to(file)) for one in below if not one.name.endswith(_DRAWN)]
         else:
@@ -164,6 +164,11 @@ def _pictures(files: Sequence[Path]) -> list[_Picture]:
     # a.jpg becomes a.json; where a.png is there too, each keeps its suffix.
     bare = Counter(name.with_suffix("") for name in {name for _, name in found})
     return [_Picture(file, name.with_suffix("") if bare[name.with_suffix("")] == 1 else name) for file, name in found]
+
+
+def _is_file(path: Path) -> bool:
+    """Not a folder, a pipe or a device; a link to nothing counts, so that it is reported."""
+    return path.is_file() or not path.exists()
 
 
 def _make_folder(folder: Path) -> None:
@@ -291,12 +296,12 @@ async def _detect_file(
 def _report(picture: _Picture, result: _Result | ServiceError, *, out: Path | None, as_json: bool) -> None:
     from service.api.schemas import json_pieces
 
-    file = picture.file
+    file = text_of(picture.file)
     if isinstance(result, ServiceError):
         typer.secho(f"{file}: {result}", fg="red", err=True)
-        document: dict[str, object] = {"file": str(file), "error": {"code": result.code, "detail": str(result)}}
+        document: dict[str, object] = {"file": file, "error": {"code": result.code, "detail": str(result)}}
     else:
-        document = {"file": str(file), **result.document}
+        document = {"file": file, **result.document}
         if out is not None and result.drawn is not None:
             target = out / picture.target
             _make_folder(target.parent)

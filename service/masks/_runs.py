@@ -25,6 +25,8 @@ Int32Array = NDArray[np.int32]
 
 # Far above the rounding error of a weighted mean of two probabilities, far below what changes a pixel.
 _ROUNDING = np.float32(1e-5)
+# Kinds of bands.
+_OUTSIDE, _INSIDE, _CROSSED = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +141,6 @@ def _find_runs(
     first_y = np.zeros(first_column[-1] + 1, np.int64)
     ys = np.empty(4 * len(first_y), np.int32)
     count = 0
-    values = np.empty(size, np.float32)
     for d in range(len(boxes)):
         left, top, right, bottom = spans[d]
         if at_centers:
@@ -151,18 +152,16 @@ def _find_runs(
         first_row = np.zeros(size + 1, np.int64)
         for cell in y_cells:
             first_row[cell + 1] += 1
+        ends = first_y[first_column[d] + 1 : first_column[d + 1] + 1]
         first_row = first_row.cumsum()
-        for column in range(first_column[d], first_column[d + 1]):
-            x = column - first_column[d]
-            near, far = x_cells[x], min(x_cells[x] + 1, size - 1)
-            for row in range(size):
-                values[row] = _mix(masks[d, near, row], masks[d, far, row], x_weights[x])
-            if count + len(y_cells) + 1 > len(ys):
-                grown = np.empty(2 * (count + len(y_cells) + 1), np.int32)
-                grown[:count] = ys[:count]
-                ys = grown
-            count = _append_runs(values, first_row, y_weights, max(top, 0), threshold, ys, count)
-            first_y[column + 1] = count
+        mask, y = masks[d], max(top, 0)
+        number = _append_runs(mask, x_cells, x_weights, first_row, y_weights, y, threshold, ys, count, ends)
+        while number < 0:
+            grown = np.empty(2 * len(ys) + len(y_cells) + 1, np.int32)
+            grown[:count] = ys[:count]
+            ys = grown
+            number = _append_runs(mask, x_cells, x_weights, first_row, y_weights, y, threshold, ys, count, ends)
+        count = number
     return first_y, ys[:count].copy()
 
 
@@ -209,41 +208,119 @@ def _cells_at_centers(
 
 
 @compiled()
+def _find_bands(
+    mask: Float32Array, near: int, far: int, first_row: Int64Array, threshold: np.float32, bands: Int64Array
+) -> int:
+    """Divide the rows of the mask into bands, between its columns `near` and `far`: one for each row that the outline
+    may cross, and one for all rows in between that are wholly inside the outline, or wholly outside.
+
+    Args:
+        bands: filled with the first row of each band and its kind.
+
+    Returns:
+        How many bands there are.
+    """
+    above, below = threshold + _ROUNDING, threshold - _ROUNDING
+    number = 0
+    for row in range(len(mask)):
+        if first_row[row] == first_row[row + 1]:
+            continue
+        after = min(row + 1, len(mask) - 1)
+        a, b, c, d = mask[near, row], mask[near, after], mask[far, row], mask[far, after]
+        # Whatever is interpolated between the four lies between them.
+        kind = _CROSSED
+        if a > above and b > above and c > above and d > above:
+            kind = _INSIDE
+        elif a < below and b < below and c < below and d < below:
+            kind = _OUTSIDE
+        if number == 0 or kind == _CROSSED or kind != bands[number - 1, 1]:
+            bands[number, 0], bands[number, 1] = row, kind
+            number += 1
+    return number
+
+
+@compiled()
 def _append_runs(
-    values: Float32Array,
+    mask: Float32Array,
+    x_cells: Int64Array,
+    x_weights: Float32Array,
     first_row: Int64Array,
-    weights: Float32Array,
+    y_weights: Float32Array,
     top: int,
     threshold: np.float32,
     ys: Int32Array,
     count: int,
+    ends: Int64Array,
 ) -> int:
-    """Append one column's run bounds to `ys`; `values` are its probabilities at the mask's rows.
+    """Append the run bounds of one object to `ys`. One function for all columns, since numba counts references to the
+    arrays that are passed to a function, by atomic operations.
 
-    Between two mask rows the probability is linear, so if both ends are clearly on one side of the threshold, all
-    pixels between are too.
+    Args:
+        mask: (M, M) by column and row.
+        first_row: (M + 1,) row r of the mask has the pixels from `first_row[r]` to `first_row[r + 1]`.
+        count: how many bounds `ys` has.
+        ends: filled with how many it has after each column.
+
+    Returns:
+        How many it has then; -1 if `ys` is too short.
     """
-    inside = False
-    for row in range(len(values)):
-        begin, end = first_row[row], first_row[row + 1]
-        if begin == end:
-            continue
-        near, far = values[row], values[min(row + 1, len(values) - 1)]
-        above = near > threshold + _ROUNDING and far > threshold + _ROUNDING
-        if above or (near < threshold - _ROUNDING and far < threshold - _ROUNDING):
-            if inside != above:
+    above, below = threshold + _ROUNDING, threshold - _ROUNDING
+    size = len(mask)
+    bands = np.empty((size, 2), np.int64)
+    near, far, number = -1, -1, 0
+    for x in range(len(x_cells)):
+        if x_cells[x] != near:
+            near = x_cells[x]
+            far = min(near + 1, size - 1)
+            number = _find_bands(mask, near, far, first_row, threshold, bands)
+        if count + len(y_weights) + 1 > len(ys):
+            return -1
+        inside = False
+        for band in range(number):
+            row, kind = bands[band, 0], bands[band, 1]
+            begin, end = first_row[row], first_row[row + 1]
+            is_above = kind == _INSIDE
+            if kind == _CROSSED:
+                after = min(row + 1, size - 1)
+                low = _mix(mask[near, row], mask[far, row], x_weights[x])
+                high = _mix(mask[near, after], mask[far, after], x_weights[x])
+                is_above = low > above and high > above
+                if not is_above and not (low < below and high < below):
+                    # The probability is linear in between: only pixels next to the crossing are in doubt.
+                    first, last = begin, end
+                    rise = high - low
+                    span = y_weights[end - 1] - y_weights[begin]
+                    if end - begin > 8 and abs(rise) > np.float32(1e-3) and span > 0:
+                        crossing, margin = (threshold - low) / rise, np.float32(2) * _ROUNDING / abs(rise)
+                        steps = int((crossing - y_weights[begin]) / span * np.float32(end - begin - 1))
+                        first = min(max(begin + steps, begin), end - 1)
+                        while first > begin and y_weights[first - 1] > crossing - margin:
+                            first -= 1
+                        last = first
+                        while last < end and y_weights[last] < crossing + margin:
+                            last += 1
+                        if first > begin and inside != (rise < 0):
+                            inside = not inside
+                            ys[count] = top + begin
+                            count += 1
+                    for y in range(first, last):
+                        if inside != (_mix(low, high, y_weights[y]) >= threshold):
+                            inside = not inside
+                            ys[count] = top + y
+                            count += 1
+                    if last < end and inside != (rise > 0):
+                        inside = not inside
+                        ys[count] = top + last
+                        count += 1
+                    continue
+            if inside != is_above:
                 inside = not inside
                 ys[count] = top + begin
                 count += 1
-        else:
-            for y in range(begin, end):
-                if inside != (_mix(near, far, weights[y]) >= threshold):
-                    inside = not inside
-                    ys[count] = top + y
-                    count += 1
-    if inside:
-        ys[count] = top + len(weights)
-        count += 1
+        if inside:
+            ys[count] = top + len(y_weights)
+            count += 1
+        ends[x] = count
     return count
 
 

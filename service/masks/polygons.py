@@ -28,7 +28,7 @@ def encode_polygons(
     threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
-) -> list[list[list[float]]]:
+) -> list[list[Int64Array]]:
     """Outline the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`.
 
     Parts that share no pixel edge become separate polygons. A hole is joined to the outline around it by a vertical cut
@@ -49,25 +49,24 @@ def encode_polygons(
         ValueError: other shapes, or a box that is not finite.
     """
     runs = find_runs(masks, boxes, image_size, threshold, style=style)
-    return [[polygon.tolist() for polygon in polygons] for polygons in _trace(runs, with_holes=True)]
+    return _trace(runs, with_holes=True)
 
 
 def encode_outlines(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[list[list[int]]]:
-    """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. Arguments and
-    errors are as in `encode_polygons`.
+    """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. The
+    threshold is 0.5; arguments and errors are as in `encode_polygons`.
 
     Returns:
         Each object's outlines, the largest first, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least
         three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
     """
-    objects = _trace(find_runs(masks, boxes, image_size, threshold, style=style), with_holes=False)
+    objects = _trace(find_runs(masks, boxes, image_size, style=style), with_holes=False)
     return [sorted(map(_simplified, outlines), key=polygon_area, reverse=True) for outlines in objects]
 
 
@@ -84,12 +83,12 @@ def _trace(runs: ColumnRuns, *, with_holes: bool) -> list[list[Int64Array]]:
     return [polygons[start:end] for start, end in pairwise([0, *parts.cumsum().tolist()])]
 
 
-def polygon_area(polygon: Sequence[float]) -> float:
+def polygon_area(polygon: Sequence[int] | Int64Array) -> float:
     """The number of pixels within a polygon [x1, y1, x2, y2, …] along their edges."""
     return cv2.contourArea(np.array(polygon, np.float32).reshape(-1, 2))
 
 
-def outer_pixels(polygon: Sequence[float]) -> list[tuple[int, int]]:
+def outer_pixels(polygon: Sequence[int] | Int64Array) -> list[tuple[int, int]]:
     """The pixels at the corners of one of `encode_polygons`' polygons, just inside it: the convention of OpenCV's
     `findContours`, for programs that fill polygons with `cv2.fillPoly`, which paints the outline, too.
 
@@ -171,7 +170,15 @@ def _link(ys: Int32Array, columns: Int64Array) -> tuple[Int64Array, Int64Array, 
             if waiting < 0:
                 waiting = node
             else:
-                _connect(waiting, node, middle, left, right)
+                # `_connect` without a call, which would count references to the arrays, by atomic operations.
+                if waiting < middle:
+                    right[waiting] = node
+                else:
+                    left[waiting] = node
+                if node < middle:
+                    right[node] = waiting
+                else:
+                    left[node] = waiting
                 waiting = -1
     return xs, left, right
 

@@ -33,7 +33,7 @@ class FastRCNN(GeneralizedRCNN):
     are learnt here by a softmax layer together with the box regression, as in Fast R-CNN.
 
     Args:
-        backbone: (N, 3, H, W) -> feature maps by name.
+        backbone: (N, C, H, W), C the model's channels -> feature maps by name.
         rpn: the placeholder.
         roi_heads: classify and refine the proposals.
         transform: from pixels to the network's input.

@@ -41,7 +41,7 @@ from service.structures.jobs import (
     Tensors,
 )
 from service.structures.models import NOT_FINITE, MaskStyle, ModelInfo, Verification, VerifiedValue
-from service.structures.progress import Progress
+from service.structures.progress import Progress, at_risk
 
 __all__ = [
     "ALL_DRAWN_PARTS",
@@ -84,4 +84,5 @@ __all__ = [
     "UInt8Array",
     "Verification",
     "VerifiedValue",
+    "at_risk",
 ]

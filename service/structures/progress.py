@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -33,32 +33,39 @@ class Progress:
         self.stage, self._entered_at = stage, now
 
     @contextmanager
-    def at_risk(self, stage: str) -> Iterator[None]:
-        """Enter while this thread does work on the request that might kill the process.
-
-        Enter it before the work looks at the first byte, so that a worker that dies has already reported the work.
-        Several threads may work on one request.
-
-        Args:
-            stage: `decode`, `inference` or `encode`.
-        """
-        self._mark(stage, 1)
-        try:
-            yield
-        finally:
-            self._mark(stage, -1)
-
-    @contextmanager
     def resting(self) -> Iterator[None]:
         """Enter within `at_risk`, while the thread only waits."""
         self._mark(None, -1)
         try:
             yield
         finally:
-            self._mark(None, 1)
+            self._mark(None, 1, at_once=True)
 
     def queued(self, padded_pixels: int) -> None:
         """The image now waits for the device, with so many resized and padded pixels."""
 
-    def _mark(self, stage: str | None, change: int) -> None:
-        """One more thread, or one fewer, works on the request. Only worker processes report it."""
+    def _mark(self, stage: str | None, change: int, *, at_once: bool = False) -> None:
+        """One more thread, or one fewer, works on the request. Only worker processes report it.
+
+        Args:
+            at_once: whether this and all earlier marks must be known before the work begins.
+        """
+
+
+@contextmanager
+def at_risk(requests: Sequence[Progress], stage: str) -> Iterator[None]:
+    """Enter while this thread does work on requests that might kill the process.
+
+    Enter it before the work looks at the first byte, so that a worker that dies has already reported the work. Several
+    threads may work on one request.
+
+    Args:
+        stage: `decode`, `inference` or `encode`.
+    """
+    for progress in requests:
+        progress._mark(stage, 1, at_once=progress is requests[-1])
+    try:
+        yield
+    finally:
+        for progress in requests:
+            progress._mark(stage, -1)

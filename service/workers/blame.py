@@ -1,8 +1,8 @@
 """Which job is to blame when a worker dies: a state machine over plain identifiers, without processes or an event loop.
 
-Workers report each piece of work on a job before they start it and after they end it. Jobs that were being worked on
-when their worker died are suspects. A suspect is retried alone, in a worker that does nothing else; a job that is alone
-for `MAX_DEATHS_ALONE` deaths is convicted. All other jobs are resent as if nothing had happened.
+Workers report each piece of work on a job before they start it and soon after they end it. Jobs that were being worked
+on when their worker died are suspects. A suspect is retried alone, in a worker that does nothing else; a job that is
+alone for `MAX_DEATHS_ALONE` deaths is convicted. All other jobs are resent as if nothing had happened.
 
 A job whose caller has gone stays present in its worker until the work on it has ended: it may still kill the worker,
 and until then no other job is alone there.

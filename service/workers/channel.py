@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
@@ -91,21 +91,52 @@ class FrameReader:
 
 
 class BlockingChannel:
-    """The worker's end. Any thread may send; when `send` returns, the frame outlives this process."""
+    """The worker's end. Any thread may send.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        later: calls a function some milliseconds later.
+    """
+
+    def __init__(self, end: socket.socket, later: Callable[[Callable[[], None]], None]) -> None:
         self._socket = end
+        self._later = later
         self._lock = threading.Lock()
+        self._delayed: list[bytes] = []
+        self._will_flush = False
 
     def send(self, header: Header, body: bytes = b"") -> None:
-        """Send a frame; raises OSError if the other end is closed."""
+        """Send a frame. When this returns, it and all frames before it outlive this process.
+
+        Raises:
+            OSError: the other end is closed.
+        """
         head, body = pack(header, body)
         with self._lock:
+            head = b"".join([*self._delayed, head])
+            self._delayed.clear()
             if len(body) < _READ_BYTES:
                 self._socket.sendall(head + body)
             else:
                 self._socket.sendall(head)
                 self._socket.sendall(body)
+
+    def send_soon(self, header: Header) -> None:
+        """Send a frame along with the next one, or some milliseconds later: each call of the system costs a thread its
+        turn.
+        """
+        head, _ = pack(header)
+        with self._lock:
+            self._delayed.append(head)
+            will_flush, self._will_flush = self._will_flush, True
+        if not will_flush:
+            self._later(self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._will_flush = False
+            if self._delayed:
+                self._socket.sendall(b"".join(self._delayed))
+                self._delayed.clear()
 
     def frames(self) -> Iterator[tuple[Header, bytes]]:
         """The frames that the other end sends, until it is closed."""

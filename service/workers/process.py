@@ -2,9 +2,9 @@
 outlives the process that started it.
 
 It sends `hello` once it has counted the GPUs, then `ready` when its models are loaded or `failed` if they cannot be.
-Then it sends an `answer` or an `error` for each `job`; a `mark` whenever a thread begins or ends work on a job, and
-`queued` when the job waits for the device; a `pong` for each `ping`; and `loaded`, `unloaded` or `refused` for each
-`load` and `unload`. Observations for the metrics travel with answers and pongs.
+Then it sends an `answer` or an `error` for each `job`; a `mark` before a thread begins work on a job and soon after it
+has ended, and `queued` when the job waits for the device; a `pong` for each `ping`; and `loaded`, `unloaded` or
+`refused` for each `load` and `unload`. Observations for the metrics travel with answers and pongs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 
 from service.cores import Share
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Sending so much takes longer than handing it over to a thread.
 _LONG_ANSWER_BYTES = 1024 * 1024
+# For marks that need not be known at once.
+_DELAY_SECONDS = 0.01
 
 
 def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory, share: Share) -> None:
@@ -48,7 +50,7 @@ def run_worker(end: socket.socket, settings: Settings, factory: PredictorFactory
     # Workers start no processes, but numba creates a multiprocessing lock on import. With `fork` that lock is unnamed,
     # so the resource tracker has no leak to warn about at exit.
     multiprocessing.set_start_method("fork", force=True)
-    asyncio.run(_Worker(BlockingChannel(end), settings, factory, share).serve())
+    asyncio.run(_Worker(end, settings, factory, share).serve())
 
 
 class _MarkedProgress(Progress):
@@ -62,21 +64,22 @@ class _MarkedProgress(Progress):
     def enter(self, stage: str) -> None:
         super().enter(stage)
         if stage == "encode":
-            # Report it at once, so that waiting for an encoder does not count as inference.
+            # So that waiting for an encoder does not count as inference.
             self._mark("encode", 0)
 
-    def _mark(self, stage: str | None, change: int) -> None:
-        self._channel.send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
+    def _mark(self, stage: str | None, change: int, *, at_once: bool = False) -> None:
+        send = self._channel.send if at_once else self._channel.send_soon
+        send({"kind": "mark", "id": self._job_id, "stage": stage, "change": change})
 
     def queued(self, padded_pixels: int) -> None:
-        self._channel.send({"kind": "queued", "id": self._job_id, "pixels": padded_pixels})
+        self._channel.send_soon({"kind": "queued", "id": self._job_id, "pixels": padded_pixels})
 
 
 class _Worker:
     """One worker; see the module."""
 
-    def __init__(self, channel: BlockingChannel, settings: Settings, factory: PredictorFactory, share: Share) -> None:
-        self._channel = channel
+    def __init__(self, end: socket.socket, settings: Settings, factory: PredictorFactory, share: Share) -> None:
+        self._channel = BlockingChannel(end, self._later)
         self._share = share
         self._settings = settings
         self._factory = factory
@@ -110,6 +113,10 @@ class _Worker:
         else:
             self._channel.send({"kind": "ready", "models": [asdict(info) for info in infos]})
         await asyncio.Event().wait()  # `_read` ends the process
+
+    def _later(self, function: Callable[[], None]) -> None:
+        """Call a function on the event loop in some milliseconds."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, _DELAY_SECONDS, function)
 
     def _read(self) -> None:
         try:

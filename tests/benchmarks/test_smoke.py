@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cluster, cores, model, ops, request, serve
+from benchmarks import cluster, cores, host, model, ops, request, serve
 
 
 def tables(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
@@ -56,6 +56,13 @@ def test_serve(tmp_path: Path) -> None:
     assert [row["callers"] for row in loads] == [1, 2, 1, 2]
     assert [row["traffic"] for row in ratios] == ["one size", "mixed sizes"]
     assert len(idle) == 1
+
+
+def test_host(tmp_path: Path) -> None:
+    host.main(quick=True, out=tmp_path)
+    instant, timed = (tables(tmp_path, "host")[title] for title in (host.INSTANT, host.TIMED))
+    assert [row["masks"] for row in instant] == [row["masks"] for row in timed] == ["none", "rle"]
+    assert all(0 < row["answers / possible"] <= 1.05 for row in timed)
 
 
 def test_cluster(tmp_path: Path) -> None:

@@ -120,6 +120,25 @@ def test_a_bad_file_is_named_and_the_others_are_answered(folder: Path) -> None:
     assert done.stdout == f"{folder}/pictures/b.jpg: 3 thing\n"
 
 
+def test_pipes_and_folders_are_no_pictures_and_names_need_not_be_text(folder: Path) -> None:
+    pictures = folder / "pictures"
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / "folder.png").mkdir()
+    (pictures / "link.png").symlink_to("nowhere")
+    shutil.copy(pictures / "b.jpg", pictures / os.fsdecode(b"b\xff.jpg"))
+    done = run(folder, str(pictures), "--json", "--out", str(folder / "drawn"), "--coco", str(folder / "coco.json"))
+    assert "1 of 4 files failed" in done.stderr
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {Path(one["file"]).name: one.get("error", {}).get("detail") for one in documents}
+    assert names == {
+        "a.png": None,
+        "b.jpg": None,
+        "b\ufffd.jpg": None,
+        "link.png": "cannot be read: No such file or directory",
+    }
+    assert {one["image_id"] for one in json.loads((folder / "coco.json").read_bytes())} == names.keys() - {"link.png"}
+
+
 def test_pictures_that_differ_in_their_suffix_alone_keep_it(folder: Path) -> None:
     shutil.copy(folder / "pictures" / "b.jpg", folder / "pictures" / "more" / "a.jpg")
     # What an earlier run has drawn beside the pictures is left out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -84,6 +85,19 @@ def test_a_disk_that_cannot_be_written_is_one_line(
         main()
     assert caught.value.code == 1
     assert capsys.readouterr().err == f"roiserve: out/a.json: cannot be written: {os.strerror(number)}\n"
+
+
+def test_a_warning_has_its_fields_though_most_commands_configure_no_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("service.somewhere")
+    monkeypatch.setattr(logger, "propagate", False)  # pytest's own handlers
+    fields = {"fields": {"file": "cache/a", "reason": "No space left on device"}}
+    monkeypatch.setattr(cli, "app", lambda **_: logger.warning("cannot keep a compiled part", extra=fields))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    main()
+    line = capsys.readouterr().err
+    assert 'cannot keep a compiled part file=cache/a reason="No space left on device"' in line
 
 
 def test_a_new_option_has_a_metavar_whatever_its_type() -> None:

@@ -360,7 +360,13 @@ def _converted(module: nn.Module, shapes: Sequence[Shape]) -> Any:
         options = {"check_trace": False}
         decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(examples), trace_kwargs=options)
         frontend = FrontEndManager().load_by_framework("pytorch")
-        converted = frontend.convert(frontend.load(decoder))
+        try:
+            converted = frontend.convert(frontend.load(decoder))
+        except Exception as error:
+            # Ctrl-C that comes while OpenVINO calls the decoder, which is Python, looks like a failed conversion.
+            if "KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from None
+            raise
     for port, shape, example in zip(converted.inputs, shapes, examples, strict=True):
         node = port.get_node()
         node.set_partial_shape(openvino.PartialShape(list(shape)))

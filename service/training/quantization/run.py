@@ -48,6 +48,11 @@ class Written:
     ap: Mapping[str, Ap]
 
 
+def run_folder(store: ModelStore, stored: StoredModel) -> Path:
+    """Where a run keeps what it has found so far; the store ignores it."""
+    return store.root / stored.name / f".quantizing-{store.next_version(stored.name)}"
+
+
 class Run:
     """One run.
 
@@ -79,7 +84,7 @@ class Run:
         check_installed()
         self._store = store
         self.version = store.next_version(stored.name)
-        folder = store.root / stored.name / f".quantizing-{self.version}"
+        folder = run_folder(store, stored)
         self._bench = Workbench(stored, cache_dir=folder / "compiled")
         self._samples = chosen_samples(train, pictures)
         self._val = val

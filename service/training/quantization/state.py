@@ -32,9 +32,9 @@ class State:
         self._results = self._read()
         self.was_begun = bool(self._results)
         try:
-            if not self.was_begun:
-                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
+            if not self.was_begun:
+                _clear(folder)
         except OSError as error:
             raise ModelStoreError(f"{folder}: cannot be written: {error.strerror}") from error
 
@@ -69,3 +69,12 @@ class State:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return dict(results)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a folder, and not the folder: whoever locked it would keep nobody out of a new one."""
+    for leftover in folder.iterdir():
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()

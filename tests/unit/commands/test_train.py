@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from service.cli import app
 from service.errors import DatasetError, ModelStoreError
 from service.model_store.model_toml import ProvenanceTable, WeightsTable, read_model_config, write_model_toml
+from service.training.run_folder import locked
 from tests.coco_folder import write_coco_folder
 from tests.unit.training.test_comparing import CONFIG
 
@@ -63,6 +64,14 @@ def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
         result = train(folder)
     assert result.exit_code == 130
     assert "stopped in step 1 of 2; no state was written yet" in result.output
+
+
+def test_a_second_run_is_refused_while_the_first_is_under_way(folder: Path) -> None:
+    with locked(folder / "store/discs/.training-1"):
+        result = train(folder)
+        assert f"{folder}/store/discs/.training-1: another run is using it" in str(result.exception)
+    with patch("service.training.loop.Trainer.run", side_effect=KeyboardInterrupt):
+        assert train(folder).exit_code == 130
 
 
 def test_training_on_some_labels_ends_with_a_card_that_says_what_was_left_out(folder: Path) -> None:

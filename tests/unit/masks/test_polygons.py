@@ -13,32 +13,34 @@ from pycocotools import mask as coco
 
 from service.masks.polygons import encode_outlines, encode_polygons, outer_pixels, polygon_area
 from service.masks.rle import encode_rle
-from service.structures import MaskStyle, UInt8Array
+from service.structures import Int64Array, MaskStyle, UInt8Array
 from tests.unit.masks.cases import drawn, objects
 
 
-def filled(polygons: list[list[float]], image_size: tuple[int, int]) -> UInt8Array:
+def filled(polygons: list[Int64Array], image_size: tuple[int, int]) -> UInt8Array:
     """(H, W): what COCO's tools make of one object's polygons."""
     if not polygons:
         return np.zeros(image_size, np.uint8)
-    pixels: UInt8Array = coco.decode(coco.merge(coco.frPyObjects(polygons, *image_size)))
+    pixels: UInt8Array = coco.decode(
+        coco.merge(coco.frPyObjects([polygon.tolist() for polygon in polygons], *image_size))
+    )
     return pixels
 
 
-def signed_area(polygon: list[float]) -> float:
+def signed_area(polygon: Int64Array | list[int]) -> float:
     """Positive for clockwise on the screen, where y points down."""
     x, y = np.array(polygon).reshape(-1, 2).T
     return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)) / 2)
 
 
-def outline(*picture: str) -> list[list[float]]:
+def outline(*picture: str) -> list[Int64Array]:
     masks, boxes, image_size = drawn(list(picture))
     [polygons] = encode_polygons(masks, boxes, image_size)
     assert np.array_equal(filled(polygons, image_size), masks[0])
     return polygons
 
 
-def corners(polygon: list[float]) -> set[tuple[float, float]]:
+def corners(polygon: Int64Array) -> set[tuple[int, int]]:
     return set(zip(polygon[::2], polygon[1::2], strict=True))
 
 
@@ -107,7 +109,7 @@ def test_outline_of_a_slope_has_no_steps_and_its_hole_is_filled() -> None:
         *drawn(["#.......", "##......", "###.....", "#.##....", "#####...", "######.."] + ["#######."] * 2)
     )
     assert len(outline) <= 10
-    assert signed_area([float(one) for one in outline]) >= 31
+    assert signed_area(outline) >= 31
 
 
 @pytest.mark.parametrize("image_size", [(120, 160), (37, 211), (400, 300)])
@@ -123,7 +125,7 @@ def test_outlines_have_fewer_corners_and_lie_close_to_the_mask(image_size: tuple
             corners = np.array(outline).reshape(-1, 2)
             edges = np.concatenate([np.array(polygon).reshape(-1, 2) for polygon in exact])
             assert all(np.abs(edges - corner).sum(axis=1).min() == 0 for corner in corners)  # chosen among its corners
-        areas = [abs(signed_area([float(one) for one in outline])) for outline in outlines]
+        areas = [abs(signed_area(outline)) for outline in outlines]
         assert areas == sorted(areas, reverse=True)
 
 

@@ -33,6 +33,7 @@ from service.training.quantization.calibration import record
 from service.training.quantization.proposing import Proposal, check_installed
 from service.training.quantization.search import Ap, NothingLeftError, Plan, search
 from service.training.quantization.state import State
+from service.training.run_folder import locked
 from tests.coco_folder import write_coco_folder
 from tests.tiny_models import store_untrained
 from tests.unit.training.test_comparing import CONFIG
@@ -300,11 +301,23 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_file(tmp_pat
         record(unused, model, [], state.folder / "recorded.safetensors", advance=lambda: None)
 
 
+def test_what_a_run_with_other_data_left_is_removed_but_not_the_folder_which_is_locked(tmp_path: Path) -> None:
+    State(tmp_path / "run", "a model").put("recorded", True)
+    (tmp_path / "run/compiled").mkdir()
+    with locked(tmp_path / "run"):
+        assert not State(tmp_path / "run", "another").was_begun
+        assert list((tmp_path / "run").iterdir()) == []
+        with pytest.raises(ModelStoreError, match="another run"), locked(tmp_path / "run"):
+            pass
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(made: Path, tmp_path: Path) -> None:
     prepared(tmp_path)
     with patch.object(quantization_run, "search", side_effect=KeyboardInterrupt):
         stopped = quantize(tmp_path)
-    assert (stopped.exit_code, "the same command goes on" in stopped.output) == (130, True)
+    assert (stopped.exit_code, "the same command resumes" in stopped.output) == (130, True)
+    with locked(tmp_path / "store/discs/.quantizing-2"):
+        assert "another run is using it" in str(quantize(tmp_path).exception)
     again = AssertionError("done again")
     with (
         patch.object(quantization_run, "record", side_effect=again),
@@ -312,7 +325,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(ma
     ):
         result = quantize(tmp_path)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "going on where an earlier run was left" in result.output
+    assert "resuming an earlier run" in result.output
     for file in ("int8.json", "weights.safetensors"):
         ours, theirs = ((one / "store/discs/2" / file).read_bytes() for one in (made, tmp_path))
         assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest()

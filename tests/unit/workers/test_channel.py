@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -64,16 +65,38 @@ def test_frames_are_found_however_the_stream_is_cut(piece: int) -> None:
 def test_frames_of_many_threads_do_not_mix() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        channel = BlockingChannel(theirs)
+        channel = BlockingChannel(theirs, later=lambda flush: None)
         bodies = [bytes([index]) * 2_000_000 for index in range(4)]
         threads = [
             threading.Thread(target=channel.send, args=({"id": index}, body)) for index, body in enumerate(bodies)
         ]
         for thread in threads:
             thread.start()
-        frames = BlockingChannel(ours).frames()
+        frames = BlockingChannel(ours, later=lambda flush: None).frames()
         found = {header["id"]: body for header, body in (next(frames) for _ in bodies)}
         assert found == dict(enumerate(bodies))
+
+
+def test_delayed_frames_go_with_the_next_one_or_later_but_in_order() -> None:
+    flushes: list[Callable[[], None]] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        channel = BlockingChannel(theirs, later=flushes.append)
+        channel.send_soon({"id": 1})
+        channel.send_soon({"id": 2})
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+        assert len(flushes) == 1
+        channel.send({"id": 3}, b"body")
+        channel.send_soon({"id": 4})
+        assert len(flushes) == 1  # which has not come yet
+        received = [(header["id"], b"".join(pieces)) for header, pieces in FrameReader().feed(ours.recv(1000))]
+        assert received == [(1, b""), (2, b""), (3, b"body")]
+        flushes.pop()()
+        assert [header["id"] for header, _ in FrameReader().feed(ours.recv(1000))] == [4]
+        channel.send_soon({"id": 5})
+        assert len(flushes) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_what_a_worker_sent_before_it_died_is_read_though_writing_to_it_fails_fi
         handle = WorkerHandle(lambda _, header, body: received.append((header["kind"], sum(map(len, body)))))
         ours, theirs = socket.socketpair()
         await handle.connect(ours)
-        channel = BlockingChannel(theirs)
+        channel = BlockingChannel(theirs, later=lambda flush: None)
         channel.send({"kind": "mark"})
         channel.send({"kind": "answer"}, bytes(100_000))
         theirs.close()

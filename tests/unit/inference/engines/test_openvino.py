@@ -36,6 +36,12 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path) -> None:
             features_of(tmp_path, key="other weights")
 
 
+def test_ctrl_c_in_the_conversion_is_no_failed_conversion(tmp_path: Path) -> None:
+    stop = patch.object(openvino.TorchScriptPythonDecoder, "mark_node", side_effect=KeyboardInterrupt)
+    with stop, pytest.raises(KeyboardInterrupt):
+        features_of(tmp_path)
+
+
 def test_a_new_size_compiles_nothing(tmp_path: Path) -> None:
     model = network(FAMILY)
     fold(model)
