@@ -159,8 +159,7 @@ def _build_detector(
     factory: PredictorFactory | None,
 ) -> Detector:
     if predictors is None and settings.workers != 0:
-        preload = PRELOAD if factory is None else ()
-        return WorkerPool(settings, factory or stored_predictors, metrics, preload=preload)
+        return WorkerPool(settings, factory or stored_predictors, metrics, preload=PRELOAD)
     # Imported here: a server with worker processes need not import what they run.
     from service.workers.local import LocalDetector
 

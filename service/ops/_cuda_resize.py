@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PIXELS_AT_ONCE = 512
+_VALUES_AT_ONCE = 1024
 
 
 def resize_normalise_and_pad(
@@ -38,7 +38,7 @@ def resize_normalise_and_pad(
     height, width = padded_size
     batch = torch.empty(len(images), height, width, 3, dtype=torch.float32, device=images[0].device)
     for image, (resized_height, resized_width), output in zip(images, sizes, batch, strict=True):
-        _resize[(triton.cdiv(height * width, _PIXELS_AT_ONCE),)](
+        _resize[(triton.cdiv(3 * height * width, _VALUES_AT_ONCE),)](
             image.contiguous(),
             output,
             *image.shape[:2],
@@ -50,7 +50,7 @@ def resize_normalise_and_pad(
             image.shape[1] / resized_width,
             *mean,
             *std,
-            at_once=_PIXELS_AT_ONCE,
+            at_once=_VALUES_AT_ONCE,
         )
     return batch.permute(0, 3, 1, 2)
 
@@ -76,31 +76,31 @@ def _resize(  # type: ignore[no-untyped-def]  # Triton's own
     blue_std,
     at_once: tl.constexpr,
 ):
-    """Some pixels of one image's place in the batch.
+    """Some values of one image's place in the batch.
 
     Args:
         pixels: (height, width, 3) uint8.
         output: (padded_height, padded_width, 3) float32, written.
         y_step, x_step: pixels of the image per pixel of the resized one.
     """
+    # Channels too lie side by side in the threads, so that neighbours read and write neighbouring bytes.
     places = tl.program_id(0) * at_once + tl.arange(0, at_once)
-    exists = places < padded_height * padded_width
-    row, column = places // padded_width, places % padded_width
+    exists = places < 3 * padded_height * padded_width
+    channel = places % 3
+    row, column = places // 3 // padded_width, places // 3 % padded_width
     inside = exists & (row < resized_height) & (column < resized_width)
+    mean = tl.where(channel == 0, red_mean, tl.where(channel == 1, green_mean, blue_mean))
+    std = tl.where(channel == 0, red_std, tl.where(channel == 1, green_std, blue_std))
     y, x = tl.maximum((row + 0.5) * y_step - 0.5, 0.0), tl.maximum((column + 0.5) * x_step - 0.5, 0.0)
     top, left = tl.minimum(y.to(tl.int32), height - 1), tl.minimum(x.to(tl.int32), width - 1)
     down, beside = tl.minimum(y - top, 1.0), tl.minimum(x - left, 1.0)
     bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
-    for channel in tl.static_range(3):
-        mean = red_mean if channel == 0 else (green_mean if channel == 1 else blue_mean)
-        std = red_std if channel == 0 else (green_std if channel == 1 else blue_std)
-        first = _normalised(pixels + (top * width + left) * 3 + channel, inside, mean, std)
-        second = _normalised(pixels + (top * width + right) * 3 + channel, inside, mean, std)
-        third = _normalised(pixels + (bottom * width + left) * 3 + channel, inside, mean, std)
-        fourth = _normalised(pixels + (bottom * width + right) * 3 + channel, inside, mean, std)
-        upper, lower = first * (1 - beside) + second * beside, third * (1 - beside) + fourth * beside
-        value = tl.where(inside, upper * (1 - down) + lower * down, 0.0)
-        tl.store(output + places * 3 + channel, value, mask=exists)
+    first = _normalised(pixels + (top * width + left) * 3 + channel, inside, mean, std)
+    second = _normalised(pixels + (top * width + right) * 3 + channel, inside, mean, std)
+    third = _normalised(pixels + (bottom * width + left) * 3 + channel, inside, mean, std)
+    fourth = _normalised(pixels + (bottom * width + right) * 3 + channel, inside, mean, std)
+    upper, lower = first * (1 - beside) + second * beside, third * (1 - beside) + fourth * beside
+    tl.store(output + places, tl.where(inside, upper * (1 - down) + lower * down, 0.0), mask=exists)
 
 
 @triton.jit

@@ -114,13 +114,18 @@ for capability in (80, 90):
         assembly = triton.compile(source, target=gpu, options={"enable_fp_fusion": False}).asm
         assert assembly["cubin"]
         assert "fma" not in assembly["ptx"]
-names = {"cells": "*fp16", "layout": "*i64", "scales": "*fp32", "rois": "*fp32", "levels": "*i64", "pooled": "*fp16"}
-names |= {"channels": "i32"} | dict.fromkeys(("size", "samples", "offset", "at_once"), "constexpr")
-for samples, offset in ((2, 0.0), (0, 0.5)):
-    fixed = {"size": 7, "samples": samples, "offset": offset, "at_once": 256}
-    assert triton.compile(ASTSource(_cuda_kernels._roi_align, names, fixed), target=gpu).asm["cubin"]
+names = {"layout": "*i64", "scales": "*fp32", "rois": "*fp32", "levels": "*i64", "channels": "i32"}
+names |= dict.fromkeys(("size", "samples", "offset", "at_once"), "constexpr")
+divisible = {(index,): [["tt.divisibility", 16]] for index in range(7)}  # as addresses and 256 channels are
+for kind, value_bytes in (("*fp16", 2), ("*fp32", 4)):
+    for samples, offset in ((2, 0.0), (0, 0.5)):
+        fixed = {"size": 7, "samples": samples, "offset": offset, "at_once": 256}
+        source = ASTSource(_cuda_kernels._roi_align, names | {"cells": kind, "pooled": kind}, fixed, divisible)
+        assembly = triton.compile(source, target=gpu, options={"num_warps": _cuda_kernels.warps(256, value_bytes)}).asm
+        assert assembly["cubin"]
+        assert "ld.global.v4.b32" in assembly["ptx"]  # 16 bytes a thread
 names = dict(zip(_cuda_resize._resize.arg_names, ["*u8", "*fp32"] + ["i32"] * 6 + ["fp32"] * 8 + ["constexpr"]))
-assert triton.compile(ASTSource(_cuda_resize._resize, names, {"at_once": 512}), target=gpu).asm["cubin"]
+assert triton.compile(ASTSource(_cuda_resize._resize, names, {"at_once": 1024}), target=gpu).asm["cubin"]
 """
 
 
