@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._detectors import BUNDLED
 from benchmarks._measure import Cell, Report, Spread
 from service.model_store.store import ModelStore, StoredModel
 
 ROOT = Path(__file__).parent.parent
 RANDOM_MODEL = "maskrcnn-resnet50-fpn"
+# The environment variable that says so to a section's process.
+_ENDS_WITH_STDIN = "BENCHMARK_ENDS_WITH_STDIN"
 _TRACEBACK_LINES = 14
 _OUTPUT_CHARACTERS = 2000
 
@@ -60,7 +62,7 @@ class Bench:
     @property
     def store(self) -> Path:
         """The store with `stored` and `blood-cells` in it."""
-        return BUNDLED if self.quick else self.folder / "store"
+        return ROOT / "model_store" if self.quick else self.folder / "store"
 
     @property
     def stored(self) -> StoredModel:
@@ -154,14 +156,21 @@ def run_in_process(
     command = [sys.executable, "-m", module, "--device", device, "--sections", ",".join(names), "--out", str(folder)]
     command += ["--seconds", f"{seconds:g}", *(["--quick"] if quick else [])]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", _ENDS_WITH_STDIN: "1"}
     begin = time.monotonic()
     ending = ""
     log = folder / f"{names[0]}.log"
     with log.open("wb") as output:
-        # In a session of its own, so that its servers and their workers can be ended with it.
+        # In a session of its own, so that its servers and their workers can be ended with it. Its standard input is a
+        # pipe that closes when this process ends, however that comes about.
         child = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, cwd=ROOT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             status = child.wait(seconds)
@@ -188,6 +197,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+def _end_with_stdin() -> None:
+    """End this process and all that it started when its standard input closes."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _tables(file: Path) -> list[tuple[str, list[str], list[list[Cell]]]]:
@@ -209,7 +226,11 @@ def _cell(value: Any) -> Cell:
 def run_here(
     known: Mapping[str, Section], names: Sequence[str], *, device: str, quick: bool, seconds: float, folder: Path
 ) -> None:
-    """Run sections in this process; each writes `NAME.json` as it goes and `NAME.outcome` at its end."""
+    """Run sections in this process; each writes `NAME.json` as it goes and `NAME.outcome` at its end. This process and
+    all that it starts end with the one that called `run_in_process`.
+    """
+    if os.environ.get(_ENDS_WITH_STDIN):
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     ends_at = time.monotonic() + seconds
     shared = folder / "shared"
     shared.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ are printed when it ends.
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 import subprocess
 import sys
 import time
@@ -132,4 +133,6 @@ def _let_metadata_be_found() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl+C ends this process at once, and the sections with it; Python would wait for the threads that wait for them.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     typer.run(main)

@@ -95,7 +95,7 @@ SHOWN: dict[str, Operator] = {
 
 
 def landing_table() -> str:
-    """Each operator's mean error and how far its bins wander around it, by stride, as Markdown."""
+    """Each operator's mean error and how far its bins vary around it, by stride, as Markdown."""
     strides = (4, 8, 16, 32)
     lines = ["| | " + " | ".join(f"stride {stride}" for stride in strides) + " |", "|---|---|---|---|---|"]
     for name, op in SHOWN.items():

@@ -37,7 +37,7 @@ service/
 ├── tasks.py            runs several coroutines at a time
 └── errors.py           the error tree
 
-Imports go downwards only (`tests/test_architecture.py` holds the code to this page):
+Imports go downwards only (`tests/test_architecture.py` checks it):
 
     cli → commands → cluster → app | training → api → workers → pipeline → answers → batching | imaging | masks
     | inference → model_store → modeling → ops → metrics | tracing → structures → settings | logs | jit | load | devices

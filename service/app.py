@@ -9,10 +9,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from starlette.middleware.gzip import GZipMiddleware
@@ -91,18 +92,6 @@ def create_app(
     measures.queue_limit_images.set(settings.max_queue_size)
     measures.queue_limit_pixels.set(settings.max_queue_pixels)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with management_server(state):
-            loading = asyncio.create_task(_get_ready(state, app.openapi))
-            yield
-            loading.cancel()
-            with suppress(asyncio.CancelledError):
-                await loading
-            await runs_models.stop()
-        if state.tracer is not None:
-            await asyncio.to_thread(state.tracer.stop)
-
     app = FastAPI(
         title="RoIServe",
         summary="Images in; boxes, labels, scores and masks out.",
@@ -111,29 +100,13 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would lead to whatever Host the caller named
-        lifespan=lifespan,
+        lifespan=partial(_lifespan, state),
     )
     app.state.api = state
     # Level 1 costs the least time. Starlette compresses large answers in a thread, and leaves pictures as they are.
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
     app.add_middleware(RequestMiddleware, state=state)
-    resources = [detect, models, health, metrics, docs, start]
-    if settings.admin_port is not None:
-        resources = [detect, models, docs, start]
-    routers = [
-        *(resource.router for resource in resources),
-        v2.probes,
-        v2.models,
-        hugging_face.router,
-        roboflow.probes,
-        roboflow.router,
-        label_studio.router,
-        cvat.router,
-        predict.probes,
-        predict.router,
-    ]
-    if settings.health_route or settings.predict_route:
-        routers.append(predict.further_routes(settings))
+    routers = _routers(settings)
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
@@ -143,6 +116,42 @@ def create_app(
     return app
 
 
+@asynccontextmanager
+async def _lifespan(state: ApiState, app: FastAPI) -> AsyncIterator[None]:
+    async with management_server(state):
+        loading = asyncio.create_task(_get_ready(state, app.openapi))
+        yield
+        loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await loading
+        await state.detector.stop()
+    if state.tracer is not None:
+        await asyncio.to_thread(state.tracer.stop)
+
+
+def _routers(settings: Settings) -> list[APIRouter]:
+    """All routes. With a port of their own, probes and metrics are not among them."""
+    own_port = settings.admin_port is not None
+    further = settings.health_route or settings.predict_route
+    return [
+        detect.router,
+        models.router,
+        *([] if own_port else [health.router, metrics.router]),
+        docs.router,
+        start.router,
+        v2.probes,
+        v2.models,
+        hugging_face.router,
+        roboflow.probes,
+        roboflow.router,
+        label_studio.router,
+        cvat.router,
+        predict.probes,
+        predict.router,
+        *([predict.further_routes(settings)] if further else []),
+    ]
+
+
 def _build_detector(
     settings: Settings,
     metrics: Metrics,
@@ -150,8 +159,7 @@ def _build_detector(
     factory: PredictorFactory | None,
 ) -> Detector:
     if predictors is None and settings.workers != 0:
-        preload = PRELOAD if factory is None else ()
-        return WorkerPool(settings, factory or stored_predictors, metrics, preload=preload)
+        return WorkerPool(settings, factory or stored_predictors, metrics, preload=PRELOAD)
     # Imported here: a server with worker processes need not import what they run.
     from service.workers.local import LocalDetector
 

@@ -11,7 +11,7 @@ def control_groups(controller: str, *, root: Path = Path("/")) -> Iterator[tuple
 
     Args:
         controller: its name in version 1, such as `cpu` or `memory`.
-        root: where `proc` and `sys` lie.
+        root: where `proc` and `sys` are.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

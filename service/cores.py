@@ -48,7 +48,7 @@ def divide_cores(processes: int, binding: Binding, *, root: Path = Path("/")) ->
     particular; with fewer processes than nodes, since some cores would be left over; and with more than cores.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: where `proc` and `sys` are.
     """
     nodes = numa_nodes(root=root)
     cores = sum(map(len, nodes))
@@ -74,7 +74,7 @@ def numa_nodes(*, root: Path = Path("/")) -> Sequence[tuple[int, ...]]:
     stand side by side.
 
     Args:
-        root: where `sys` lies.
+        root: where `sys` is.
     """
     allowed = os.sched_getaffinity(0)
     system = root / "sys/devices/system"
@@ -103,7 +103,7 @@ def available_cores(*, root: Path = Path("/")) -> int:
     """The number of threads that can run at once, at least 1. A quota of 1.5 cores counts as 2.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: where `proc` and `sys` are.
     """
     return min(len(os.sched_getaffinity(0)), *(max(1, math.ceil(quota)) for quota in _quotas(root)), 2**31)
 

@@ -14,7 +14,7 @@ def available_bytes(*, root: Path = Path("/")) -> int | None:
     """Bytes that can be taken without swapping or being killed; None where the system does not say.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: where `proc` and `sys` are.
     """
     return min(_available(root), default=None)
 

@@ -129,8 +129,8 @@ class Metrics:
         )
         self.model_verification = Gauge(
             "roiserve_model_verification_ratio",
-            "Largest difference of boxes, scores, masks or recordings from what they are held to at load, as a share "
-            "of what is tolerated; above 1 another engine took the place of the one that was wanted.",
+            "Largest difference of boxes, scores, masks or recordings from the reference at load, as a share of the "
+            "tolerance; above 1 another engine replaced the requested one.",
             ("model", "value"),
             registry=registry,
         )
@@ -158,7 +158,9 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
-        self.ready = Gauge("roiserve_ready", "Whether requests are wanted, as /readyz says: 1 or 0.", registry=registry)
+        self.ready = Gauge(
+            "roiserve_ready", "Whether the server takes requests, as /readyz says: 1 or 0.", registry=registry
+        )
         self.queue_limit_images = Gauge(
             "roiserve_queue_limit_images",
             "Most images that may wait for the device: max_queue_size.",

@@ -43,7 +43,7 @@ _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 class Settings(BaseSettings):
-    """What an operator may choose. Units stand in the names; out of range is refused when the settings are built."""
+    """What an operator may choose. Names include the units; values out of range are refused when it is built."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 

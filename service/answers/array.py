@@ -57,19 +57,19 @@ MASK_ENCODERS: Mapping[MaskFormat | Outlines, Callable[..., Sequence[object]]] =
     "outlines and bitmap": _with_bitmap,
 }
 
-# A mask takes time in proportion to the sides of its box. These take 2 to 4 ms with smooth outlines and ten times as
-# long at worst, while handing a part over to a thread takes a tenth of a millisecond of Python's lock.
-_SIDES_PER_PART_PIXELS = 40_000
-_SIDES_PER_SLOW_PART_PIXELS: Mapping[MaskFormat | Outlines, int] = {
-    "polygons": 20_000,
-    "outlines": 10_000,
-    "outlines and brush": 10_000,
-    "outlines and bitmap": 10_000,
+# Limits for one part: the sides in pixels of its masks' boxes, to which most of its time is proportional, and the
+# number of its masks. It takes 2 to 4 ms with smooth outlines and ten times as long at worst, while handing it to a
+# thread takes a tenth of a millisecond of Python's lock. A mask as PNG takes time for the whole image, too.
+_PART_LIMITS: Mapping[MaskFormat | Outlines, tuple[int, int]] = {
+    "png": (40_000, 64),
+    "polygons": (20_000, 128),
+    "outlines": (10_000, 128),
+    "outlines and brush": (10_000, 128),
+    "outlines and bitmap": (10_000, 128),
 }
+_USUAL_PART_LIMITS = (40_000, 128)
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
 _MOST_SIDES_PIXELS = 4_000_000
-# Some ten microseconds each, however small they are.
-_MOST_MASKS_PER_PART = 128
 
 
 class ArrayEncoder(Encoder):
@@ -104,8 +104,8 @@ class ArrayEncoder(Encoder):
                 f"too long to encode, at most {_MOST_SIDES_PIXELS}; ask for fewer by max_detections or score_thresh, "
                 f"or for masks=none"
             )
-        sides_per_part = _SIDES_PER_SLOW_PART_PIXELS.get(self._masks, _SIDES_PER_PART_PIXELS)
-        part = np.maximum(sides // sides_per_part, np.arange(len(boxes)) // _MOST_MASKS_PER_PART)
+        most_pixels, most_masks = _PART_LIMITS.get(self._masks, _USUAL_PART_LIMITS)
+        part = np.maximum(sides // most_pixels, np.arange(len(boxes)) // most_masks)
         ends = [*(np.flatnonzero(np.diff(part)) + 1).tolist(), len(boxes)]
         return [detections[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 

@@ -122,7 +122,7 @@ class BatchAnswer(BaseModel):
 
 
 class VerifiedDifference(BaseModel):
-    """How far one kind of output lies from that of the plain network."""
+    """How far one kind of output is from that of the plain network."""
 
     difference: float = Field(
         description="The largest, in int8 the root mean square: boxes in pixels, scores and masks as probabilities."
@@ -169,7 +169,7 @@ class ModelDescription(BaseModel):
     precision: str
     device: str
     verification: ModelVerification | None = Field(
-        None, description="Null for eager in float32, which the others are held to."
+        None, description="Null for eager in float32, which is the reference for the others."
     )
 
 

@@ -38,8 +38,7 @@ class DetectorReplica:
         configure_logging(log_format=settings.log_format, log_level=settings.log_level)
         self._id = uuid.uuid4().hex[:12]
         self._metrics = _Relay()
-        preload = PRELOAD if factory is None else ()
-        self._pool = WorkerPool(settings, factory or stored_predictors, self._metrics, preload=preload)
+        self._pool = WorkerPool(settings, factory or stored_predictors, self._metrics, preload=PRELOAD)
         self._models: Sequence[ModelInfo] = await self._pool.start()
 
     async def run(self, request: Request) -> Reply:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from service.commands._options import DEFAULT_STORE, StoreOption
+from service.commands._options import DEFAULT_STORE, DeviceOption, EngineCacheOption, StoreOption
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -43,11 +43,8 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures as bars into this SVG file.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine_cache_dir: Annotated[
-        Path | None,
-        typer.Option(envvar="ROISERVE_ENGINE_CACHE_DIR", help="Where an engine keeps what it compiled, for next time."),
-    ] = None,
+    device: DeviceOption = "auto",
+    engine_cache_dir: EngineCacheOption = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train the model's network anew for each operator, from random weights.")
     ] = False,
@@ -69,7 +66,7 @@ def compare(
     ] = "float32",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the network; 0: one a core.")] = 0,
     runs_dir: Annotated[
-        Path, typer.Option(help="With --retrain: where the runs keep their state; the same command goes on from there.")
+        Path, typer.Option(help="With --retrain: where the runs keep their state, from which the same command resumes.")
     ] = Path("runs/compare"),
 ) -> None:
     """Evaluate one set of weights under several RoI operators, or train each from the same seed.

@@ -38,7 +38,7 @@ def quantize(
     """Write the next version of a model, quantised to int8 for the CPU, if it keeps its AP.
 
     Layers go back to float32 until the loss is within the bound; if none can stay in int8, nothing is written. An
-    interrupted run goes on when the same command is given again.
+    interrupted run resumes when the same command is given again.
 
     Example: roiserve quantize --model nuclei --data cells/train.json
     """
@@ -96,11 +96,11 @@ def quantize(
             say=lambda line: console.print(line, soft_wrap=True, highlight=False),
         )
         if run.state.was_begun:
-            console.print(f"going on where an earlier run was left, in {run.state.folder}", soft_wrap=True)
+            console.print(f"resuming an earlier run, from {run.state.folder}", soft_wrap=True)
         try:
             written = run.write(max_ap_loss=max_ap_loss, command=shlex.join(["roiserve", *sys.argv[1:]]))
         except KeyboardInterrupt:
-            typer.echo(f"stopped; the same command goes on from what is in {run.state.folder}", err=True)
+            typer.echo(f"stopped; the same command resumes from {run.state.folder}", err=True)
             raise typer.Exit(130) from None
     _print_result(written)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from service.commands._data import AnnotatedOption, DropOption, LabelsOption, chosen_labels, load_with_words
+from service.commands._options import DeviceOption
 from service.errors import DatasetError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def train(
     colour: Annotated[float, typer.Option(min=0, max=1, help="Strength of random colour changes.")] = 0.5,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Epochs between evaluations on val.json.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="A run with the same seed repeats.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option(help="Of convolutions and matrix products; auto is bfloat16 on CUDA, else float32."),
@@ -75,7 +76,7 @@ def train(
 ) -> None:
     """Train a model on COCO-format data, from scratch or from another model's weights.
 
-    An interrupted run goes on when the same command is given again. The checkpoint with the best validation AP (of
+    An interrupted run resumes when the same command is given again. The checkpoint with the best validation AP (of
     masks where there are any, else of boxes) becomes the model.
 
     Example: roiserve train --data cells --model-config model_store/nuclei/1/model.toml --out model_store/cells/1
@@ -84,7 +85,7 @@ def train(
 
     from service.cores import available_cores
     from service.devices import choose_device
-    from service.model_store.model_toml import read_model_config
+    from service.model_store.model_toml import ProvenanceTable, read_model_config
     from service.training.export import check_room, export_model, load_initial_weights, target_of
     from service.training.loop import Trainer
     from service.training.run_folder import locked
@@ -153,15 +154,7 @@ def train(
         try:
             best = _run_with_progress(trainer)
         except KeyboardInterrupt:
-            typer.echo(
-                f"stopped in step {trainer.step + 1} of {trainer.num_steps}; "
-                + (
-                    f"the same command goes on from step {trainer.saved_step}, whose state is in {target.state_path}"
-                    if trainer.saved_step
-                    else "no state was written yet, so the same command begins anew"
-                ),
-                err=True,
-            )
+            _tell_where_it_stopped(trainer, target.state_path)
             raise typer.Exit(130) from None
         stored = export_model(
             target,
@@ -169,10 +162,12 @@ def train(
             best=best,
             val=sets["val"],
             dtype=store_as,
-            data=data_name or str(data),
-            licence=licence,
-            attribution=attribution,
-            command=shlex.join(["roiserve", *sys.argv[1:]]),
+            provenance=ProvenanceTable(
+                data=data_name or str(data),
+                licence=licence,
+                attribution=attribution,
+                command=shlex.join(["roiserve", *sys.argv[1:]]),
+            ),
             device=target_device.torch_device,
             findings={split: dataset.report.lines() for split, dataset in sets.items()},
             history=trainer.history,
@@ -219,6 +214,18 @@ def _train_config(**values: object) -> TrainConfig:
         raise InvalidRequestError("; ".join(problems)) from None
 
 
+def _tell_where_it_stopped(trainer: Trainer, state_path: Path) -> None:
+    typer.echo(
+        f"stopped in step {trainer.step + 1} of {trainer.num_steps}; "
+        + (
+            f"the same command resumes at step {trainer.saved_step}, whose state is in {state_path}"
+            if trainer.saved_step
+            else "no state was written yet, so the same command starts anew"
+        ),
+        err=True,
+    )
+
+
 def _run_with_progress(trainer: Trainer) -> Best:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -233,7 +240,7 @@ def _run_with_progress(trainer: Trainer) -> Best:
 
         def on_start(step: int) -> None:
             if step:
-                console.print(f"going on from step {step} of {trainer.num_steps}, where an earlier run was left")
+                console.print(f"resuming at step {step} of {trainer.num_steps}, where an earlier run stopped")
             progress.update(task, completed=step)
 
         def on_step(now: TrainingProgress) -> None:

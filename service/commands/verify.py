@@ -32,10 +32,10 @@ def verify_model(
     engine_cache_dir: EngineCacheOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Hold a model's answers to those of the engine eager in float32, on the same device.
+    """Compare a model's outputs with those of the engine eager in float32, on the same device.
 
-    The server does the same whenever it loads a model. The status is 1 if the engine or the precision that was asked
-    for does not pass.
+    The server does the same whenever it loads a model. The status is 1 if the requested engine or precision does
+    not pass.
 
     Example: roiserve models verify nuclei --engine openvino
     """
@@ -68,7 +68,7 @@ def _print_json(info: ModelInfo) -> None:
 def _print_table(info: ModelInfo) -> None:
     used = f"{info.key} on {info.device} is run by {info.engine} in {info.precision}"
     if info.verification is None:
-        typer.echo(f"{used}, which is what others are held to: its answers are finite")
+        typer.echo(f"{used}, which is the reference for the others: its answers are finite")
         return
     _print_differences(info.verification)
     if info.verification.has_passed:

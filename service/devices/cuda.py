@@ -50,7 +50,7 @@ class CudaDevice(Device):
 
     @contextmanager
     def use(self, precision: str | None = None) -> Iterator[None]:
-        """See `Device`. Triton launches on the thread's current device, whatever its arguments lie on.
+        """See `Device`. Triton launches on the thread's current device, whatever device its arguments are on.
 
         PyTorch computes float32 convolutions in TF32, with 10 bits of mantissa instead of 23, unless told not to. That
         flag is global to the process, so it is set for each batch, and kept until the batch ends although other threads
@@ -65,6 +65,13 @@ class CudaDevice(Device):
     def upload(self, tensor: Tensor) -> Tensor:
         """See `Device`: copies from pinned memory, which the GPU reads without the CPU."""
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """See `Device`: copies to pinned memory, which takes one transfer; else the driver copies piece by piece."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.torch_device).synchronize()
+        return host
 
     def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
         """See `Device`: copies on a stream of its own."""

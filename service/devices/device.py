@@ -77,8 +77,8 @@ class Device(ABC):
         label: what PyTorch calls it: `cpu`, `cuda:1`.
         runs_ahead: whether work is launched asynchronously, so that reading a value back waits for everything launched
             before.
-        fastest_engine: the engine that `auto` stands for.
-        half_precision: the number format that `auto` stands for with an engine other than `eager`.
+        fastest_engine: the engine that `auto` means.
+        half_precision: the number format that `auto` means with an engine other than `eager`.
         precisions: the formats that a network can run in here.
         can_record: whether `recorder` works.
     """
@@ -113,6 +113,10 @@ class Device(ABC):
     @abstractmethod
     def upload(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the host to the device, without waiting for work already queued there."""
+
+    def download(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor from the device to the host, and wait for it and for all work queued before."""
+        return tensor.cpu()
 
     def begin_upload(self, pixels: NDArray[np.uint8]) -> Upload | None:
         """Begin to copy while other work runs on the device. Any thread may call it. None if there is nothing to gain,

@@ -5,7 +5,7 @@ decode.py       the whole path: sniff, read the container, check the limits, dec
 formats.py      which formats we read, and which one these bytes are
 containers/     one file a format: its header without decoding, and a copy without what pictures do not need
 pixels.py       any of Pillow's modes to RGB
-jpeg_check.py   holds a device's JPEG decoder to the CPU's
+jpeg_check.py   compares a device's JPEG decoder with the CPU's
 quiet.py        keeps decoders from writing to standard error
 overlay.py      boxes, captions and masks on the picture
 """

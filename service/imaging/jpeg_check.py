@@ -1,4 +1,4 @@
-"""Hold a device's JPEG decoder to the CPU's on one fixed picture."""
+"""Compare a device's JPEG decoder with the CPU's on one fixed picture."""
 
 from __future__ import annotations
 

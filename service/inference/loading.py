@@ -72,18 +72,18 @@ def load_predictor(
         searching=searching,
         buckets=buckets,
     )
-    plans = _replacements(order, asked_precision=precision)
+    fallbacks = _fallbacks(order, asked_precision=precision)
     keep_kernels(cache_dir)
     try:
         with target.use():
             try:
-                return _load(order, plans=plans)
+                return _load(order, fallbacks=fallbacks)
             except PrecisionError as error:
-                if not plans or precision != "auto":
+                if not fallbacks or precision != "auto":
                     raise
-                fields = {"model": stored.key, "precision": plans[0].precision, "reason": str(error)}
+                fields = {"model": stored.key, "precision": fallbacks[0].precision, "reason": str(error)}
                 logger.warning("this model cannot run in its fastest precision", extra={"fields": fields})
-                return _load(plans[0], plans=plans[1:])
+                return _load(fallbacks[0], fallbacks=fallbacks[1:])
     except ServiceError:
         raise
     except Exception as error:
@@ -111,25 +111,25 @@ class _Order:
         return self.stored.model_toml.searching() if self.searching else self.stored.model_toml
 
 
-def _replacements(order: _Order, *, asked_precision: str) -> Sequence[_Order]:
+def _fallbacks(order: _Order, *, asked_precision: str) -> Sequence[_Order]:
     """What to load instead if the network fails its verification, best first. There is no replacement for an engine or
     a precision that was requested by name.
     """
-    plans: list[_Order] = []
+    fallbacks: list[_Order] = []
     if order.precision == "int8" and asked_precision == "auto":
-        plans.append(replace(order, precision="float32"))
+        fallbacks.append(replace(order, precision="float32"))
     if order.engine == "auto" and asked_precision != "int8":
         precision = "float32" if asked_precision == "auto" else order.precision
-        plans.append(replace(order, engine="eager", precision=precision))
-    return [plan for plan in plans if plan != order]
+        fallbacks.append(replace(order, engine="eager", precision=precision))
+    return [fallback for fallback in fallbacks if fallback != order]
 
 
-def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
+def _load(order: _Order, *, fallbacks: Sequence[_Order]) -> Predictor:
     """Build the network, load the weights, and install the engine.
 
     Args:
         order: what is wanted.
-        plans: what to load instead if this network fails its verification, best first; if empty, that is an error.
+        fallbacks: what to load instead if this network fails its verification, best first; if empty, that is an error.
     """
     config, device, precision = order.config, order.device, order.precision
     if precision not in device.precisions:
@@ -146,8 +146,6 @@ def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
             precision=precision,
             key=config.model_dump_json(),
             cache_dir=order.cache_dir,
-            num_classes=len(config.labels) + 1,
-            max_detections=config.detections.detections_per_img,
             quantizers=order.stored.load_quantizers(),
         )
     except ModelStoreError as error:
@@ -164,12 +162,9 @@ def _load(order: _Order, *, plans: Sequence[_Order]) -> Predictor:
         model,
         info=info,
         device=device.torch_device,
-        half=placed.half,
+        placed=placed,
         reference=None if (placed.engine, precision) == ("eager", "float32") else reference,
-        find_problem=placed.find_problem,
-        take_uncompiled=placed.take_uncompiled,
-        graphs=placed.graphs,
-        plan_b=partial(_load, plans[0], plans=plans[1:]) if plans else None,
+        fallback=partial(_load, fallbacks[0], fallbacks=fallbacks[1:]) if fallbacks else None,
     )
 
 
@@ -197,7 +192,7 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
 def describe(
     config: ModelConfig, *, name: str, version: int, precision: str, device: str, engine: str = "eager"
 ) -> ModelInfo:
-    """The public description of a network with this configuration."""
+    """The public description of a network with this configuration; the other arguments are copied into it."""
     return ModelInfo(
         name=name,
         version=version,

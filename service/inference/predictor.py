@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.devices import Clock, device_of
+from service.devices import Clock, Device, device_of
 from service.errors import InferenceError, ModelStoreError, OutOfMemoryError, first_line
-from service.inference.engines.choosing import COMPILING
+from service.inference.engines.choosing import COMPILING, EAGER, Placed
 from service.inference.engines.graphs import COUNTS, MOST_CHANGED, GraphedDetector
-from service.inference.half import HalfNetwork
 from service.inference.verification import SIZE, Reference, fixed_pictures
 from service.modeling.generalized_rcnn import GeneralizedRCNN, ImageDetections
 from service.modeling.roi_heads import Selection
@@ -38,12 +37,9 @@ class Predictor:
         model: the network with its weights, on `device`.
         info: its public description, with the default thresholds.
         device: where the network is.
-        half: casts the network to half precision; None if it is in float32.
+        placed: the engine that runs the network's parts.
         reference: the network's outputs are compared with this during warm-up; None to skip that.
-        find_problem: called after warm-up; returns why the engine is not doing what its name says, or None if it is.
-        graphs: runs the batches that it has recorded; None if the engine records none.
-        take_uncompiled: returns the parts that the engine `compiled` ran uncompiled since it was last called.
-        plan_b: loads the replacement if this predictor fails its checks; None if failing is an error.
+        fallback: loads the replacement if this predictor fails its checks; None if failing is an error.
     """
 
     def __init__(
@@ -52,24 +48,18 @@ class Predictor:
         *,
         info: ModelInfo,
         device: torch.device,
-        half: HalfNetwork | None = None,
+        placed: Placed = EAGER,
         reference: Reference | None = None,
-        find_problem: Callable[[], str | None] = lambda: None,
-        take_uncompiled: Callable[[], Sequence[str]] = tuple,
-        graphs: GraphedDetector | None = None,
-        plan_b: Callable[[], Predictor] | None = None,
+        fallback: Callable[[], Predictor] | None = None,
     ) -> None:
         # Convolutions are about twice as fast on channels-last memory.
         self._model = model.eval().to(memory_format=torch.channels_last)
         self.info = info
         self._device = device_of(device)
-        self._half = half
+        self._placed = placed
         self._reference = reference
-        self._find_problem = find_problem
-        self._take_uncompiled = take_uncompiled
         self._has_warned = False
-        self._graphs = graphs
-        self._plan_b = plan_b
+        self._fallback = fallback
         self._may_compile = True
 
     def group_key(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -96,18 +86,18 @@ class Predictor:
         """
         try:
             self._run_warm_up_pictures()
-            problem = self._verify() or self._find_problem()
+            problem = self._verify() or self._placed.find_problem()
         except InferenceError as error:
-            if self._plan_b is None or isinstance(error, OutOfMemoryError):
+            if self._fallback is None or isinstance(error, OutOfMemoryError):
                 raise
             problem = first_line(error)
         if problem is None:
-            self._reference = self._plan_b = None
+            self._reference = self._fallback = None
             return
-        if self._plan_b is None:
+        if self._fallback is None:
             raise ModelStoreError(f"{self.info.key}: {problem}")
         info, verification = self.info, self.info.verification
-        self._become(self._plan_b())
+        self._become(self._fallback())
         fields = {"model": info.key, "engine": info.engine, "precision": info.precision, "reason": problem}
         logger.warning("another engine takes the place of one that does not do as it should", extra={"fields": fields})
         self.warm_up()
@@ -145,8 +135,8 @@ class Predictor:
 
     def release_memory(self) -> None:
         """Free memory that the device holds in reserve; for use after running out of memory."""
-        if self._graphs is not None:
-            self._graphs.release()
+        if self._placed.graphs is not None:
+            self._placed.graphs.release()
         self._device.release_memory()
 
     def _run_warm_up_pictures(self) -> None:
@@ -163,8 +153,8 @@ class Predictor:
         buckets = [size for size in self._model.transform.buckets if self.group_key(size) == size]
         for size in buckets:
             self.predict([replace(query, image=Image(np.zeros((*size, 3), np.uint8)))])
-        if self._graphs is not None:
-            self._record_batches(self._graphs, buckets)
+        if self._placed.graphs is not None:
+            self._record_batches(self._placed.graphs, buckets)
 
     def _record_batches(self, graphs: GraphedDetector, buckets: Sequence[tuple[int, int]]) -> None:
         """Record batches of every bucket; if there are none, those of the fixed pictures, so that some are verified."""
@@ -180,15 +170,15 @@ class Predictor:
         """Compare the network with its reference. Returns what is wrong, or None if it passes."""
         if self._reference is None:
             return None
-        info = self.info
+        info, placed = self.info, self._placed
         with self._compiling_nothing():
             verification = self._reference.hold(self._model, engine=info.engine, precision=info.precision)
-        if self._half is not None:
-            self._half.take_check()
-        if self._graphs is not None:
-            recordings = VerifiedValue(difference=self._graphs.largest_change, tolerance=MOST_CHANGED)
+        if placed.half is not None:
+            placed.half.take_check()
+        if placed.graphs is not None:
+            recordings = VerifiedValue(difference=placed.graphs.largest_change, tolerance=MOST_CHANGED)
             verification = replace(verification, values={**verification.values, "recordings": recordings})
-        self._take_uncompiled()
+        placed.take_uncompiled()
         self.info = replace(info, verification=verification)
         logger.info(
             "model verified" if verification.has_passed else "model does not pass its verification",
@@ -204,7 +194,7 @@ class Predictor:
 
     def _predict(self, queries: Sequence[Query]) -> list[Prediction]:
         images = [query.image for query in queries]
-        clock, half = self._device.clock(), self._half
+        clock, half = self._device.clock(), self._placed.half
         uploaded = [self._on_device(image) for image in images]
 
         def detect(model: GeneralizedRCNN) -> list[ImageDetections]:
@@ -223,10 +213,10 @@ class Predictor:
                 detections, overflowed = replayed
             else:
                 found = detect(self._model)
-                detections, overflowed = _to_host(found, None if half is None else half.take_check())
+                detections, overflowed = _to_host(found, self._device, None if half is None else half.take_check())
         if overflowed:
             assert half is not None
-            detections, _ = _to_host(detect(half.in_float32()))
+            detections, _ = _to_host(detect(half.in_float32()), self._device)
         stage_seconds, padding_ratio = clock.seconds(), self._padding_ratio(images)
         uncompiled = self._note_uncompiled(images)
         return [
@@ -253,12 +243,13 @@ class Predictor:
         these queries.
         """
         # Code has to be compiled before it is recorded.
-        if self._graphs is None or self._may_compile:
+        graphs = self._placed.graphs
+        if graphs is None or self._may_compile:
             return None
         if any(one.options.roi_op is not None or one.options.proposals is not None for one in queries):
             return None
         with clock.stage("graph"):
-            replayed = self._graphs.detect(
+            replayed = graphs.detect(
                 uploaded,
                 [self._selection(query.options) for query in queries],
                 with_masks=[query.options.with_masks and self.info.has_masks for query in queries],
@@ -270,7 +261,7 @@ class Predictor:
 
     def _note_uncompiled(self, images: Sequence[Image]) -> bool:
         """Whether parts of this batch ran uncompiled although the engine is `compiled`; logged once."""
-        parts = self._take_uncompiled()
+        parts = self._placed.take_uncompiled()
         if parts and not self._has_warned:
             self._has_warned = True
             sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
@@ -305,11 +296,14 @@ class Predictor:
         return 1 - sum(h * w for h, w in resized) / (len(images) * height * width)
 
 
-def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) -> tuple[list[Detections], bool]:
+def _to_host(
+    found: Sequence[ImageDetections], device: Device, is_finite: Tensor | None = None
+) -> tuple[list[Detections], bool]:
     """Copy all results of a batch to the host at once: on CUDA every copy waits for the device.
 
     Args:
         found: the detections in each image.
+        device: where they are.
         is_finite: () float32, 0 if the network computed infinities or NaN; it travels in the same copy.
 
     Returns:
@@ -324,8 +318,9 @@ def _to_host(found: Sequence[ImageDetections], is_finite: Tensor | None = None) 
     ]
     if is_finite is not None:
         columns.append(is_finite)
-    flat = torch.cat([values.flatten() for values in columns]).cpu().split([values.numel() for values in columns])
-    copies = iter([values.view(column.shape).numpy() for values, column in zip(flat, columns, strict=True)])
+    flat = device.download(torch.cat([values.flatten() for values in columns]))
+    parts = flat.split([values.numel() for values in columns])
+    copies = iter([values.view(column.shape).numpy() for values, column in zip(parts, columns, strict=True)])
     detections = [
         Detections(
             boxes=next(copies),

@@ -45,12 +45,11 @@ def find_bitmaps(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[Bitmap]:
-    """Find each mask's rectangle; arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    """Find each mask's rectangle, at the threshold 0.5; arguments and errors as in `rle.encode_rle`."""
+    runs = find_runs(masks, boxes, image_size, style=style)
     bitmaps = []
     for index in range(len(runs)):
         mask = row_runs(runs, index)

@@ -25,12 +25,10 @@ def encode_brush(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[UInt8Array]:
-    """Encode the pixels of `paste_masks_in_image(masks, boxes, image_size) >= threshold`; arguments as in
-    `rle.encode_rle`.
+    """Encode the pixels of `paste_masks_in_image(masks, boxes, image_size) >= 0.5`; arguments as in `rle.encode_rle`.
 
     Returns:
         For each object the bytes that Label Studio takes as `rle`, a list of numbers.
@@ -41,7 +39,7 @@ def encode_brush(
     height, width = image_size
     if height * width > _MAX_PIXELS:
         raise ValueError(f"expected an image of at most {_MAX_PIXELS} pixels, got {height} x {width}")
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    runs = find_runs(masks, boxes, image_size, style=style)
     encoded = []
     for index in range(len(runs)):
         mask = row_runs(runs, index)

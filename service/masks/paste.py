@@ -13,12 +13,21 @@ def paste_mask(
     mask: Float32Array,
     box: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> PastedMask:
-    """Spread one mask over its box; (M, M) and (4,), otherwise arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(mask[None], box[None], image_size, threshold, style=style)
+    """Spread one mask over its box and keep the pixels of at least 0.5.
+
+    Args:
+        mask: (M, M) float32 probabilities.
+        box: (4,) float32, in pixels of the image; may reach outside.
+        image_size: (height, width).
+        style: whose `paste_masks_in_image` to follow.
+
+    Raises:
+        ValueError: other shapes, or a box that is not finite.
+    """
+    runs = find_runs(mask[None], box[None], image_size, style=style)
     x, y, height, width = runs.rectangle(0)
     columns, ys = runs.of(0)
     first = x - int(runs.first_x[0])

@@ -32,16 +32,16 @@ def encode_png(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[str]:
-    """Draw each mask into a black picture of the image's size; arguments and errors as in `rle.encode_rle`.
+    """Draw each mask, at the threshold 0.5, into a black picture of the image's size; arguments and errors as in
+    `rle.encode_rle`.
 
     Returns:
         A 1-bit PNG in base64 for each object.
     """
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    runs = find_runs(masks, boxes, image_size, style=style)
     pictures = []
     for index in range(len(runs)):
         columns, ys = runs.of(index)
@@ -58,12 +58,11 @@ def encode_crops(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[Crop]:
-    """Crop each mask; arguments and errors as in `rle.encode_rle`."""
-    runs = find_runs(masks, boxes, image_size, threshold, style=style)
+    """Crop each mask, at the threshold 0.5; arguments and errors as in `rle.encode_rle`."""
+    runs = find_runs(masks, boxes, image_size, style=style)
     return [_crop(runs, index) for index in range(len(runs))]
 
 

@@ -56,18 +56,17 @@ def encode_outlines(
     masks: Float32Array,
     boxes: Float32Array,
     image_size: tuple[int, int],
-    threshold: float = 0.5,
     *,
     style: MaskStyle = "torchvision",
 ) -> list[list[list[int]]]:
-    """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. Arguments and
-    errors are as in `encode_polygons`.
+    """Outline each mask with few corners, for people to edit: slopes have no steps, and holes are filled. The
+    threshold is 0.5; arguments and errors are as in `encode_polygons`.
 
     Returns:
         Each object's outlines, the largest first, none if it has no pixels; each is [x1, y1, x2, y2, …] with at least
         three corners, in whole pixels, at most a pixel away from the edges of the mask's pixels.
     """
-    objects = _trace(find_runs(masks, boxes, image_size, threshold, style=style), with_holes=False)
+    objects = _trace(find_runs(masks, boxes, image_size, style=style), with_holes=False)
     return [sorted(map(_simplified, outlines), key=polygon_area, reverse=True) for outlines in objects]
 
 

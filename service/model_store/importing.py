@@ -158,7 +158,7 @@ def _labels(labels: Labels | Sequence[str] | None, checkpoint: Checkpoint, count
 def _notes(checkpoint: Checkpoint) -> list[str]:
     notes = []
     if checkpoint.found_at:
-        notes.append(f"the weights lie under {checkpoint.found_at[:200]}")
+        notes.append(f"the weights are under {checkpoint.found_at[:200]}")
     if checkpoint.left_out:
         some = ", ".join(key[:100] for key in checkpoint.left_out[:10])
         more = f" and {len(checkpoint.left_out) - 10} more" if len(checkpoint.left_out) > 10 else ""

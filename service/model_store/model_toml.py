@@ -244,8 +244,8 @@ def _fields_at(model: type[BaseModel], table: list[int | str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _count(number: int, noun: str) -> str:

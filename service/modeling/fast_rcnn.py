@@ -33,7 +33,7 @@ class FastRCNN(GeneralizedRCNN):
     are learnt here by a softmax layer together with the box regression, as in Fast R-CNN.
 
     Args:
-        backbone: (N, 3, H, W) -> feature maps by name.
+        backbone: (N, C, H, W), C the model's channels -> feature maps by name.
         rpn: the placeholder.
         roi_heads: classify and refine the proposals.
         transform: from pixels to the network's input.
@@ -92,15 +92,12 @@ class FastRCNN(GeneralizedRCNN):
         roi_op: str | None = None,
         timed: StageTimer = lambda stage: nullcontext(),
     ) -> list[ImageDetections]:
-        """Detect objects in a batch, see `GeneralizedRCNN.detect`.
+        """Detect objects in a batch; see `GeneralizedRCNN.detect` for the other arguments.
 
         Args:
-            images: as there.
-            selections: as there.
             with_masks: not used; there are no masks.
-            proposals: as there; None means selective search, if the network is configured for it.
-            roi_op: as there.
-            timed: as there; the search counts towards `rpn`.
+            proposals: None means selective search, if the network is configured for it.
+            timed: the search counts towards `rpn`.
 
         Raises:
             InvalidRequestError: there are no proposals for an image, and the network is not configured to search.

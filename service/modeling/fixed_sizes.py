@@ -16,8 +16,8 @@ from torch import Tensor
 
 from service.modeling.box_regression import decode_boxes
 from service.modeling.generalized_rcnn import GeneralizedRCNN
-from service.modeling.roi_heads import MIN_BOX_SIDE, RoIHeads, Selection
-from service.ops.nms import best_of_each_image, rounded_down
+from service.modeling.roi_heads import MIN_BOX_SIDE, RoIHeads, Selection, wanted_labels
+from service.ops.nms import best_of_each_image
 
 CANDIDATES = 4096
 """K. A proposal has at most `1 / score_thresh` classes above the threshold, since its scores add up to 1, and most have
@@ -44,7 +44,6 @@ class Wanted:
         selections: Sequence[Selection],
         *,
         heads: RoIHeads,
-        num_classes: int,
         resized: Sequence[tuple[int, int]],
         original: Sequence[tuple[int, int]],
     ) -> Wanted:
@@ -52,26 +51,18 @@ class Wanted:
 
         Args:
             selections: one for each image.
-            heads: their settings hold where a selection has none.
-            num_classes: C.
+            heads: the network's; their settings hold where a selection has none.
             resized: (height, width) of each image as the network sees it.
             original: (height, width) of each image.
         """
         sizes = torch.tensor(resized, dtype=torch.float32).reshape(-1, 2)
         factors = (torch.tensor(original, dtype=torch.float32).reshape(-1, 2) / sizes)[:, [1, 0, 1, 0]]
-        iou_threshs = [heads.nms_thresh if one.nms_thresh is None else one.nms_thresh for one in selections]
-        agnostic = [
-            heads.class_agnostic_nms if one.class_agnostic_nms is None else one.class_agnostic_nms for one in selections
-        ]
-        labels = [
-            [label != 0 and (one.labels is None or label in one.labels) for label in range(num_classes)]
-            for one in selections
-        ]
+        labels = wanted_labels(selections, heads.num_classes)
         columns = [
             torch.tensor([one.score_thresh for one in selections], dtype=torch.float32),
             torch.tensor([one.detections_per_img for one in selections], dtype=torch.float32),
-            torch.from_numpy(rounded_down(iou_threshs)),
-            torch.tensor(agnostic, dtype=torch.float32),
+            heads.iou_threshs(selections),
+            torch.tensor(heads.are_agnostic(selections), dtype=torch.float32),
         ]
         return cls(torch.cat([sizes, factors, torch.stack(columns, dim=1), torch.tensor(labels).float()], dim=1))
 

@@ -1,7 +1,8 @@
 """R-CNN's own parts, for use in a `FastRCNN`: each proposal is cut from the image and runs through the whole network
 separately, so nothing is shared between proposals. Knows images and boxes; knows nothing of classes or losses.
 
-Shapes: R proposals of the whole batch, S x S the crop, F values after the box head.
+Shapes: R proposals of the whole batch, C channels of the pictures (3 for RGB), S x S the crop, F values after the box
+head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class WholeImage(nn.Module):
     """Takes the place of the backbone: the image itself is the only map, of stride 1."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the same, as `0`."""
+        """(N, C, H, W) -> the same, as `0`."""
         return {"0": x}
 
 
@@ -29,9 +30,9 @@ class CropBranch(nn.Module):
 
     Args:
         roi: size of the crops, their context, and how many run at once.
-        backbone: (R, 3, S, S) -> one map.
-        pool: that map -> (R, C, h, w), the box head's input.
-        box_head: (R, C, h, w) -> (R, F).
+        backbone: (R, C, S, S) -> one map.
+        pool: that map -> (R, C', h, w), the box head's input.
+        box_head: (R, C', h, w) -> (R, F).
     """
 
     def __init__(self, *, roi: RoIConfig, backbone: nn.Module, pool: nn.Module, box_head: nn.Module) -> None:
@@ -47,7 +48,7 @@ class CropBranch(nn.Module):
         """Process all boxes of a batch; when serving, `crops_per_chunk` at a time, to bound memory.
 
         Args:
-            features: the images (N, 3, H, W) as `0`, normalised, so that 0 is the mean colour.
+            features: the images (N, C, H, W) as `0`, normalised, so that 0 is the mean colour.
             boxes: (L, 4) for each image, in pixels of the resized image.
             image_sizes: not used; torchvision's heads pass it.
 

@@ -72,6 +72,22 @@ class RoIHeads(roi_heads.RoIHeads):
 
     class_agnostic_nms: bool = False
 
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        classes: int = self.box_predictor.cls_score.out_features
+        return classes
+
+    def iou_threshs(self, selections: Sequence[Selection]) -> Tensor:
+        """(N,) float32 on the host, `rounded_down`: each image's threshold of suppression."""
+        threshs = [self.nms_thresh if one.nms_thresh is None else one.nms_thresh for one in selections]
+        return torch.from_numpy(rounded_down(threshs))
+
+    def are_agnostic(self, selections: Sequence[Selection]) -> list[bool]:
+        """Whether suppression regards no classes, for each image."""
+        own = self.class_agnostic_nms
+        return [own if one.class_agnostic_nms is None else one.class_agnostic_nms for one in selections]
+
     def detect_boxes(
         self,
         features: Mapping[str, Tensor],
@@ -136,9 +152,8 @@ class RoIHeads(roi_heads.RoIHeads):
         # 1. Every class of every proposal is a candidate, except the background (class 0). Synchronizes with the
         # device.
         threshs = to_device([one.score_thresh for one in selections], scores.dtype, device)
-        is_candidate = (scores > threshs[image_of_row].unsqueeze(1)) & _wanted(selections, num_classes, device)[
-            image_of_row
-        ]
+        wanted = to_device(wanted_labels(selections, num_classes), torch.bool, device)
+        is_candidate = (scores > threshs[image_of_row].unsqueeze(1)) & wanted[image_of_row]
         rows, labels = is_candidate.nonzero(as_tuple=True)
         class_scores, images, scores = scores, image_of_row[rows], scores[rows, labels]
         # 2. Decode only their boxes, and clip them to each image.
@@ -147,14 +162,9 @@ class RoIHeads(roi_heads.RoIHeads):
         heights, widths = to_device(image_sizes, boxes.dtype, device)[images].unbind(dim=1)
         boxes = torch.minimum(boxes.clamp(min=0), torch.stack([widths, heights, widths, heights], dim=1))
         # 3. Drop empty boxes, then boxes that overlap a better one of their class (of any class if agnostic).
-        agnostic = [
-            self.class_agnostic_nms if one.class_agnostic_nms is None else one.class_agnostic_nms for one in selections
-        ]
+        agnostic = self.are_agnostic(selections)
         groups = labels.masked_fill(to_device(agnostic, torch.bool, device)[images], 0) if any(agnostic) else labels
         valid = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1)
-        iou_threshs = rounded_down(
-            [self.nms_thresh if one.nms_thresh is None else one.nms_thresh for one in selections]
-        )
         kept = best_of_each_image(
             boxes,
             scores,
@@ -163,7 +173,7 @@ class RoIHeads(roi_heads.RoIHeads):
             valid=valid,
             num_images=len(selections),
             num_classes=num_classes,
-            iou_thresh=device_of(device).upload(torch.from_numpy(iou_threshs)),
+            iou_thresh=device_of(device).upload(self.iou_threshs(selections)),
             largest_group=max(map(len, proposals)) * (num_classes if any(agnostic) else 1),
         ).up_to([one.detections_per_img for one in selections])
         return [
@@ -177,13 +187,16 @@ class RoIHeads(roi_heads.RoIHeads):
         ]
 
 
-def _wanted(selections: Sequence[Selection], num_classes: int, device: torch.device) -> Tensor:
-    """(N, C) bool: which classes each image keeps."""
+def wanted_labels(selections: Sequence[Selection], num_classes: int) -> list[list[bool]]:
+    """N lists of C: which classes each image keeps, by label; never the background.
+
+    Args:
+        selections: one for each image.
+        num_classes: C.
+    """
     every = range(1, num_classes)
     kept = [every if one.labels is None else one.labels for one in selections]
-    return to_device(
-        [[label != 0 and label in labels for label in range(num_classes)] for labels in kept], torch.bool, device
-    )
+    return [[label != 0 and label in labels for label in range(num_classes)] for labels in kept]
 
 
 def _with_op(pooler: RoIPooler, op: str | None) -> RoIPooler:

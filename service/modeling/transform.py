@@ -5,7 +5,7 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from service.devices import device_of
 from service.modeling.buckets import Size, round_up, smallest_bucket
 from service.modeling.config import NUM_CHANNELS, TransformConfig
 from service.ops.pillow_resize import pillow_resize_normalise_and_pad, resize_bytes
-from service.ops.resize import resize_normalise_and_pad
+from service.ops.resize import gpu_resizes_alike, resize_normalise_and_pad
 
 _LUMINANCE = (19_595, 38_470, 7_471)
 """0.299, 0.587 and 0.114 (ITU-R BT.601) as multiples of 2^-16, like Pillow's `convert("L")`: grey stays unchanged."""
@@ -115,6 +115,13 @@ class Transform(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none; or
         detectron2's, which normalises too.
+
+        Args:
+            image: (C, H, W), from `normalize`.
+            target: the image's `boxes` (K, 4) and perhaps `masks` (K, H, W), in its pixels.
+
+        Returns:
+            (C, h, w), see `resized_size`, and the target in its pixels.
         """
         height, width = image.shape[-2:]
         size = self.resized_size((height, width))
@@ -129,7 +136,15 @@ class Transform(GeneralizedRCNNTransform):
         return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], None
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        """torchvision's, except that in evaluation mode every image is padded to its bucket."""
+        """torchvision's, except that in evaluation mode every image is padded to its bucket.
+
+        Args:
+            images: (C, h, w) each, from `resize`.
+            size_divisible: the batch's sides are multiples of this.
+
+        Returns:
+            (N, C, H', W'), each image at the top left, zeros around it.
+        """
         if self.training or not self.buckets:
             padded: Tensor = super().batch_images(images, size_divisible=size_divisible)
             return padded
@@ -149,15 +164,25 @@ class Transform(GeneralizedRCNNTransform):
         Returns:
             (N, C, H', W') float32 with H', W' multiples of `size_divisible`, and each image's own size in it.
         """
-        # The CPU kernel handles three channels only.
-        if self.num_channels == 3 and device_of(images[0].device).kernels == "numba":
+        if (kernel := self._kernel(images[0].device)) is not None:
             sizes = [self.resized_size((image.shape[0], image.shape[1])) for image in images]
             common = _largest([self.padded_size((image.shape[0], image.shape[1])) for image in images])
-            prepare = pillow_resize_normalise_and_pad if self.is_detectron2s else resize_normalise_and_pad
-            return ImageList(prepare(images, sizes, common, mean=self._config.mean, std=self._config.std), sizes)
+            return ImageList(kernel(images, sizes, common, mean=self._config.mean, std=self._config.std), sizes)
         batch: ImageList
         batch, _ = self([image.permute(2, 0, 1).float().div_(255) for image in images])
         return batch
+
+    def _kernel(self, device: torch.device) -> Callable[..., Tensor] | None:
+        """What does all steps in one pass; for three channels only."""
+        kernels = None if self.num_channels != 3 else device_of(device).kernels
+        if kernels == "numba":
+            return pillow_resize_normalise_and_pad if self.is_detectron2s else resize_normalise_and_pad
+        if kernels == "triton" and not self.is_detectron2s and gpu_resizes_alike(device):
+            # Imported here: Triton comes with PyTorch for CUDA on Linux only.
+            from service.ops import _cuda_resize
+
+            return _cuda_resize.resize_normalise_and_pad
+        return None
 
     def scale(self, image_size: tuple[int, int]) -> float:
         """Pixels of the resized image per pixel of the original."""

@@ -55,6 +55,7 @@ def multi_scale_roi_align(
     counts = [len(one) * one.shape[2] * one.shape[3] for one in features]
     layout = [(sum(counts[:level]), *one.shape[2:]) for level, one in enumerate(features)]
     pooled = torch.empty(len(rois), output_size, output_size, channels, dtype=cells.dtype, device=device)
+    at_once = triton.next_power_of_2(channels)
     if len(rois):
         _roi_align[(len(rois) * output_size**2,)](
             cells,
@@ -67,9 +68,17 @@ def multi_scale_roi_align(
             size=output_size,
             samples=sampling_ratio,
             offset=0.5 if aligned else 0.0,
-            at_once=triton.next_power_of_2(channels),
+            at_once=at_once,
+            num_warps=warps(at_once, cells.element_size()),
         )
     return pooled.permute(0, 3, 1, 2)
+
+
+def warps(at_once: int, value_bytes: int) -> int:
+    """How many warps read so many values of a cell together, 16 bytes a thread. With more, each would read less and
+    compute the same addresses.
+    """
+    return min(max(1, at_once * value_bytes // (32 * 16)), 8)
 
 
 @cache

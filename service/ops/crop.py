@@ -25,14 +25,14 @@ def crop(
     colour, if images are normalised. Unlike R-CNN's code, the enlarged box is not rounded to whole pixels.
 
     Args:
-        input: (N, 3, H, W) images (any number of channels will do).
+        input: (N, C, H, W) images.
         boxes: (K, 5) as (image index, x1, y1, x2, y2), or (L, 4) for each image.
         output_size: (h, w), or one number for both; R-CNN's is 227.
         spatial_scale: input pixels per unit of the boxes; 1 unless the boxes are in another frame.
         padding: pixels of context on each side of the output.
 
     Returns:
-        (K, 3, h, w) in the input's dtype. Half precision is computed in float32 and rounded once, at the end.
+        (K, C, h, w) in the input's dtype. Half precision is computed in float32 and rounded once, at the end.
 
     Raises:
         ValueError: see `as_rois` and `as_pair`; or the padding leaves no room for the box.

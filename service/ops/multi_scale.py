@@ -14,21 +14,19 @@ from torch import Tensor
 
 from service.ops.rois import rois_of
 
+# A box of this side in pixels (ImageNet's picture size) belongs on this level, whose stride is 2 ** 4.
+_CANONICAL_SCALE, _CANONICAL_LEVEL = 224, 4
 
-def assign_levels(
-    boxes: Sequence[Tensor], *, min_level: int, max_level: int, canonical_scale: float = 224, canonical_level: int = 4
-) -> Tensor:
+
+def assign_levels(boxes: Sequence[Tensor], *, min_level: int, max_level: int) -> Tensor:
     """Choose the feature level from which each box is pooled: equation (1) of the FPN paper.
 
-    `level = floor(canonical_level + log2(sqrt(width * height) / canonical_scale))`, where level k has the stride `2 **
-    k`.
+    `level = floor(4 + log2(sqrt(width * height) / 224))`, where level k has the stride `2 ** k`.
 
     Args:
         boxes: (L, 4) for each image.
         min_level: `log2` of the finest level's stride.
         max_level: `log2` of the coarsest level's stride.
-        canonical_scale: side in pixels of a box that belongs on `canonical_level` (ImageNet's picture size).
-        canonical_level: see above.
 
     Returns:
         (K,) int64 in [0, max_level - min_level], the boxes of all images in order. Boxes too large or too small use the
@@ -39,7 +37,9 @@ def assign_levels(
     # all.
     sides = torch.nan_to_num(((x2 - x1) * (y2 - y1)).sqrt())
     # The 1e-6 is torchvision's: rounding must not move a box of exactly the canonical scale one level down.
-    levels = torch.floor(canonical_level + torch.log2(sides / canonical_scale) + torch.tensor(1e-6, dtype=sides.dtype))
+    levels = torch.floor(
+        _CANONICAL_LEVEL + torch.log2(sides / _CANONICAL_SCALE) + torch.tensor(1e-6, dtype=sides.dtype)
+    )
     return levels.clamp(min_level, max_level).to(torch.int64) - min_level
 
 
@@ -49,9 +49,6 @@ def multi_scale(
     boxes: Sequence[Tensor],
     output_size: int | Sequence[int],
     scales: Sequence[float],
-    *,
-    canonical_scale: float = 224,
-    canonical_level: int = 4,
 ) -> Tensor:
     """Pool each box from its level with any operator of this package.
 
@@ -61,8 +58,6 @@ def multi_scale(
         boxes: (L, 4) for each image, one image at least.
         output_size: passed to `op` unchanged.
         scales: `1 / stride` of each level.
-        canonical_scale: see `assign_levels`.
-        canonical_level: see `assign_levels`.
 
     Returns:
         (K, C, h, w), the boxes of all images in order.
@@ -79,13 +74,7 @@ def multi_scale(
     # MobileNetV3's two maps share one stride, so fewer levels than feature maps is valid; the other maps stay unused.
     if not 0 <= max_level - min_level < len(features):
         raise ValueError(f"expected scales from fine to coarse, each at most half of the last, got {list(scales)}")
-    levels = assign_levels(
-        boxes,
-        min_level=min_level,
-        max_level=max_level,
-        canonical_scale=canonical_scale,
-        canonical_level=canonical_level,
-    )
+    levels = assign_levels(boxes, min_level=min_level, max_level=max_level)
     order = torch.argsort(levels, stable=True)
     parts = torch.split(rois[order], torch.bincount(levels, minlength=len(features)).tolist())
     pooled = [

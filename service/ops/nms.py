@@ -5,7 +5,6 @@ Shapes: K boxes of the whole batch, N images, G groups (the classes of every ima
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.devices import device_of
-from service.errors import first_line
 from service.ops._cpu_boxes import MOST_BOXES_MOVED, suppress_groups
-
-logger = logging.getLogger(__name__)
+from service.ops._kernel_check import kernels_work
 
 Floats = NDArray[np.float32]
 
@@ -43,7 +40,9 @@ class Kept:
     starts: Tensor
 
     def up_to(self, limits: Sequence[int]) -> list[Tensor]:
-        """The indices of each image's boxes, at most `limits` of them; equal scores keep their given order."""
+        """(limit or fewer,) int64 for each image: the indices of its boxes, best first. Equal scores keep their given
+        order.
+        """
         bounds = self.starts.tolist()  # the only synchronization with the device
         return [
             self.order[start : min(start + limit, end)]
@@ -101,8 +100,8 @@ def best_of_each_image(
 
 
 def rounded_down(values: Sequence[float]) -> Floats:
-    """The largest float32 not above each value. No float32 lies between the two, so a float32 comparison gives the same
-    result as torchvision's in float64.
+    """(len(values),): the largest float32 not above each value. No float32 is between the two, so a float32 comparison
+    gives the same result as torchvision's in float64.
     """
     exact = np.asarray(values, np.float64)
     nearest = exact.astype(np.float32)
@@ -172,7 +171,7 @@ def _suppress_by_triton(boxes: Tensor, groups: Tensor, starts: Tensor, iou_thres
 @cache
 def _triton_suppresses_alike(device: torch.device) -> bool:
     """Whether our kernels run on this GPU and keep the same boxes as the CPU's. It takes one batch of boxes to find
-    out, once; if they do not, a warning says why.
+    out, once.
     """
     numbers = torch.Generator().manual_seed(0)
     corners = torch.rand(300, 2, generator=numbers) * 100
@@ -180,24 +179,19 @@ def _triton_suppresses_alike(device: torch.device) -> bool:
     starts = torch.tensor([0, 3, 210, 210, 290])
     groups = torch.bucketize(torch.arange(len(boxes)), starts[1:], right=True)
     given = boxes, groups, starts, torch.from_numpy(rounded_down([0.3, 0.5, 0.5, 0.7]))
-    try:
+
+    def check() -> bool:
         from service.ops._cuda_suppression import suppress
 
         on_device = [one.to(device) for one in given]
         expected = _suppress_by_numba(*given, largest=len(boxes))
         # With overlaps stored, and without.
-        alike = [
+        return all(
             torch.equal(suppress(*on_device, largest=len(boxes), most_bytes=most).cpu(), expected)
             for most in (1 << 20, 0)
-        ]
-        problem = None if all(alike) else "they do not keep the same boxes as the CPU's"
-    except Exception as error:  # The type depends on what is missing.
-        problem = first_line(error)
-    if problem is None:
-        return True
-    fields = {"device": str(device), "reason": problem}
-    logger.warning("our kernels for suppression do not work: torchvision's, which wait", extra={"fields": fields})
-    return False
+        )
+
+    return kernels_work(check, device=device, purpose="suppression", instead="torchvision's, which wait")
 
 
 def _suppress_by_numba(boxes: Tensor, groups: Tensor, starts: Tensor, iou_threshs: Tensor, largest: int) -> Tensor:

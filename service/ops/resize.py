@@ -1,5 +1,5 @@
-"""From the bytes of pictures to a network's input in one pass on the CPU: resize, normalise and pad. torchvision makes
-a pass over the whole picture for each step.
+"""From the bytes of pictures to a network's input in one pass: resize, normalise and pad. torchvision makes a pass over
+the whole picture for each step.
 
 Shapes: N images, H x W an image's pixels, h x w what it is resized to, H' x W' the batch, at least as large as each.
 """
@@ -7,6 +7,7 @@ Shapes: N images, H x W an image's pixels, h x w what it is resized to, H' x W' 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.jit import compiled, parallel_loops
+from service.ops._kernel_check import kernels_work
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -30,6 +32,7 @@ def resize_normalise_and_pad(
     std: Sequence[float],
 ) -> Tensor:
     """Like `torch.nn.functional.interpolate(…, mode="bilinear", align_corners=False)` on the normalised images.
+    `_cuda_resize.py` has the same function for GPUs.
 
     Args:
         images: (H, W, 3) uint8 on the CPU, at least one pixel each.
@@ -50,6 +53,30 @@ def resize_normalise_and_pad(
             pixels = image.contiguous().numpy()
             _resize(pixels, rows, row_weights, columns, column_weights, table, output)
     return batch
+
+
+@cache
+def gpu_resizes_alike(device: torch.device) -> bool:
+    """Whether our kernel runs on this GPU and gives the same numbers as the CPU's, up to rounding. It takes two small
+    pictures to find out, once.
+    """
+    numbers = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=numbers) for size in ((37, 53), (90, 61))]
+    resize = partial(
+        resize_normalise_and_pad,
+        sizes=[(60, 86), (81, 55)],
+        padded_size=(96, 96),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+    )
+
+    def check() -> bool:
+        from service.ops import _cuda_resize
+
+        given = resize.keywords | {"images": [image.to(device) for image in images]}
+        return torch.allclose(_cuda_resize.resize_normalise_and_pad(**given).cpu(), resize(images), atol=1e-4)
+
+    return kernels_work(check, device=device, purpose="resizing", instead="PyTorch's, in more steps")
 
 
 def normalised_bytes(mean: Sequence[float], std: Sequence[float]) -> Floats:

@@ -1,4 +1,4 @@
-"""What callers may know of a loaded model, and how far its engine's outputs lie from the plain network's."""
+"""What callers may know of a loaded model, and how far its engine's outputs are from the plain network's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_FINITE = 1e9
 
 @dataclass(frozen=True, slots=True)
 class VerifiedValue:
-    """How far one kind of output lies from that of the plain network.
+    """How far one kind of output is from that of the plain network.
 
     Attributes:
         difference: the largest of all values, in int8 their root mean square; for boxes in pixels of the pictures, for

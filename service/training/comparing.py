@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from service.inference.predictor import Predictor
-from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.structures import DetectOptions, ModelInfo, Prediction, Query
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, Predicts, evaluate, query_of
 from service.training.figures import FIGURES, NOTE, mean_and_spread
-from service.training.loop import Progress, TrainConfig, Trainer, evaluation_info
+from service.training.loop import Progress, TrainConfig, Trainer, evaluation_predictor
 from service.training.proposals import ProposalCache
 from service.training.run_folder import locked
 
@@ -109,11 +108,9 @@ def retrain(
         state_path=state_path,
         device=device,
     )
-    model = build_model(config.searching())
     with locked(state_path.parent):
         best = trainer.run(on_step=on_step)
-    model.load_state_dict(best.weights)
-    return Predictor(model.to(device), info=evaluation_info(config), device=device)
+    return evaluation_predictor(config, best.weights, device)
 
 
 def busy_note(load: float, cores: int) -> str | None:

@@ -17,19 +17,16 @@ from service.training.dataset import CocoDataset, Sample
 
 TILE_PIXELS = 320
 COLUMNS = 5
+_PICTURES = 20
 _CAPTION_PIXELS = 18
 
 
-def draw_sheet(datasets: Sequence[CocoDataset], *, pictures: int = 20) -> Image.Image:
-    """Draw some pictures of each data set, evenly spread, those with objects first.
-
-    Args:
-        pictures: maximum number per data set.
-    """
+def draw_sheet(datasets: Sequence[CocoDataset]) -> Image.Image:
+    """Draw up to 20 pictures of each data set, evenly spread, those with objects first."""
     tiles = [
         _tile(sample, dataset.labels, f"{dataset.path.stem}: {sample.path.name}")
         for dataset in datasets
-        for sample in _chosen(dataset, pictures)
+        for sample in _chosen(dataset, _PICTURES)
     ]
     rows = math.ceil(len(tiles) / COLUMNS)
     side = TILE_PIXELS + 4

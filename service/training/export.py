@@ -23,14 +23,13 @@ from service.errors import ModelStoreError
 from service.inference.predictor import Predictor
 from service.model_store.model_toml import Dtype, ProvenanceTable
 from service.model_store.store import ModelStore, StoredModel, check_name
-from service.model_store.weights import load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.structures import Image, Query
 from service.training.dataset import CocoDataset
 from service.training.evaluation import AveragePrecision, Evaluation, evaluate
 from service.training.history import History
-from service.training.loop import Best, evaluation_info
+from service.training.loop import Best, evaluation_predictor
 
 TIMED_PICTURES = 16
 
@@ -111,10 +110,7 @@ def export_model(
     best: Best,
     val: CocoDataset,
     dtype: Dtype,
-    data: str,
-    licence: str | None,
-    attribution: str | None,
-    command: str,
+    provenance: ProvenanceTable,
     device: torch.device,
     findings: Mapping[str, Sequence[str]],
     history: History,
@@ -123,6 +119,7 @@ def export_model(
     run's losses and figures as `training.csv` and `training.svg`.
 
     Args:
+        provenance: the data, their terms and the command; the rest is filled in here.
         device: where the weights are evaluated and timed.
         findings: what was repaired and left out of the data, by split.
         history: of the run.
@@ -137,16 +134,14 @@ def export_model(
         for key, value in best.weights.items()
         if not key.endswith("num_batches_tracked")
     }
-    predictor = _predictor(config, weights, device)
+    predictor = evaluation_predictor(config, weights, device)
     evaluation = evaluate(predictor, val)
-    provenance = ProvenanceTable(
-        data=data,
-        licence=licence,
-        attribution=attribution,
-        command=command,
-        created=datetime.date.today(),
-        software={"torch": torch.__version__, "torchvision": version("torchvision")},
-        metrics={kind: figures_of(figures) for kind, figures in evaluation.rows()},
+    provenance = provenance.model_copy(
+        update={
+            "created": datetime.date.today(),
+            "software": {"torch": torch.__version__, "torchvision": version("torchvision")},
+            "metrics": {kind: figures_of(figures) for kind, figures in evaluation.rows()},
+        }
     )
     model = target.store.write_model(
         target.name,
@@ -171,12 +166,6 @@ def export_model(
         (model.path / "training.svg").write_text(history.svg(title=f"training of {model.key}"), encoding="utf-8")
     shutil.rmtree(target.state_path.parent, ignore_errors=True)
     return model
-
-
-def _predictor(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Predictor:
-    model = build_model(config.searching())
-    load_into(model, weights, source="the best checkpoint")
-    return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
 def _milliseconds_per_image(predictor: Predictor, val: CocoDataset) -> float:

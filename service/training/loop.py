@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from service.errors import ServiceError, first_line
 from service.inference.loading import describe
 from service.inference.predictor import Predictor
+from service.model_store.weights import load_into
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 from service.modeling.generalized_rcnn import GeneralizedRCNN
@@ -272,10 +273,7 @@ class Trainer:
                 self._average[key].copy_(value)
 
     def _evaluate(self, epoch: int) -> Evaluation:
-        model = build_model(self._model_config.searching()).to(self._device)
-        model.load_state_dict(self._average)
-        predictor = Predictor(model, info=evaluation_info(self._model_config), device=self._device)
-        evaluation = evaluate(predictor, self._val)
+        evaluation = evaluate(evaluation_predictor(self._model_config, self._average, self._device), self._val)
         candidate = Best({key: value.cpu().clone() for key, value in self._average.items()}, evaluation, epoch)
         if self._best is None or candidate.ap >= self._best.ap:
             self._best = candidate
@@ -337,7 +335,7 @@ class Trainer:
             reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
             raise ServiceError(
                 f"{self._state_path}: the run's state cannot be written: {reason}; that of step {self._saved_step} is "
-                "kept, and the same command goes on from there"
+                "kept, and the same command resumes there"
             ) from error
         self._saved_step = self._step
 
@@ -423,6 +421,13 @@ def _target(picture: TrainingPicture, device: torch.device) -> dict[str, Tensor]
     if picture.proposals is not None:
         target["proposals"] = torch.from_numpy(picture.proposals).to(device)
     return target
+
+
+def evaluation_predictor(config: ModelConfig, weights: Weights, device: torch.device) -> Predictor:
+    """A network that is not in a store yet, on its device, ready to be evaluated."""
+    model = build_model(config.searching())
+    load_into(model, weights, source="the checkpoint")
+    return Predictor(model.to(device), info=evaluation_info(config), device=device)
 
 
 def evaluation_info(config: ModelConfig) -> ModelInfo:

@@ -85,7 +85,7 @@ class Panel:
 
     @property
     def bottom(self) -> float:
-        """Where its horizontal axis lies."""
+        """Where its horizontal axis is."""
         return self.top + PANEL_HEIGHT + 10
 
     @property

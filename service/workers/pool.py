@@ -43,8 +43,7 @@ class WorkerPool:
     def __init__(
         self, settings: Settings, factory: PredictorFactory, metrics: Metrics, *, preload: Sequence[str]
     ) -> None:
-        # Workers do not need the API keys.
-        self._settings = settings.model_copy(update={"api_keys": (), "admin_keys": ()})
+        self._settings = settings.without_keys()
         self._factory = factory
         self._metrics = metrics
         self._preload = list(preload)

@@ -100,6 +100,8 @@ class Router(Generic[W, J]):
         Returns:
             Which worker to send which job, in order.
         """
+        if not self._pending and not self._suspects:
+            return []
         loads = {worker: list(load(worker)) for worker in workers}
         return [*self._assign_suspects(loads), *self._assign_others(loads)]
 

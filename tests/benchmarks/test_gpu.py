@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +22,9 @@ from benchmarks._measure import Report
 from benchmarks.model import stage_ms
 from service.structures import Detections, Prediction
 
-# A benchmark of four sections: one measures, one raises, one hangs, one kills its process.
+# A benchmark of five sections: one measures, one raises, one hangs, one kills its process, one waits for another.
 PROGRAM = """
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from benchmarks._bench import Bench, Section, run_here
 
@@ -42,7 +45,11 @@ def dies(bench: Bench) -> None:
     print("Fatal Python error", flush=True)
     os._exit(11)
 
-known = {one.__name__: Section(one.__name__, one, 0) for one in (measures, raises, hangs, dies)}
+def waits(bench: Bench) -> None:
+    lives = os.open(bench.folder.parent / "lives", os.O_WRONLY)
+    subprocess.run(["sleep", "600"], pass_fds=[lives])
+
+known = {one.__name__: Section(one.__name__, one, 0) for one in (measures, raises, hangs, dies, waits)}
 option = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 run_here(
     known, option["--sections"].split(","), device="cpu", quick=False, seconds=60, folder=Path(option["--out"])
@@ -103,6 +110,24 @@ def test_section_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     [hung] = run(tmp_path, ["hangs"], seconds=1)
     assert hung.words == "stopped after 1 s"
+
+
+def test_a_section_and_what_it_started_end_with_the_program_whatever_kills_that(tmp_path: Path) -> None:
+    (tmp_path / "sections_of_a_test.py").write_text(PROGRAM)
+    os.mkfifo(tmp_path / "lives")
+    program = [
+        "from pathlib import Path; from benchmarks._bench import Section, run_in_process",
+        "options = dict(module='sections_of_a_test', device='cpu', quick=False, seconds=600)",
+        f"run_in_process([Section('waits', print, 600)], folder=Path({str(tmp_path)!r}), **options)",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "\n".join(program)]
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=environment) as process,
+        (tmp_path / "lives").open("rb") as lives,  # the section, and what it started, have it open for writing
+    ):
+        process.kill()
+        assert lives.read() == b""  # until they have ended
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_training_killed_in_the_middle_goes_on_and_ends_with_a_model_that_can_be
 
     second = run(*training)
     assert second.returncode == 0, second.stderr
-    assert re.search(r"going on from step [234]0 of 60", second.stderr)
+    assert re.search(r"resuming at step [234]0 of 60", second.stderr)
     resumed = {int(step): float(loss) for step, loss in STEPS.findall(second.stderr)}
     assert min(resumed) in (30, 40)  # the state was last written after step 20 or later
     assert resumed[60] < losses[10]

@@ -27,6 +27,9 @@ from service.load.summary import Record, Summary, summarise
 from tests.load._model import write_tiny_model
 from tests.load._server import Server
 
+# For requests that outlast several starts of a worker: longer than these take on any machine.
+PATIENT_SECONDS = 1800.0
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

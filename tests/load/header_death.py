@@ -9,7 +9,17 @@ import asyncio
 from service.load.client import Client
 from tests.load._faults import deadly_header
 from tests.load._server import Server, serving
-from tests.load._trial import Load, Verdict, added, detect_requests, mixed_pictures, outcomes, run_trial, tiny_store
+from tests.load._trial import (
+    PATIENT_SECONDS,
+    Load,
+    Verdict,
+    added,
+    detect_requests,
+    mixed_pictures,
+    outcomes,
+    run_trial,
+    tiny_store,
+)
 
 CONCURRENCY = 4
 # Beside others once, and alone twice.
@@ -23,9 +33,12 @@ def header_death(*, bad: int = 10) -> Verdict:
         bad: deadly pictures, one after the other, each other bytes; the first is sent once more at the end.
     """
     verdict = Verdict(f"{bad} pictures that kill the worker in their headers, beside good traffic")
-    with tiny_store() as store, serving(store, fault="header", request_timeout_ms=300_000) as server:
+    with (
+        tiny_store() as store,
+        serving(store, fault="header", request_timeout_ms=int(1000 * PATIENT_SECONDS)) as server,
+    ):
         before = server.metrics()
-        load = Load(server, detect_requests(server, mixed_pictures()), timeout_seconds=300)
+        load = Load(server, detect_requests(server, mixed_pictures()), timeout_seconds=PATIENT_SECONDS)
         summary, statuses = asyncio.run(load.during(_send_bad(server, bad), concurrency=CONCURRENCY))
         after = server.metrics()
         verdict.expect(server.process.poll() is None, "the server still runs")
@@ -43,7 +56,7 @@ def header_death(*, bad: int = 10) -> Verdict:
 
 async def _send_bad(server: Server, bad: int) -> list[int]:
     requests = detect_requests(server, [deadly_header(index) for index in (*range(bad), 0)])
-    async with Client(server.target, timeout_seconds=300) as client:
+    async with Client(server.target, timeout_seconds=PATIENT_SECONDS) as client:
         return [(await client.send(request)).status for request in requests]
 
 

@@ -7,7 +7,7 @@ import asyncio
 from service.load.client import Client
 from tests.load._faults import killer_picture
 from tests.load._server import serving
-from tests.load._trial import Verdict, added, detect_requests, mixed_pictures, run_trial, tiny_store
+from tests.load._trial import PATIENT_SECONDS, Verdict, added, detect_requests, mixed_pictures, run_trial, tiny_store
 
 CONCURRENCY = 8
 
@@ -15,7 +15,7 @@ CONCURRENCY = 8
 def poison(*, good: int = 200) -> Verdict:
     """Whoever sent it is told so; nobody else is harmed."""
     verdict = Verdict(f"1 poisonous picture among {good} good ones")
-    with tiny_store() as store, serving(store, fault="kill", request_timeout_ms=300_000) as server:
+    with tiny_store() as store, serving(store, fault="kill", request_timeout_ms=int(1000 * PATIENT_SECONDS)) as server:
         before = server.metrics()
         pictures = mixed_pictures(good)
         pictures.insert(good // 2, killer_picture())
@@ -23,7 +23,7 @@ def poison(*, good: int = 200) -> Verdict:
 
         async def send_all() -> list[int]:
             places = asyncio.Semaphore(CONCURRENCY)
-            async with Client(server.target, timeout_seconds=300) as client:
+            async with Client(server.target, timeout_seconds=PATIENT_SECONDS) as client:
 
                 async def send(request: bytes) -> int:
                     async with places:

@@ -15,22 +15,23 @@ HEAD_TIMEOUT_SECONDS = 10.0  # the server's own, see docs/reliability.md
 GRACE_SECONDS = 5.0
 
 
-def slow_clients(*, idle: int = 500, slow: int = 50, rounds: int = 2) -> Verdict:
+def slow_clients(*, idle: int = 500, slow: int = 50, rounds: int = 2, alone_seconds: float = 15.0) -> Verdict:
     """Good traffic is not harmed, and the slow are cut off.
 
     Args:
         slow: clients that send their head a byte a second, and as many that do so with their body.
-        rounds: how often good traffic is measured, alone and with the others in turn.
+        rounds: how often good traffic is measured, alone and, until the slow are cut off, beside them.
+        alone_seconds: how long it is measured alone.
     """
     verdict = Verdict(f"{2 * slow} slow clients (1 byte/s) and {idle} idle connections")
     with tiny_store() as store, serving(store, body_timeout_seconds=BODY_TIMEOUT_SECONDS) as server:
-        asyncio.run(_good_traffic(server, 2.0))  # warms up
-        seconds = HEAD_TIMEOUT_SECONDS + GRACE_SECONDS
+        good = detect_requests(server, mixed_pictures())
+        asyncio.run(Load(server, good).closed(concurrency=CONCURRENCY, seconds=alone_seconds / 10))  # warms up
         alone, beside = [], []
         cut_after: list[float] = []
         for _ in range(rounds):
-            alone.append(asyncio.run(_good_traffic(server, seconds)))
-            summary, seconds_each = asyncio.run(_with_the_others(server, seconds, idle=idle, slow=slow))
+            alone.append(asyncio.run(Load(server, good).closed(concurrency=CONCURRENCY, seconds=alone_seconds)))
+            summary, seconds_each = asyncio.run(_with_the_others(server, good, idle=idle, slow=slow))
             beside.append(summary)
             cut_after += seconds_each
         ready = server.status("/readyz")
@@ -50,21 +51,13 @@ def slow_clients(*, idle: int = 500, slow: int = 50, rounds: int = 2) -> Verdict
     return verdict
 
 
-async def _good_traffic(server: Server, seconds: float) -> Summary:
-    return await Load(server, detect_requests(server, mixed_pictures())).closed(
-        concurrency=CONCURRENCY, seconds=seconds
-    )
-
-
-async def _with_the_others(server: Server, seconds: float, *, idle: int, slow: int) -> tuple[Summary, list[float]]:
+async def _with_the_others(server: Server, good: list[bytes], *, idle: int, slow: int) -> tuple[Summary, list[float]]:
     """Good traffic beside the others, and after how many seconds each of the slow was cut off."""
     idlers = [await asyncio.open_connection(*server.target.address) for _ in range(idle)]
     head = b"POST /v1/detect HTTP/1.1\r\nHost: slow\r\nContent-Length: 1000\r\n\r\n"
     slow_ones = [_send_slowly(server, b"", head) for _ in range(slow)]
     slow_ones += [_send_slowly(server, head, bytes(1000)) for _ in range(slow)]
-    slow_task = asyncio.gather(*slow_ones)
-    summary = await _good_traffic(server, seconds)
-    cut_after = await slow_task
+    summary, cut_after = await Load(server, good).during(asyncio.gather(*slow_ones), concurrency=CONCURRENCY)
     for _, writer in idlers:
         writer.close()
     return summary, cut_after

@@ -34,7 +34,7 @@ from tests.load.worker_kills import worker_kills
         pytest.param(lambda: sigterm(times=1, load_seconds=0.5), id="sigterm"),
         pytest.param(lambda: hang_ups(callers=60), id="hang_ups"),
         pytest.param(lambda: hot_swap(seconds=0.5), id="hot_swap"),
-        pytest.param(lambda: slow_clients(idle=50, slow=5, rounds=1), id="slow_clients"),
+        pytest.param(lambda: slow_clients(idle=50, slow=5, rounds=1, alone_seconds=1.0), id="slow_clients"),
         pytest.param(lambda: priorities(seconds=2.0), id="priorities"),
     ],
 )

@@ -6,7 +6,17 @@ import asyncio
 import signal
 
 from tests.load._server import Server, serving
-from tests.load._trial import Load, Verdict, added, detect_requests, mixed_pictures, outcomes, run_trial, tiny_store
+from tests.load._trial import (
+    PATIENT_SECONDS,
+    Load,
+    Verdict,
+    added,
+    detect_requests,
+    mixed_pictures,
+    outcomes,
+    run_trial,
+    tiny_store,
+)
 
 CONCURRENCY = 8
 READY_SECONDS = 15.0
@@ -19,9 +29,9 @@ def worker_kills(*, kills: int = 20, pause_seconds: float = 2.0) -> Verdict:
         pause_seconds: from being ready again to the next kill.
     """
     verdict = Verdict(f"kill -9 of a worker {kills} times")
-    with tiny_store() as store, serving(store) as server:
+    with tiny_store() as store, serving(store, request_timeout_ms=int(1000 * PATIENT_SECONDS)) as server:
         before = server.metrics()
-        load = Load(server, detect_requests(server, mixed_pictures()))
+        load = Load(server, detect_requests(server, mixed_pictures()), timeout_seconds=PATIENT_SECONDS)
         summary, seconds_until_ready = asyncio.run(
             load.during(_kill_workers(server, kills, pause_seconds), concurrency=CONCURRENCY)
         )

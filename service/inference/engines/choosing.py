@@ -47,6 +47,10 @@ class Placed:
     graphs: GraphedDetector | None = None
 
 
+EAGER = Placed("eager")
+"""The network's own modules."""
+
+
 def put_engine(
     model: GeneralizedRCNN,
     *,
@@ -55,8 +59,6 @@ def put_engine(
     precision: str,
     key: str,
     cache_dir: Path | None,
-    num_classes: int = 0,
-    max_detections: int = 0,
     quantizers: Quantizers | None = None,
 ) -> Placed:
     """Replace the network's parts by an engine's, in place.
@@ -68,8 +70,6 @@ def put_engine(
         precision: one of the device's.
         key: names the network's weights and configuration.
         cache_dir: where an engine may keep what it compiles; the user's cache folder if None.
-        num_classes: with the background; needed by `graphs`.
-        max_detections: of an image unless a request says otherwise; needed by `graphs`.
         quantizers: what runs in int8; needed for that precision, and only used by it.
 
     Returns:
@@ -99,24 +99,21 @@ def put_engine(
         logger.info("the fastest engine cannot run this model", extra={"fields": fields})
         chosen = "eager"
     half = HalfNetwork(model, precision) if precision in DTYPES else None
-    network = CompiledNetwork(model) if chosen in COMPILING else None
-    if network is not None:
-        model.parts = network.parts()
+    if chosen in COMPILING:
+        return _put_compiled(model, engine=chosen, device=device, half=half)
     if half is not None:
-        model.parts = half.wrapped(model.parts or model.own_parts())
-    if network is None:
-        return Placed(chosen, half)
+        model.parts = half.wrapped(model.own_parts())
+    return Placed(chosen, half)
+
+
+def _put_compiled(model: GeneralizedRCNN, *, engine: str, device: Device, half: HalfNetwork | None) -> Placed:
+    network = CompiledNetwork(model)
+    model.parts = network.parts() if half is None else half.wrapped(network.parts())
     graphs = None
-    if chosen == "graphs":
-        graphs = GraphedDetector(
-            model,
-            device=device,
-            num_classes=num_classes,
-            max_detections=max_detections,
-            take_check=None if half is None else half.take_check,
-        )
+    if engine == "graphs":
+        graphs = GraphedDetector(model, device=device, take_check=None if half is None else half.take_check)
     return Placed(
-        chosen,
+        engine,
         half,
         find_problem=lambda: _why_uncompiled(network) or (None if graphs is None else _why_unrecorded(graphs)),
         take_uncompiled=network.take_uncompiled,

@@ -78,8 +78,6 @@ class GraphedDetector:
     Args:
         model: with an RPN, its parts in place, on its device.
         device: where it is; must be able to record.
-        num_classes: with the background.
-        max_detections: the most detections of an image; requests for more take the usual path.
         take_check: see `HalfNetwork.take_check`; None in float32.
         capacity: candidates of an image; an image with more takes the usual path.
 
@@ -94,15 +92,13 @@ class GraphedDetector:
         model: GeneralizedRCNN,
         *,
         device: Device,
-        num_classes: int,
-        max_detections: int,
         take_check: Callable[[], Tensor] | None = None,
         capacity: int = CANDIDATES,
     ) -> None:
         self._model = model
         self._device = device
-        self._num_classes = num_classes
-        self._max_detections = max_detections
+        # Requests for more take the usual path.
+        self._max_detections: int = model.roi_heads.detections_per_img
         self._take_check = take_check
         self._capacity = capacity
         self._seen: Counter[Key] = Counter()
@@ -134,7 +130,6 @@ class GraphedDetector:
             everything = Wanted.of(
                 [Selection(0.0, self._max_detections)] * count,
                 heads=self._model.roi_heads,
-                num_classes=self._num_classes,
                 resized=[size] * count,
                 original=[size] * count,
             )
@@ -162,7 +157,6 @@ class GraphedDetector:
         wanted = Wanted.of(
             selections,
             heads=self._model.roi_heads,
-            num_classes=self._num_classes,
             resized=prepared.image_sizes,
             original=[(image.shape[0], image.shape[1]) for image in images],
         )
@@ -174,7 +168,7 @@ class GraphedDetector:
             return None
         recorded.inputs.fill(prepared.tensors, table)
         recorded.recording.replay()
-        rows: Float32Array = recorded.recording.output[: len(images)].cpu().numpy()
+        rows: Float32Array = self._device.download(recorded.recording.output[: len(images)]).numpy()
         return _unpacked(rows, self._max_detections, with_masks) if rows[:, 1].all() else None
 
     def release(self) -> None:
@@ -256,7 +250,9 @@ class GraphedDetector:
             return None
         # In channels-last order.
         batch = self._memory[:needed].view(count, height, width, channels).permute(0, 3, 1, 2)
-        return _Inputs(batch, torch.zeros(count, 10 + self._num_classes, device=self._device.torch_device))
+        return _Inputs(
+            batch, torch.zeros(count, 10 + self._model.roi_heads.num_classes, device=self._device.torch_device)
+        )
 
 
 def _changed(found: Detections, expected: Detections) -> float:

@@ -289,6 +289,6 @@ def _size(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _shown(value: object, limit: int = 100) -> str:
+def _shown(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -203,6 +203,6 @@ def _decompressed(text: str) -> list[int]:
     return counts
 
 
-def _shortened(value: object, limit: int = 60) -> str:
+def _shortened(value: object) -> str:
     text = repr(value[:20] if isinstance(value, list | str) else value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= 60 else f"{text[:60]}…"

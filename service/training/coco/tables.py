@@ -194,6 +194,6 @@ def _close(name: str, known: set[str]) -> str:
     return f"; did you mean {same[0]!r}?" if same else ""
 
 
-def _shortened(value: object, limit: int = 100) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= 100 else f"{text[:100]}…"

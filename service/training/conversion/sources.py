@@ -29,6 +29,8 @@ from service.training.conversion.xml_reader import number_in, read_xml
 
 Layout = Literal["coco", "yolo", "voc", "labelme", "cvat"]
 Read = tuple[list[Scene], list[str]]
+# Beyond this many, the nearest files decide what a folder is.
+_MOST_FILES = 2000
 _SPLITS = {"train": "train", "valid": "val", "val": "val", "validation": "val", "test": "test"}
 
 
@@ -98,17 +100,17 @@ def coco_files(source: Path) -> dict[str, Path]:
     return found
 
 
-def _first_files(folder: Path, most: int = 2000) -> list[Path]:
+def _first_files(folder: Path) -> list[Path]:
     """Non-picture files at most three folders deep, a few from each folder; the nearest come first."""
     found: list[Path] = []
     for path, folders, files in os.walk(folder):
         if len(Path(path).relative_to(folder).parts) >= 3:
             folders.clear()
         others = sorted(name for name in files if Path(name).suffix.lower() not in PICTURE_SUFFIXES)
-        found += [Path(path, name) for name in others[:most]]
-        if len(found) > most:
+        found += [Path(path, name) for name in others[:_MOST_FILES]]
+        if len(found) > _MOST_FILES:
             break
-    return sorted(found, key=lambda path: (len(path.parts), str(path)))[:most]
+    return sorted(found, key=lambda path: (len(path.parts), str(path)))[:_MOST_FILES]
 
 
 def _json(path: Path) -> Mapping[str, Any]:

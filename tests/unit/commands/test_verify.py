@@ -47,7 +47,7 @@ def test_the_same_as_json(store: Path) -> None:
 def test_the_reference_has_nothing_to_be_held_to(store: Path) -> None:
     result = run(store, "--engine", "eager")
     assert result.exit_code == 0
-    assert "is what others are held to" in result.stdout
+    assert "is the reference for the others" in result.stdout
 
 
 def test_one_that_does_not_pass_under_auto_says_what_runs_instead_and_fails(store: Path, tmp_path: Path) -> None:

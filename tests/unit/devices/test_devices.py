@@ -289,7 +289,9 @@ def fake_uploads(*, total_memory: int) -> Iterator[list[str]]:
         told.append("copy")
         return nullcontext()
 
-    batch = MagicMock(wait_event=lambda event: told.append(f"wait for {event}"))
+    batch = MagicMock(
+        wait_event=lambda event: told.append(f"wait for {event}"), synchronize=lambda: told.append("wait for all")
+    )
     with ExitStack() as patches:
         for name, function in {
             "Stream": lambda device: MagicMock(record_event=lambda: "the copy"),
@@ -323,6 +325,13 @@ def test_pixels_that_are_copied_ahead_are_there_before_the_batch_reads_them() ->
         np.testing.assert_array_equal(copied.numpy(), pixels)
         assert upload.take() is None  # a batch that is tried again copies from the host
     assert CpuDevice("cpu").begin_upload(pixels) is None
+
+
+def test_results_are_read_from_pinned_memory_once_they_are_there() -> None:
+    results = torch.arange(12.0).reshape(3, 4)
+    with fake_uploads(total_memory=0) as told:
+        torch.testing.assert_close(copying_device().download(results), results)
+    assert told == ["wait for all"]
 
 
 def test_pixels_that_wait_on_the_gpu_take_a_small_share_of_its_memory() -> None:

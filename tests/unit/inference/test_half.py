@@ -34,7 +34,7 @@ def half(model: GeneralizedRCNN, precision: str, *, family: str = FAMILY) -> Pre
     device = device_named("cpu")
     placed = put_engine(model, engine="eager", device=device, precision=precision, key="", cache_dir=None)
     info = replace(evaluation_info(config_of(family)), precision=precision)
-    return Predictor(model, info=info, device=CPU, half=placed.half)
+    return Predictor(model, info=info, device=CPU, placed=placed)
 
 
 def plain(model: GeneralizedRCNN) -> Predictor:
@@ -65,7 +65,7 @@ def test_r_cnn_runs_with_weights_of_half_precision() -> None:
     config = given_proposals("rcnn")
     model = build_model(config).eval()
     placed = put_engine(model, engine="eager", device=device_named("cpu"), precision="bfloat16", key="", cache_dir=None)
-    predictor = Predictor(model, info=evaluation_info(config), device=CPU, half=placed.half)
+    predictor = Predictor(model, info=evaluation_info(config), device=CPU, placed=placed)
     query = Query(picture(90, 120), DetectOptions(score_thresh=0.0, proposals=((10.0, 10.0, 60.0, 70.0),)))
     assert len(answer(predictor, query)) == 1
     assert {one.dtype for one in model.parameters()} <= {torch.bfloat16, torch.float32}
@@ -104,10 +104,10 @@ def test_batch_that_overflows_runs_again_in_float32_and_says_so() -> None:
     expected = answer(plain(same))
     assert len(prediction.detections) == len(expected) == 10
     np.testing.assert_allclose(prediction.detections.scores, expected.scores, atol=0.01)
-    twin = predictor._half and predictor._half.in_float32()
+    twin = predictor._placed.half and predictor._placed.half.in_float32()
     predictor.predict([QUERY])
-    assert predictor._half is not None
-    assert predictor._half.in_float32() is twin  # made once
+    assert predictor._placed.half is not None
+    assert predictor._placed.half.in_float32() is twin  # made once
     # bfloat16 has float32's range.
     (prediction,) = half(same, "bfloat16").predict([QUERY])
     assert not prediction.overflowed
@@ -116,8 +116,8 @@ def test_batch_that_overflows_runs_again_in_float32_and_says_so() -> None:
 def test_outputs_of_a_batch_that_failed_count_for_no_other() -> None:
     """Whatever it computed, a capture that failed least of all: its tensors were never filled."""
     predictor = half(network(FAMILY), "bfloat16")
-    assert predictor._half is not None
-    predictor._half._check(torch.tensor(torch.inf))
+    assert predictor._placed.half is not None
+    predictor._placed.half._check(torch.tensor(torch.inf))
     (prediction,) = predictor.predict([QUERY])
     assert not prediction.overflowed
 

@@ -179,7 +179,7 @@ def test_precision_by_name_is_kept_when_the_engine_is_replaced(store: Any) -> No
     assert (predictor.info.engine, predictor.info.precision) == ("eager", "bfloat16")
     assert predictor.info.verification is not None
     assert predictor.info.verification.has_passed
-    assert isinstance(predictor._half, HalfNetwork)
+    assert isinstance(predictor._placed.half, HalfNetwork)
 
 
 def broken(stored: StoredModel, root: Path, **values: str) -> StoredModel:

@@ -68,7 +68,6 @@ def fixed(
         wanted = Wanted.of(
             selections,
             heads=model.roi_heads,
-            num_classes=CLASSES,
             resized=[(height, width) for height, width in batch.image_sizes],
             original=[(image.shape[0], image.shape[1]) for image in images],
         )

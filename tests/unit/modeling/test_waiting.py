@@ -117,7 +117,8 @@ def test_on_cuda_a_whole_batch_with_masks_waits_three_times(num_images: int) -> 
                 [Selection(0.1, 10)] * num_images,
                 with_masks=[True] * num_images,
                 proposals=[None] * num_images,
-            )
+            ),
+            CpuDevice("cpu"),
         )
         return detections
 

@@ -74,11 +74,31 @@ assert _cuda_kernels.multi_scale_roi_align(maps, wild, levels[:2], scales, 3, 2,
 assert _cuda_kernels.multi_scale_roi_align(maps, rois[:0], levels[:0], scales, 3, 2, False).shape == (0, 5, 3, 3)
 """
 
+RESIZED_ALIKE = """
+from types import SimpleNamespace
+
+import torch
+from service.modeling import transform as module
+from service.modeling.config import TransformConfig
+from service.ops.resize import gpu_resizes_alike
+
+assert gpu_resizes_alike(torch.device("cpu"))
+module.device_of = lambda device: SimpleNamespace(kernels="triton")
+transform = module.Transform(TransformConfig(min_size=60, max_size=100)).eval()
+for sizes in ([(40, 53), (75, 50)], [(1, 1)], [(1, 300)], [(300, 1)], [(97, 101), (120, 160)]):
+    images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
+    theirs, _ = transform([image.permute(2, 0, 1).float().div_(255) for image in images])
+    ours = transform.prepare(images)
+    assert ours.image_sizes == theirs.image_sizes
+    torch.testing.assert_close(ours.tensors, theirs.tensors, atol=1e-4, rtol=0)
+    assert ours.tensors.is_contiguous(memory_format=torch.channels_last)
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from service.ops import _cuda_kernels, _cuda_suppression
+from service.ops import _cuda_kernels, _cuda_resize, _cuda_suppression
 
 numbers = {"num_boxes": "i32", "num_groups": "i32"}
 names = {"boxes": "*fp32", "groups": "*i64", "starts": "*i64", "iou_threshs": "*fp32", "overlaps": "*i64"} | numbers
@@ -94,18 +114,25 @@ for capability in (80, 90):
         assembly = triton.compile(source, target=gpu, options={"enable_fp_fusion": False}).asm
         assert assembly["cubin"]
         assert "fma" not in assembly["ptx"]
-names = {"cells": "*fp16", "layout": "*i64", "scales": "*fp32", "rois": "*fp32", "levels": "*i64", "pooled": "*fp16"}
-names |= {"channels": "i32"} | dict.fromkeys(("size", "samples", "offset", "at_once"), "constexpr")
-for samples, offset in ((2, 0.0), (0, 0.5)):
-    fixed = {"size": 7, "samples": samples, "offset": offset, "at_once": 256}
-    assert triton.compile(ASTSource(_cuda_kernels._roi_align, names, fixed), target=gpu).asm["cubin"]
+names = {"layout": "*i64", "scales": "*fp32", "rois": "*fp32", "levels": "*i64", "channels": "i32"}
+names |= dict.fromkeys(("size", "samples", "offset", "at_once"), "constexpr")
+divisible = {(index,): [["tt.divisibility", 16]] for index in range(7)}  # as addresses and 256 channels are
+for kind, value_bytes in (("*fp16", 2), ("*fp32", 4)):
+    for samples, offset in ((2, 0.0), (0, 0.5)):
+        fixed = {"size": 7, "samples": samples, "offset": offset, "at_once": 256}
+        source = ASTSource(_cuda_kernels._roi_align, names | {"cells": kind, "pooled": kind}, fixed, divisible)
+        assembly = triton.compile(source, target=gpu, options={"num_warps": _cuda_kernels.warps(256, value_bytes)}).asm
+        assert assembly["cubin"]
+        assert "ld.global.v4.b32" in assembly["ptx"]  # 16 bytes a thread
+names = dict(zip(_cuda_resize._resize.arg_names, ["*u8", "*fp32"] + ["i32"] * 6 + ["fp32"] * 8 + ["constexpr"]))
+assert triton.compile(ASTSource(_cuda_resize._resize, names, {"at_once": 1024}), target=gpu).asm["cubin"]
 """
 
 
 @pytest.mark.parametrize(
     ("program", "interpreted"),
-    [(SUPPRESSED_ALIKE, True), (POOLED_ALIKE, True), (COMPILED, False)],
-    ids=["suppressed alike", "pooled alike", "compiled"],
+    [(SUPPRESSED_ALIKE, True), (POOLED_ALIKE, True), (RESIZED_ALIKE, True), (COMPILED, False)],
+    ids=["suppressed alike", "pooled alike", "resized alike", "compiled"],
 )
 def test_kernels_for_cuda(program: str, interpreted: bool) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}

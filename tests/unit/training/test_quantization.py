@@ -315,7 +315,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(ma
     prepared(tmp_path)
     with patch.object(quantization_run, "search", side_effect=KeyboardInterrupt):
         stopped = quantize(tmp_path)
-    assert (stopped.exit_code, "the same command goes on" in stopped.output) == (130, True)
+    assert (stopped.exit_code, "the same command resumes" in stopped.output) == (130, True)
     with locked(tmp_path / "store/discs/.quantizing-2"):
         assert "another run is using it" in str(quantize(tmp_path).exception)
     again = AssertionError("done again")
@@ -325,7 +325,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_gives_the_same_files(ma
     ):
         result = quantize(tmp_path)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "going on where an earlier run was left" in result.output
+    assert "resuming an earlier run" in result.output
     for file in ("int8.json", "weights.safetensors"):
         ours, theirs = ((one / "store/discs/2" / file).read_bytes() for one in (made, tmp_path))
         assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest()

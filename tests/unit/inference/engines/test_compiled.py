@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from service.inference.engines.choosing import keep_kernels
+from service.inference.engines.choosing import Placed, keep_kernels
 from service.inference.engines.compiled import CompiledNetwork, keep_compiled_code
 from service.inference.engines.folding import fold
 from service.inference.predictor import Predictor
@@ -63,7 +63,8 @@ def predictor_on(backend: Backend) -> Predictor:
     compiled = CompiledNetwork(model, backend=backend)
     model.parts = compiled.parts()
     info = replace(evaluation_info(CONFIG), engine="compiled")
-    return Predictor(model, info=info, device=torch.device("cpu"), take_uncompiled=compiled.take_uncompiled)
+    placed = Placed("compiled", take_uncompiled=compiled.take_uncompiled)
+    return Predictor(model, info=info, device=torch.device("cpu"), placed=placed)
 
 
 def test_what_the_warm_up_compiled_serves_other_sizes_and_numbers() -> None:
@@ -77,7 +78,7 @@ def test_what_the_warm_up_compiled_serves_other_sizes_and_numbers() -> None:
         before = backend.runs
         found = answers(predictor, queries)
         assert backend.runs == before + 3  # by the compiled code, each part once
-        assert predictor._take_uncompiled() == []
+        assert predictor._placed.take_uncompiled() == []
         for one, expected in zip(found, answers(plain(), queries), strict=True):
             assert_same(one, expected, scale=2)
     assert backend.compiled == compiled

@@ -21,7 +21,7 @@ from service.devices.cpu import CpuDevice
 from service.devices.device import Recording
 from service.errors import ModelStoreError, ServiceError
 from service.inference.engines import choosing
-from service.inference.engines.choosing import put_engine
+from service.inference.engines.choosing import Placed, put_engine
 from service.inference.engines.graphs import MOST_CHANGED, GraphedDetector
 from service.inference.loading import load_predictor
 from service.inference.predictor import Predictor
@@ -96,12 +96,11 @@ def predictor_on(
     graphs = GraphedDetector(
         model.eval(),
         device=device,
-        num_classes=len(CONFIG.labels) + 1,
-        max_detections=INFO.max_detections,
         capacity=capacity,
         take_check=take_check,
     )
-    predictor = Predictor(model, info=INFO, device=torch.device("cpu"), graphs=graphs)
+    placed = Placed("graphs", graphs=graphs)
+    predictor = Predictor(model, info=INFO, device=torch.device("cpu"), placed=placed)
     predictor._may_compile = False  # as after the warm-up
     return predictor
 
@@ -200,18 +199,18 @@ def test_what_cannot_be_recorded_is_tried_once(device: RecordingDevice, caplog: 
 def test_infinities_in_a_replayed_batch_are_noticed(device: RecordingDevice) -> None:
     finite = torch.ones(())
     predictor = predictor_on(device, take_check=lambda: finite.clone())
-    assert predictor._graphs is not None
+    assert predictor._placed.graphs is not None
     images = [torch.from_numpy(query.image.pixels) for query in queries(1)]
     selections = [predictor._selection(query.options) for query in queries(1)]
     for value in (1, 1, 0):
         finite.fill_(value)
-        replayed = predictor._graphs.detect(images, selections, with_masks=[False])
+        replayed = predictor._placed.graphs.detect(images, selections, with_masks=[False])
     assert replayed is not None
     assert replayed[1] is False
 
 
 def test_the_largest_are_recorded_first_and_all_read_one_input(device: RecordingDevice) -> None:
-    graphs = predictor_on(device)._graphs
+    graphs = predictor_on(device)._placed.graphs
     assert graphs is not None
     graphs.record([(64, 64), (128, 192)], with_masks=[False], pictures=PICTURES)
     batches = [one.inputs.batch for one in graphs._recorded.values()]
@@ -232,8 +231,8 @@ def test_the_warm_up_records_the_buckets_in_every_number_with_masks_and_without(
         one._model.transform.buckets = ((128, 192), (4000, 4000))
     predictor.info, predictor._may_compile = replace(INFO, engine="graphs"), True
     predictor.warm_up()
-    assert predictor._graphs is not None
-    keys = list(predictor._graphs._recorded)
+    assert predictor._placed.graphs is not None
+    keys = list(predictor._placed.graphs._recorded)
     assert keys == [((128, 192), count, with_masks) for count in (8, 4, 2, 1) for with_masks in (True, False)]
     replays = [one.replays for one in device.recordings]
     found = answers(predictor, queries(3))  # the first batch of its kind
@@ -245,9 +244,9 @@ def test_the_warm_up_records_the_buckets_in_every_number_with_masks_and_without(
 def test_without_buckets_the_warm_up_records_the_pictures_of_the_verification(device: RecordingDevice) -> None:
     predictor = predictor_on(device)
     predictor.warm_up()
-    assert predictor._graphs is not None
+    assert predictor._placed.graphs is not None
     size = predictor.group_key(SIZE)
-    assert list(predictor._graphs._recorded) == [
+    assert list(predictor._placed.graphs._recorded) == [
         (size, count, with_masks) for count in (2, 1) for with_masks in (True, False)
     ]
     # Blank pictures would show nothing.
@@ -268,8 +267,8 @@ def test_a_recording_that_finds_something_else_is_not_used(
     for _ in range(3):
         found = answers(predictor, queries(1))
     assert_all_same(found, answers(reference, queries(1)))
-    assert predictor._graphs is not None
-    assert predictor._graphs.largest_change == 1
+    assert predictor._placed.graphs is not None
+    assert predictor._placed.graphs.largest_change == 1
     assert caplog.text.count("cannot be recorded") == 1
 
 
@@ -279,7 +278,7 @@ def test_an_engine_that_cannot_replay_is_refused_by_name(store: Any, monkeypatch
     def load(fails: bool) -> Predictor:
         device.fails = fails
         predictor = load_predictor(store(FAMILY), device="cpu", engine="graphs", precision="float32")
-        predictor._graphs._device = device  # type: ignore[union-attr]  # it has some
+        predictor._placed.graphs._device = device  # type: ignore[union-attr]  # it has some
         predictor.warm_up()
         return predictor
 
@@ -320,7 +319,7 @@ def test_recordings_of_the_most_buckets_fit_and_there_is_a_bound(
     device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network is left out: recordings are counted."""
-    graphs = predictor_on(device)._graphs
+    graphs = predictor_on(device)._placed.graphs
     assert graphs is not None
     monkeypatch.setattr("service.inference.engines.graphs.detect_fixed", lambda *args, **options: Mock(was_read=()))
     monkeypatch.setattr("service.inference.engines.graphs._packed", lambda *args: torch.zeros(1))
