@@ -73,7 +73,8 @@ def encode_outlines(
 def _simplified(outline: Int64Array) -> list[int]:
     corners = outline.astype(np.int32).reshape(-1, 2)
     fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True)
-    return [int(one) for one in (fewer if len(fewer) >= 3 else corners).ravel()]
+    found: list[int] = np.asarray(fewer if len(fewer) >= 3 else corners).ravel().tolist()
+    return found
 
 
 def _trace(runs: ColumnRuns, *, with_holes: bool) -> list[list[Int64Array]]:
