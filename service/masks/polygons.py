@@ -72,8 +72,8 @@ def encode_outlines(
 
 def _simplified(outline: Int64Array) -> list[int]:
     corners = outline.astype(np.int32).reshape(-1, 2)
-    fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True)
-    found: list[int] = np.asarray(fewer if len(fewer) >= 3 else corners).ravel().tolist()
+    fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True).astype(np.int32, copy=False)
+    found: list[int] = (fewer if len(fewer) >= 3 else corners).ravel().tolist()
     return found
 
 
