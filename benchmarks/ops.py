@@ -5,6 +5,7 @@ pycocotools: `python -m benchmarks.ops`.
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from benchmarks._measure import (
     until_done,
 )
 from service.imaging.decode import ImageLimits, decode_image
+from service.imaging.overlay import encode_picture
 from service.masks.polygons import encode_polygons
 from service.masks.rle import encode_rle
 from service.modeling.config import TransformConfig
@@ -78,7 +80,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="One round, small sizes: does it run?")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = REPORTS,
 ) -> None:
-    """Print a table for the RoI operators, one for decoding, one for resizing and one for the masks."""
+    """Print a table for the RoI operators, one for decoding, one for resizing, one for PNGs and one for the masks."""
     torch.set_num_threads(threads)
     report = Report("ops", out)
     rounds = 1 if quick else rounds
@@ -107,6 +109,11 @@ def main(
         "RGB pixels to the network's input (800 / 1333): torchvision's transform against ours",
         ["picture", "torchvision ms", "ours ms", "times faster", "largest difference"],
         [transform_row(name, rounds) for name in names],
+    )
+    report.table(
+        "RGB pixels with a camera's grain to PNG: seconds of CPU and megabytes, by Pillow at its level and ours",
+        ["picture", *(f"{name} {unit}" for name in PNG_ENCODERS for unit in ("s", "MB"))],
+        [png_row(name) for name in (["480p"] if quick else PNG_SIZES)],
     )
     rows: list[list[Cell]] = []
     for name in names:
@@ -194,6 +201,36 @@ def transform_row(name: str, rounds: int) -> list[Cell]:
         difference = float((sides["reference"]() - sides["ours"]()).abs().max())
     times = [milliseconds(seconds["reference"]), milliseconds(seconds["ours"])]
     return [name, *times, ratio(seconds["reference"], seconds["ours"]), f"{difference:.1e}"]
+
+
+def png_row(name: str) -> list[Cell]:
+    """Once each, since it takes seconds."""
+    height, width = (IMAGE_SIZES | PNG_SIZES)[name]
+    grain = np.random.default_rng(0).normal(0, 3, (height, width, 3)).astype(np.float32)
+    pixels = np.clip(np.array(example_picture(width, height)) + grain, 0, 255).astype(np.uint8)
+    row: list[Cell] = [name]
+    for encode in PNG_ENCODERS.values():
+        begin = time.process_time()
+        encoded = encode(pixels)
+        row += [round(time.process_time() - begin, 2), megabytes(len(encoded))]
+        if not np.array_equal(decode_with_pillow(encoded), pixels):
+            raise AssertionError(f"a PNG of {name} has other pixels")
+    return row
+
+
+def encode_with_pillow(pixels: UInt8Array, level: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG", compress_level=level)
+    return file.getvalue()
+
+
+PNG_SIZES = {"1080p": (1080, 1920), "12 MP": (3000, 4000), "49 MP": (7000, 7000)}
+PNG_ENCODERS: dict[str, Callable[[UInt8Array], bytes]] = {
+    "level 6": partial(encode_with_pillow, level=6),
+    "level 3": partial(encode_with_pillow, level=3),
+    "level 1": partial(encode_with_pillow, level=1),
+    "ours": partial(encode_picture, format="png"),
+}
 
 
 def mask_row(count: int, image: str, rounds: int) -> list[Cell]:

@@ -192,7 +192,7 @@ def _build_and_fill(order: _Order) -> GeneralizedRCNN:
 def describe(
     config: ModelConfig, *, name: str, version: int, precision: str, device: str, engine: str = "eager"
 ) -> ModelInfo:
-    """The public description of a network with this configuration."""
+    """The public description of a network with this configuration; the other arguments are copied into it."""
     return ModelInfo(
         name=name,
         version=version,

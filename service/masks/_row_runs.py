@@ -29,7 +29,12 @@ class RowRuns:
 
 
 def row_runs(runs: ColumnRuns, index: int) -> RowRuns:
-    """The mask of one object; without rows if it is empty."""
+    """The mask of one object; without rows if it is empty.
+
+    Args:
+        runs: of all objects.
+        index: of the object.
+    """
     columns, ys = runs.of(index)
     first_y, last_y = (int(ys.min()), int(ys.max())) if len(ys) else (0, 0)
     rows, xs = _transpose(columns, ys, int(runs.first_x[index]), first_y, last_y)

@@ -51,7 +51,7 @@ class ColumnRuns:
         return len(self.first_x)
 
     def of(self, index: int) -> tuple[Int64Array, Int32Array]:
-        """One object's share: where each of its columns begins in its bounds, and the bounds."""
+        """One object's share: (columns + 1,) where each of its columns begins, and their bounds, as in `ys`."""
         columns = self.first_y[self.first_column[index] : self.first_column[index + 1] + 1]
         return columns - columns[0], self.ys[columns[0] : columns[-1]]
 

@@ -43,7 +43,17 @@ class UnroundedAnchorGenerator(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """(len(scales) * len(aspect_ratios), 4) anchors centred on the origin."""
+        """The anchors of one location of a map.
+
+        Args:
+            scales: square roots of their areas, in pixels of the resized image.
+            aspect_ratios: height / width.
+            dtype: of the result.
+            device: of the result.
+
+        Returns:
+            (len(scales) * len(aspect_ratios), 4) as (x1, y1, x2, y2), centred on the origin.
+        """
         half_sides = torch.tensor(scales, dtype=dtype, device=device)[:, None] / 2
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         half_widths, half_heights = half_sides / roots, half_sides * roots
@@ -51,11 +61,14 @@ class UnroundedAnchorGenerator(AnchorGenerator):
         return (corners.transpose(0, 1) if self.by_ratio else corners).flatten(end_dim=1)
 
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
-        """The anchors of every feature map, (height * width * anchors per location, 4).
+        """Lay the anchors of one location over every feature map.
 
         Args:
             grid_sizes: (height, width) of every map.
             strides: torchvision's estimate; only its device is used.
+
+        Returns:
+            (height * width * anchors per location, 4) for each map, as (x1, y1, x2, y2) in pixels of the batch.
         """
         device = strides[0][0].device
         return super().grid_anchors(grid_sizes, [[torch.tensor(stride, device=device)] * 2 for stride in self.strides])

@@ -16,7 +16,7 @@ _WORTHWHILE = 0.93
 
 
 def round_up(size: Size, multiple: int) -> Size:
-    """Each side rounded up to a multiple of a number."""
+    """Each side rounded up to a multiple of `multiple`."""
     height, width = (math.ceil(side / multiple) * multiple for side in size)
     return height, width
 

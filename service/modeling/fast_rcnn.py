@@ -92,15 +92,12 @@ class FastRCNN(GeneralizedRCNN):
         roi_op: str | None = None,
         timed: StageTimer = lambda stage: nullcontext(),
     ) -> list[ImageDetections]:
-        """Detect objects in a batch, see `GeneralizedRCNN.detect`.
+        """Detect objects in a batch; see `GeneralizedRCNN.detect` for the other arguments.
 
         Args:
-            images: as there.
-            selections: as there.
             with_masks: not used; there are no masks.
-            proposals: as there; None means selective search, if the network is configured for it.
-            roi_op: as there.
-            timed: as there; the search counts towards `rpn`.
+            proposals: None means selective search, if the network is configured for it.
+            timed: the search counts towards `rpn`.
 
         Raises:
             InvalidRequestError: there are no proposals for an image, and the network is not configured to search.

@@ -188,7 +188,12 @@ class RoIHeads(roi_heads.RoIHeads):
 
 
 def wanted_labels(selections: Sequence[Selection], num_classes: int) -> list[list[bool]]:
-    """N x C: which classes each image keeps; never the background."""
+    """N lists of C: which classes each image keeps, by label; never the background.
+
+    Args:
+        selections: one for each image.
+        num_classes: C.
+    """
     every = range(1, num_classes)
     kept = [every if one.labels is None else one.labels for one in selections]
     return [[label != 0 and label in labels for label in range(num_classes)] for labels in kept]

@@ -162,7 +162,16 @@ class RegionProposalNetwork(rpn.RegionProposalNetwork):
         return [height * width * each for (height, width), each in zip(grid_sizes, per_place, strict=True)]
 
     def lay_anchors(self, padded_size: Size, grid_sizes: Sequence[Size], device: torch.device) -> Tensor:
-        """(A, 4) float32 anchors for a batch of this size. Those used last are cached."""
+        """The anchors for a batch of this size. Those used last are cached.
+
+        Args:
+            padded_size: (height, width) of the batch in pixels.
+            grid_sizes: (height, width) of each feature map.
+            device: where they are needed.
+
+        Returns:
+            (A, 4) float32 as (x1, y1, x2, y2), in pixels of the batch.
+        """
         key = (padded_size, *grid_sizes, device)
         if key not in self._anchors:
             # On the host: an operation takes them from there without waiting for the device.

@@ -115,6 +115,13 @@ class Transform(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """torchvision's, except that in evaluation mode a very long image keeps a side of 1 pixel instead of none; or
         detectron2's, which normalises too.
+
+        Args:
+            image: (C, H, W), from `normalize`.
+            target: the image's `boxes` (K, 4) and perhaps `masks` (K, H, W), in its pixels.
+
+        Returns:
+            (C, h, w), see `resized_size`, and the target in its pixels.
         """
         height, width = image.shape[-2:]
         size = self.resized_size((height, width))
@@ -129,7 +136,15 @@ class Transform(GeneralizedRCNNTransform):
         return functional.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], None
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        """torchvision's, except that in evaluation mode every image is padded to its bucket."""
+        """torchvision's, except that in evaluation mode every image is padded to its bucket.
+
+        Args:
+            images: (C, h, w) each, from `resize`.
+            size_divisible: the batch's sides are multiples of this.
+
+        Returns:
+            (N, C, H', W'), each image at the top left, zeros around it.
+        """
         if self.training or not self.buckets:
             padded: Tensor = super().batch_images(images, size_divisible=size_divisible)
             return padded

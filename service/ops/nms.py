@@ -40,7 +40,9 @@ class Kept:
     starts: Tensor
 
     def up_to(self, limits: Sequence[int]) -> list[Tensor]:
-        """The indices of each image's boxes, at most `limits` of them; equal scores keep their given order."""
+        """(limit or fewer,) int64 for each image: the indices of its boxes, best first. Equal scores keep their given
+        order.
+        """
         bounds = self.starts.tolist()  # the only synchronization with the device
         return [
             self.order[start : min(start + limit, end)]
@@ -98,8 +100,8 @@ def best_of_each_image(
 
 
 def rounded_down(values: Sequence[float]) -> Floats:
-    """The largest float32 not above each value. No float32 lies between the two, so a float32 comparison gives the same
-    result as torchvision's in float64.
+    """(len(values),): the largest float32 not above each value. No float32 is between the two, so a float32 comparison
+    gives the same result as torchvision's in float64.
     """
     exact = np.asarray(values, np.float64)
     nearest = exact.astype(np.float32)

@@ -23,10 +23,12 @@ def tables(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
 def test_ops(tmp_path: Path) -> None:
     ops.main(quick=True, threads=torch.get_num_threads(), pictures=tmp_path / "none", out=tmp_path)
-    operators, decoding, resizing, masks = tables(tmp_path, "ops").values()
+    operators, decoding, resizing, pngs, masks = tables(tmp_path, "ops").values()
     assert all(float(row["largest difference"]) <= 1e-5 for row in operators + resizing)
     assert [row["picture"] for row in resizing] == ["480p"]
     assert [row["picture"] for row in decoding] == ["480p", "480p, progressive"]
+    [png] = pngs
+    assert png["ours MB"] <= 1.1 * png["level 3 MB"]
     assert [(row["objects"], row["IoU"]) for row in masks] == [(1, "1.00000"), (20, "1.00000"), (100, "1.00000")]
 
 

@@ -174,7 +174,8 @@ def test_colours_differ_and_are_bright_enough_for_black_letters() -> None:
     assert colour_of(15) == colour_of(0)
 
 
-def test_pictures_are_encoded_in_both_formats() -> None:
+def test_pictures_are_encoded_in_both_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "_COPIED_BYTES", 50)
     pixels = np.arange(10 * 20 * 3, dtype=np.uint8).reshape(10, 20, 3)
     png = PIL.Image.open(io.BytesIO(encode_picture(pixels, "png")))
     assert png.format == "PNG"
