@@ -5,9 +5,10 @@ our own output is not validated at run time; a test checks that the two agree.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
+from types import MappingProxyType
 
 import orjson
 from fastapi import Response
@@ -235,14 +236,21 @@ def verification_document(verification: Verification) -> dict[str, object]:
     } | {name: value and asdict(value) for name, value in values.items()}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InPieces:
+    """A part of a document that is JSON already."""
+
+    pieces: Sequence[bytes]
+
+
 def json_pieces(document: object) -> list[bytes]:
     """A document as JSON, serialized once, without validation. An `Answer` in it stands for its detections, which are
-    JSON already; they are not copied, hence the pieces.
+    JSON already, as what is `InPieces` is; they are not copied, hence the pieces.
     """
-    answers: list[Answer] = []
+    answers: list[Answer | InPieces] = []
 
     def stand_in(value: object) -> orjson.Fragment:
-        if not isinstance(value, Answer):
+        if not isinstance(value, Answer | InPieces):
             raise TypeError
         answers.append(value)
         return orjson.Fragment(_STAND_IN)
@@ -257,18 +265,18 @@ def json_response(document: object) -> Response:
     return pieces_response(json_pieces(document))
 
 
-def pieces_response(pieces: Sequence[bytes]) -> Response:
-    """A JSON answer from pieces of JSON, which are not copied if they are long."""
-    if sum(map(len, pieces)) < _LONG_BYTES:
-        return Response(b"".join(pieces), media_type="application/json")
-    return _ResponseInPieces(pieces)
+def pieces_response(
+    pieces: Sequence[bytes], *, headers: Mapping[str, str] = MappingProxyType({}), media_type: str = "application/json"
+) -> Response:
+    """An answer from its bytes in pieces, which are not copied if they are long."""
+    if (size := sum(map(len, pieces))) < _LONG_BYTES:
+        return Response(b"".join(pieces), headers=headers, media_type=media_type)
+    return _ResponseInPieces(pieces, headers={**headers, "content-length": str(size)}, media_type=media_type)
 
 
 class _ResponseInPieces(Response):
-    media_type = "application/json"
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        super().__init__(headers={"content-length": str(sum(map(len, pieces)))})
+    def __init__(self, pieces: Sequence[bytes], *, headers: Mapping[str, str], media_type: str) -> None:
+        super().__init__(headers=headers, media_type=media_type)
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

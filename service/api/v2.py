@@ -20,7 +20,7 @@ from service.api.health import live as is_live
 from service.api.health import ready as is_ready
 from service.api.models import Name
 from service.api.openapi import PICTURE_SCHEMA, describe_json, describe_plain_errors
-from service.api.schemas import json_response
+from service.api.schemas import json_response, pieces_response
 from service.api.state import ApiState, State
 from service.api.v2_tensors import InferRequest, Output, ParsedRequest, parse_request, write_answer
 from service.errors import InvalidRequestError
@@ -40,7 +40,7 @@ HeaderLength = Annotated[
     Header(alias="Inference-Header-Content-Length", description="Bytes of JSON before the binary data; 0: one image."),
 ]
 
-# A body up to this size is parsed faster than a thread starts.
+# A body up to this size is parsed faster than a thread starts, and such an answer written.
 _QUICK_BYTES = 16 * 1024
 _PLATFORM = "roiserve"
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
@@ -169,17 +169,22 @@ async def _answer(ask: Ask, info: ModelInfo, parsed: ParsedRequest) -> Response:
     with_masks = any(one.name == "masks" for one in asked)
     extras = ",".join(one.name for one in asked if one.name in ALL_EXTRAS)
     options = _options(document) | {"model": info.key, "masks": "rle" if with_masks else "none", "extras": extras}
-    answers = await ask.answer(parsed.sources, ask.parameters(options), Tensors())
-    arrays = _joined([read_tensors(answer.encoded) for answer, _ in answers])
-    outputs = [(one.name, arrays[one.name], document.is_binary(one)) for one in asked]
+    answers = [answer for answer, _ in await ask.answer(parsed.sources, ask.parameters(options), Tensors())]
     fields = {"model_name": info.name, "model_version": str(info.version)}
     if document.id is not None:
         fields["id"] = document.id
-    content, json_bytes = write_answer(fields, outputs)
+
+    def write() -> tuple[list[bytes], int | None]:
+        arrays = _by_image([read_tensors(answer.encoded) for answer in answers])
+        outputs = [(one.name, arrays[one.name], document.is_binary(one)) for one in asked]
+        return write_answer(fields, outputs, max_json_bytes=ask.state.settings.max_answer_bytes)
+
+    is_quick = sum(answer.num_bytes for answer in answers) <= _QUICK_BYTES
+    pieces, json_bytes = write() if is_quick else await asyncio.to_thread(write)
     if json_bytes is None:
-        return Response(content, media_type="application/json")
+        return pieces_response(pieces)
     headers = {"Inference-Header-Content-Length": str(json_bytes)}
-    return Response(content, headers=headers, media_type="application/octet-stream")
+    return pieces_response(pieces, headers=headers, media_type="application/octet-stream")
 
 
 def _check_outputs(asked: Sequence[Output], info: ModelInfo) -> None:
@@ -208,13 +213,13 @@ def _options(document: InferRequest) -> dict[str, object]:
     return options
 
 
-def _joined(found: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The arrays of all images one after the other, and `image_index`."""
+def _by_image(found: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Sequence[NDArray[Any]]]:
+    """The arrays of all images by name, and `image_index`."""
     counts = [len(arrays["boxes"]) for arrays in found]
     # The masks of images without detections may have a different size, so leave those out.
     filled = [arrays for arrays, count in zip(found, counts, strict=True) if count] or found[:1]
-    joined = {name: np.concatenate([arrays[name] for arrays in filled]) for name in found[0]}
-    return joined | {"image_index": np.repeat(np.arange(len(found), dtype=np.int32), counts)}
+    by_image: dict[str, Sequence[NDArray[Any]]] = {name: [arrays[name] for arrays in filled] for name in found[0]}
+    return by_image | {"image_index": [np.repeat(np.arange(len(found), dtype=np.int32), counts)]}
 
 
 @models.post("/repository/index")

@@ -18,7 +18,7 @@ import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -46,11 +46,11 @@ PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 supports it.
 """
 
-_FORMAT = 3
-"""Increase this when the inputs or outputs of a part change, so that older files are not read."""
 _DIGEST_BYTES = 32
 _PACKAGES = ("roiserve", "openvino", "torch", "torchvision", "timm")
 """Packages whose versions affect a compiled part."""
+_ROOMS = ("modeling", "inference/engines")
+"""The code that a part is made of and called by."""
 _EXAMPLE_SIDE = 128
 # Patches per call of a head: about as many as fit in the processor's caches together with the activations. This makes
 # the box head a tenth faster on a thousand patches, and the mask head slightly faster on a hundred.
@@ -273,7 +273,7 @@ class _Compiler:
         }
         self._cache_dir = cache_dir
         processor = self._core.get_property("CPU", "FULL_DEVICE_NAME")
-        made_for = (_FORMAT, key, _versions(), platform.machine(), processor, self._config)
+        made_for = (key, _versions(), _sources_sha256(), platform.machine(), processor, self._config)
         self._key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]
 
     def load(self, part: str, make_graph: Callable[[], Any], shapes: Sequence[Shape] | None = None) -> Any:
@@ -332,6 +332,15 @@ def _versions() -> list[str | None]:
         except PackageNotFoundError:
             found.append(None)
     return found
+
+
+@cache
+def _sources_sha256(package: Path = Path(__file__).parents[2]) -> str:
+    """Of the files of `_ROOMS`: in a checkout they change under one version of the package."""
+    digest = hashlib.sha256()
+    for file in sorted(file for room in _ROOMS for file in (package / room).rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _write(file: Path, blob: bytes) -> None:

@@ -130,6 +130,22 @@ def test_what_another_version_compiled_is_not_read(package: str, tmp_path: Path)
         features_of(tmp_path)
 
 
+def test_what_other_code_compiled_is_not_read(tmp_path: Path) -> None:
+    """As in a checkout after `git pull`: the version is the same."""
+    room = tmp_path / "modeling"
+    room.mkdir()
+    hashes = []
+    for code in ("shape = (14, 14, 2, 2)", "shape = (28, 28)"):
+        (room / "parts.py").write_text(code)
+        hashes.append(openvino._sources_sha256.__wrapped__(tmp_path))
+    assert len(set(hashes)) == 2
+    features_of(tmp_path)
+    other = patch.object(openvino, "_sources_sha256", return_value=hashes[0])
+    again = patch.object(openvino, "_converted", side_effect=AssertionError("compiled again"))
+    with other, again, pytest.raises(AssertionError, match="compiled again"):
+        features_of(tmp_path)
+
+
 def test_heads_run_chunk_by_chunk_as_in_one(tmp_path: Path) -> None:
     """Around the size of a chunk, where an output that is overwritten or a last row left out would show."""
     model = network(FAMILY)
