@@ -12,6 +12,8 @@ from service.model_store.store import ModelStore, StoredModel
 from service.modeling.build import build_model
 from service.modeling.config import ModelConfig
 
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+"""All that a network may have, by torchvision's names."""
 _TABLES: dict[str, dict[str, Any]] = {
     "fast_rcnn": {
         "backbone": {"name": "narrow_resnet18_fpn", "width": 8, "out_channels": 16, "norm": "batch_norm"},

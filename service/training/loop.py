@@ -33,7 +33,6 @@ from service.training.evaluation import AveragePrecision, Evaluation, evaluate
 from service.training.history import History, Row
 from service.training.proposals import ProposalCache
 
-LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 PREFETCHED_BATCHES = 4
 Weights = dict[str, Tensor]
 

@@ -35,7 +35,6 @@ def main() -> None:
         if line.strip() == "kill":
             ray.kill(ray.get_actor(replicas()[0], namespace="serve"), no_restart=False)
         print(len(replicas()), flush=True)
-    serve.shutdown()
     ray.shutdown()
 
 

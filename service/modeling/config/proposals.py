@@ -67,11 +67,6 @@ class AnchorsConfig(Table):
             )
         return self
 
-    @property
-    def per_place(self) -> int:
-        """Number of anchors at each location of each map."""
-        return len(self.sizes[0]) * len(self.ratios_by_level[0])
-
 
 class RPNConfig(Table):
     """Region proposal network: proposals kept before and after non-maximum suppression, and how it is trained."""

@@ -154,11 +154,11 @@ def test_same_weights_give_torchvisions_masks() -> None:
 @pytest.mark.parametrize("builder", ["maskrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"])
 def test_an_image_gets_the_same_answer_alone_and_among_seven_others(builder: str) -> None:
     _, ours = pair(builder)
-    images = [picture(240, 320, seed=seed) for seed in range(8)]
-    together = ours.predict([Query(image) for image in images])
+    queries = [Query(picture(240, 320, seed=seed), DetectOptions(max_detections=20)) for seed in range(8)]
+    together = ours.predict(queries)
     assert {prediction.batch_size for prediction in together} == {8}
-    for image, prediction in zip(images[::3], together[::3], strict=True):
-        alone, among = ours.predict([Query(image)])[0].detections, prediction.detections
+    for query, prediction in zip(queries[::3], together[::3], strict=True):
+        alone, among = ours.predict([query])[0].detections, prediction.detections
         assert_same(among, alone.boxes, alone.labels, alone.scores)
         if alone.masks is not None and among.masks is not None:
             np.testing.assert_allclose(among.masks, alone.masks, atol=1e-4)

@@ -12,9 +12,9 @@ import torch
 from service.errors import ServiceError
 from service.modeling.config import ModelConfig
 from service.training.dataset import load_coco
-from service.training.loop import LOSSES, Progress, TrainConfig, Trainer
+from service.training.loop import Progress, TrainConfig, Trainer
 from tests.coco_folder import write_coco_folder
-from tests.tiny_models import given_proposals
+from tests.tiny_models import LOSSES, given_proposals
 
 TINY = ModelConfig.model_validate(
     {
