@@ -342,7 +342,7 @@ class Pipeline:
                             size += len(piece)
                         self._check_size(job, encoder, image, detections, size)
             except MemoryError:
-                raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None
+                raise OutOfMemoryError(f"not enough memory to encode the answer as {type(job.form).__name__}") from None
             return pieces
 
         split = encoder.split(detections)

@@ -127,11 +127,18 @@ def bench(
         seed=seed,
     )
     report = _Report(url=url or "local servers", path=path, options=query, pictures=len(pictures), seed=seed)
+    status = 0
     try:
         asyncio.run(_find_division(plan, report, requests_to) if find_workers else _measure(plan, report))
         report.is_complete = True
     except KeyboardInterrupt:
+        status = _INTERRUPTED
         typer.secho("interrupted; this is what there is", fg="yellow", err=True)
+    except ServiceError as error:
+        if not report.levels:
+            raise
+        status = 1
+        typer.secho(str(error), fg="red", err=True)
     if json_file != Path("-"):
         _print_report(report)
     if json_file is not None:
@@ -139,8 +146,8 @@ def bench(
     if problems := list(_problems(report.levels, max_p99_ms=max_p99_ms, max_error_rate=max_error_rate)):
         typer.secho("\n".join(problems), fg="red", err=True)
         raise typer.Exit(1)
-    if not report.is_complete:
-        raise typer.Exit(_INTERRUPTED)
+    if status:
+        raise typer.Exit(status)
 
 
 def _query(options: Sequence[str], *, model: str | None, masks: str | None) -> dict[str, str]:
@@ -317,6 +324,8 @@ async def _run_level(
     finally:
         if record.samples:
             levels.append(_Level(mode, value, summarise(record.samples)))
+    if record.samples and record.samples[-1].outcome == "refused":
+        raise ServiceError("the server is gone: it refused the last connection; this is what there is")
     return levels[-1].summary
 
 

@@ -15,16 +15,20 @@ from service.load.summary import Record, Sample
 
 Send = Callable[[], Awaitable[int]]
 """Sends the next request and returns the status of its answer, or raises NoAnswerError."""
+_PAUSE_SECONDS = 0.1
 
 
 async def closed_loop(send: Send, record: Record, *, concurrency: int, seconds: float) -> None:
-    """Keep `concurrency` requests in flight for `seconds`, then wait for the last answers."""
+    """Keep `concurrency` requests in flight for `seconds`, then wait for the last answers. A caller whose connection is
+    refused pauses: there may be no server for a while, and the attempts would only count how fast they fail.
+    """
     now = asyncio.get_running_loop().time
     begin = now()
 
     async def caller() -> None:
         while (intended := now()) < begin + seconds:
-            await send_one(send, record, begin=begin, intended=intended)
+            if await send_one(send, record, begin=begin, intended=intended) == "refused":
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async with asyncio.TaskGroup() as callers:
         for _ in range(concurrency):
@@ -50,8 +54,8 @@ async def open_loop(send: Send, record: Record, *, rate: float, seconds: float, 
             intended += gaps.expovariate(rate)
 
 
-async def send_one(send: Send, record: Record, *, begin: float, intended: float) -> None:
-    """Send the next request and record its outcome.
+async def send_one(send: Send, record: Record, *, begin: float, intended: float) -> str:
+    """Send the next request; record and return its outcome.
 
     Args:
         begin: when the load began.
@@ -67,3 +71,4 @@ async def send_one(send: Send, record: Record, *, begin: float, intended: float)
     finally:
         record.in_flight -= 1
     record.samples.append(Sample(intended - begin, sent - begin, now() - begin, outcome))
+    return outcome

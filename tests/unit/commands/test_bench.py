@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,54 @@ async def test_a_local_server_that_cannot_start_says_why(monkeypatch: pytest.Mon
     with pytest.raises(ServiceError, match=r"with 2 workers ended with [12]:\n(.*\n)*.*none"):
         async with local_server(2, start_seconds=60):
             pass
+
+
+class _Mortal(HTTPServer):
+    """Serves one connection."""
+
+    answers = 0
+
+    def live(self) -> None:
+        self.handle_request()
+        self.server_close()
+
+
+class _Answering(BaseHTTPRequestHandler):
+    server: _Mortal
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        self.server.answers += 1
+        self.close_connection = self.server.answers == 5
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_server_that_goes_ends_the_loads_and_what_there_is_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    with _Mortal(("127.0.0.1", 0), _Answering) as server, ThreadPoolExecutor() as thread:
+        thread.submit(server.live)
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = [
+            "--seconds",
+            "0.3",
+            "--warm-up-seconds",
+            "0",
+            "--concurrency",
+            "1,2",
+            "--json",
+            str(tmp_path / "json"),
+        ]
+        result = CliRunner().invoke(app, ["bench", "--url", url, "--images", str(tmp_path), *command])
+    assert (result.exit_code, "the server is gone" in result.output) == (1, True)
+    [only] = json.loads((tmp_path / "json").read_text())["levels"]
+    assert only["summary"]["outcomes"]["200"] == 4  # the first answer was not counted
+    assert only["summary"]["outcomes"]["refused"] <= 4  # not as many as there can be in the time
 
 
 def level(value: float, requests: int) -> _Level:
