@@ -7,12 +7,12 @@ Deadlines need no translation: `time.monotonic` is one clock for all processes o
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import struct
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, assert_never
 
 import numpy as np
@@ -161,7 +161,9 @@ def options_from(fields: Header) -> DetectOptions:
 
 def options_to(options: DetectOptions) -> Header:
     """Options in the form they have in a header."""
-    return asdict(options) | {"label_ids": None if options.label_ids is None else sorted(options.label_ids)}
+    # Without `asdict`, which copies each number of the proposals.
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return values | {"label_ids": None if options.label_ids is None else sorted(options.label_ids)}
 
 
 def source_to(source: Source) -> tuple[Header, bytes]:
@@ -199,7 +201,7 @@ _FORMS: Mapping[str, type[Form]] = {
 def form_to(form: Form) -> Header:
     """An answer form as it is written in a header."""
     [name] = (name for name, kind in _FORMS.items() if isinstance(form, kind))
-    return {"name": name, **asdict(form)}
+    return {"name": name, **dataclasses.asdict(form)}
 
 
 def form_from(fields: Header) -> Form:
