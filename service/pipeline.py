@@ -342,7 +342,7 @@ class Pipeline:
                             size += len(piece)
                         self._check_size(job, encoder, image, detections, size)
             except MemoryError:
-                raise OutOfMemoryError(f"not enough memory to encode the answer as {job.form}") from None
+                raise OutOfMemoryError(f"not enough memory to encode the answer as {type(job.form).__name__}") from None
             return pieces
 
         split = encoder.split(detections)
@@ -373,7 +373,7 @@ class Pipeline:
         self._submitted.add(work)
         self._coming.discard(job)
         try:
-            answer = await self._batcher.submit(
+            prediction = await self._batcher.submit(
                 work,
                 group=(job.model, query.options.roi_op, None if self._batch_policy == "padded" else padded_size),
                 cost=padded_pixels,
@@ -384,8 +384,8 @@ class Pipeline:
             )
         finally:
             self._submitted.remove(work)
-        assert answer.result is not None
-        return answer.result
+        assert prediction is not None
+        return prediction
 
     async def run_on_device_thread(self, function: Callable[[], object]) -> None:
         """Call a function on the batcher's thread when its turn comes; raises what it raises.

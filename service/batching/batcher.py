@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from service.batching.queue import Entry, Priority, RequestQueue, batch_cost
 from service.errors import (
@@ -27,7 +27,6 @@ from service.errors import (
     InferenceError,
     NotReadyError,
     OutOfMemoryError,
-    OverloadedError,
     ServiceError,
 )
 
@@ -38,55 +37,10 @@ _DRAIN_TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[R]):
-    """What `submit` returns.
-
-    Attributes:
-        result: what `predict` returned for the item.
-        queue_seconds: from `submit` until the `predict` call that gave the result.
-        inference_seconds: duration of that call.
-        batch_size: items in that call.
-    """
+class _Answer(Generic[R]):
+    """What `predict` returned for an item."""
 
     result: R
-    queue_seconds: float
-    inference_seconds: float
-    batch_size: int
-
-
-class BatchObserver(Protocol):
-    """Notified on the event loop of what happens, for instance to count it. Its methods must be quick and not raise.
-
-    A subclass overrides only the methods it needs. A stage is `queue` or `inference`.
-    """
-
-    def queue_changed(self, size: int, cost: int) -> None:
-        """The queue now holds so many entries, of this total cost in pixels."""
-        return
-
-    def batch_started(self, queue_seconds: Sequence[float]) -> None:
-        """A batch goes to the device; `queue_seconds` says how long each of its members waited."""
-        return
-
-    def batch_failed(self, size: int, error: InferenceError) -> None:
-        """`predict` failed; if size > 1, each half is retried."""
-        return
-
-    def cancelled(self, stage: str) -> None:
-        """A caller went away while its entry was in this stage."""
-        return
-
-    def expired(self, stage: str) -> None:
-        """A deadline passed while its entry was in this stage."""
-        return
-
-    def rejected(self, reason: str) -> None:
-        """An item was refused: `overloaded` or `not_ready`, the `code` of the error raised."""
-        return
-
-
-class _SilentObserver(BatchObserver):
-    """The default: ignores everything."""
 
 
 class Batcher(Generic[T, R]):
@@ -99,11 +53,10 @@ class Batcher(Generic[T, R]):
 
     Args:
         predict: from n items of one group to n results, in order. Called on the batcher's thread, one call at a time.
-        max_batch_size, max_batch_cost, max_queue_size, max_queue_cost, max_batch_wait_seconds, bulk_share:
-            see `RequestQueue`.
+        max_batch_size, max_batch_cost, max_queue_size, max_queue_cost, max_batch_wait_seconds: see
+            `RequestQueue`.
         release_memory: frees what the device holds in reserve. Called on the batcher's thread with the items for which
             `predict` raised OutOfMemoryError.
-        observer: is notified of what happens.
         clock: a monotonic time in seconds, also called on the batcher's thread.
     """
 
@@ -116,9 +69,7 @@ class Batcher(Generic[T, R]):
         max_queue_size: int,
         max_queue_cost: int,
         max_batch_wait_seconds: float = 0.0,
-        bulk_share: float = 0.2,
         release_memory: Callable[[Sequence[T]], None] | None = None,
-        observer: BatchObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._predict = predict
@@ -128,12 +79,10 @@ class Batcher(Generic[T, R]):
             max_queue_size=max_queue_size,
             max_queue_cost=max_queue_cost,
             max_batch_wait_seconds=max_batch_wait_seconds,
-            bulk_share=bulk_share,
         )
         self._release_memory = release_memory
-        self._observer = observer or _SilentObserver()
         self._clock = clock
-        self._outcomes: dict[Entry[T], asyncio.Future[Answer[R] | ServiceError]] = {}
+        self._outcomes: dict[Entry[T], asyncio.Future[_Answer[R] | ServiceError]] = {}
         self._condition = threading.Condition()
         self._is_woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,7 +140,7 @@ class Batcher(Generic[T, R]):
         priority: Priority = Priority.INTERACTIVE,
         mates_seconds: float = 0.0,
         is_typical: bool = True,
-    ) -> Answer[R]:
+    ) -> R:
         """Wait for the item's result. Cancelling the waiting task drops the item, unless its batch has begun.
 
         Args:
@@ -228,26 +177,21 @@ class Batcher(Generic[T, R]):
             await asyncio.wait([outcome], timeout=timeout)
         except asyncio.CancelledError:
             self._outcomes.pop(entry, None)
-            self._observer.cancelled(self._withdraw(entry))
+            self._withdraw(entry)
             raise
         if not outcome.done():
             self._expire(entry, stage=self._withdraw(entry))
         answer = outcome.result()
         if isinstance(answer, ServiceError):
             raise answer
-        return answer
+        return answer.result
 
-    def _admit(self, entry: Entry[T]) -> asyncio.Future[Answer[R] | ServiceError]:
-        try:
-            if self._loop is None:
-                raise NotReadyError("the service has not started yet")
-            with self._condition:
-                self._queue.admit(entry)
-                outcome = self._outcomes[entry] = self._loop.create_future()
-        except (OverloadedError, NotReadyError) as error:
-            self._observer.rejected(error.code)
-            raise
-        self._report_queue()
+    def _admit(self, entry: Entry[T]) -> asyncio.Future[_Answer[R] | ServiceError]:
+        if self._loop is None:
+            raise NotReadyError("the service has not started yet")
+        with self._condition:
+            self._queue.admit(entry)
+            outcome = self._outcomes[entry] = self._loop.create_future()
         # Not at once: items that are submitted together should share a batch even if the device is idle.
         self._loop.call_soon(self._wake)
         return outcome
@@ -256,35 +200,24 @@ class Batcher(Generic[T, R]):
         """Take the entry out of the queue, if it is still there; returns the stage it was in."""
         with self._condition:
             was_waiting = self._queue.remove(entry)
-        self._report_queue()
         return "queue" if was_waiting else "inference"
 
     def _expire(self, entry: Entry[T], *, stage: str) -> None:
-        self._observer.expired(stage)
         self._answer(entry, DeadlineExceededError(f"the deadline passed in the stage {stage!r}", stage=stage))
 
-    def _answer(self, entry: Entry[T], outcome: Answer[R] | ServiceError) -> None:
+    def _answer(self, entry: Entry[T], outcome: _Answer[R] | ServiceError) -> None:
         future = self._outcomes.pop(entry, None)
         if future is not None:
             future.set_result(outcome)
 
-    def _answer_all(self, batch: Sequence[Entry[T]], outcomes: Sequence[Answer[R] | ServiceError]) -> None:
+    def _answer_all(self, batch: Sequence[Entry[T]], outcomes: Sequence[_Answer[R] | ServiceError]) -> None:
         for entry, outcome in zip(batch, outcomes, strict=True):
             self._answer(entry, outcome)
 
-    def _report_queue(self) -> None:
-        with self._condition:
-            size, cost = len(self._queue), self._queue.cost
-        self._observer.queue_changed(size, cost)
-
-    def _begin(self, expired: Sequence[Entry[T]], queue_seconds: Sequence[float]) -> None:
-        """Answer the expired entries, and report the batch, if there is one."""
+    def _expire_all(self, expired: Sequence[Entry[T]]) -> None:
         for entry in expired:
             if entry in self._outcomes:
                 self._expire(entry, stage="queue")
-        self._report_queue()
-        if queue_seconds:
-            self._observer.batch_started(queue_seconds)
 
     def _give_up(self) -> None:
         """Fail every entry that is not answered yet; the result of a batch on the device will be dropped."""
@@ -294,7 +227,6 @@ class Batcher(Generic[T, R]):
                 self._queue.remove(entry)
         for entry in list(self._outcomes):
             self._answer(entry, NotReadyError("the service stopped before this request was done"))
-        self._report_queue()
         self._wake()
 
     def _end(self, failure: BaseException | None) -> None:
@@ -353,8 +285,8 @@ class Batcher(Generic[T, R]):
                 batch = self._queue.take(now)
                 is_over = self._queue.is_closed and len(self._queue) == 0
                 held_until = self._queue.held_until
-            if batch or expired:
-                self._tell(self._begin, expired, [now - entry.enqueued_at for entry in batch])
+            if expired:
+                self._tell(self._expire_all, expired)
             if batch or is_over:
                 return batch
             self._wait_for_work(None if held_until is None else held_until - now)
@@ -387,11 +319,8 @@ class Batcher(Generic[T, R]):
             if all(entry.is_typical for entry in batch):
                 with self._condition:
                     self._queue.measure(sum(entry.cost for entry in batch), seconds)
-            waits = [started_at - entry.enqueued_at for entry in batch]
-            answers = [Answer(one, wait, seconds, len(batch)) for one, wait in zip(results, waits, strict=True)]
-            self._tell(self._answer_all, batch, answers)
+            self._tell(self._answer_all, batch, [_Answer(one) for one in results])
             return
-        self._tell(self._observer.batch_failed, len(batch), failure)
         if isinstance(failure, OutOfMemoryError):
             self._make_room(batch, cost)
         if len(batch) > 1:

@@ -38,7 +38,9 @@ class DetectorReplica:
         configure_logging(log_format=settings.log_format, log_level=settings.log_level)
         self._id = uuid.uuid4().hex[:12]
         self._metrics = _Relay()
-        self._pool = WorkerPool(settings, factory or stored_predictors, self._metrics, preload=PRELOAD)
+        # A replica seldom starts a second worker, so what another factory may not need is not imported ahead.
+        preload = PRELOAD if factory is None else ()
+        self._pool = WorkerPool(settings, factory or stored_predictors, self._metrics, preload=preload)
         self._models: Sequence[ModelInfo] = await self._pool.start()
 
     async def run(self, request: Request) -> Reply:

@@ -72,8 +72,9 @@ def encode_outlines(
 
 def _simplified(outline: Int64Array) -> list[int]:
     corners = outline.astype(np.int32).reshape(-1, 2)
-    fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True)
-    return [int(one) for one in (fewer if len(fewer) >= 3 else corners).ravel()]
+    fewer = cv2.approxPolyDP(corners, _TOLERANCE_PIXELS, closed=True).astype(np.int32, copy=False)
+    found: list[int] = (fewer if len(fewer) >= 3 else corners).ravel().tolist()
+    return found
 
 
 def _trace(runs: ColumnRuns, *, with_holes: bool) -> list[list[Int64Array]]:

@@ -1,8 +1,8 @@
-"""The model card of an imported model: its `README.md`, from what is known about it."""
+"""Model cards: a model's `README.md`, from what is known about it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.model_store.model_toml import ProvenanceTable
 from service.modeling.config import ModelConfig
@@ -11,7 +11,7 @@ from service.modeling.config import ModelConfig
 def model_card(
     name: str, config: ModelConfig, provenance: ProvenanceTable, *, rows: Sequence[tuple[str, str, str]] = ()
 ) -> str:
-    """Markdown.
+    """The card of an imported model, Markdown.
 
     Args:
         rows: the settings that affect its results: key, value, and the value's source.
@@ -31,4 +31,21 @@ def model_card(
     if rows:
         lines += ["", "## What the import took for granted", "", "| setting | value | from |", "|---|---|---|"]
         lines += [f"| `{key}` | {value} | {source} |" for key, value, source in rows]
+    return "\n".join([*lines, ""])
+
+
+def measured_card(
+    title: str, summary: str, facts: Mapping[str, str], sections: Mapping[str, Sequence[str]], *, command: str
+) -> str:
+    """The card of a model that was made and measured here, Markdown.
+
+    Args:
+        facts: the rows of the table at the top.
+        sections: lines by heading.
+        command: the command line that made it.
+    """
+    lines = [f"# {title}", "", summary, "", "| | |", "|---|---|"]
+    lines += [f"| {fact} | {value} |" for fact, value in facts.items()]
+    for heading, text in {**sections, "Command": ["```", command, "```"]}.items():
+        lines += ["", f"## {heading}", "", *text]
     return "\n".join([*lines, ""])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from service.errors import ModelStoreError
 from service.inference.predictor import Predictor
+from service.model_store.model_card import measured_card
 from service.model_store.model_toml import Dtype, ProvenanceTable
 from service.model_store.store import ModelStore, StoredModel, check_name
 from service.modeling.build import build_model
@@ -216,37 +217,29 @@ def _card(
         + " | ".join(f"{tables[kind][figure]:.3f}" if figure in tables[kind] else "–" for kind in kinds)
         for figure in tables[kinds[0]]
     ]
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"{config.architecture}, {config.backbone.name}, {config.roi.op}. Finds {', '.join(config.labels)}.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| data | {provenance.data} |",
-            f"| licence | {provenance.licence or 'not stated'} |",
-            f"| attribution | {provenance.attribution or 'not stated'} |",
-            f"| weights on disk | {megabytes:.1f} MB |",
-            f"| time per image | {milliseconds:.0f} ms, median, {_where(device)} |",
-            f"| made by | torch {torch.__version__}, torchvision {version('torchvision')} |",
-            "",
-            *_findings_section(findings),
-            f"## Validation, {evaluation.num_images} pictures",
-            "",
+    sections = {
+        **_findings_section(findings),
+        f"Validation, {evaluation.num_images} pictures": [
             f"COCO figures, at most {evaluation.max_detections} detections an image, with the weights as stored.",
             "",
             f"| | {' | '.join(kinds)} |",
             "|---|" + "---|" * len(kinds),
             *(f"{row} |" for row in rows),
-            "",
-            "## Command",
-            "",
-            "```",
-            str(provenance.command),
-            "```",
-            "",
-        ]
+        ],
+    }
+    return measured_card(
+        name,
+        f"{config.architecture}, {config.backbone.name}, {config.roi.op}. Finds {', '.join(config.labels)}.",
+        {
+            "data": str(provenance.data),
+            "licence": provenance.licence or "not stated",
+            "attribution": provenance.attribution or "not stated",
+            "weights on disk": f"{megabytes:.1f} MB",
+            "time per image": f"{milliseconds:.0f} ms, median, {_where(device)}",
+            "made by": f"torch {torch.__version__}, torchvision {version('torchvision')}",
+        },
+        sections,
+        command=str(provenance.command),
     )
 
 
@@ -256,7 +249,7 @@ def _where(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _findings_section(findings: Mapping[str, Sequence[str]]) -> list[str]:
+def _findings_section(findings: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """What the data check repaired and left out."""
     lines = [f"- {split}: {line}" for split, found in findings.items() for line in found]
-    return ["## Data as they were taken", "", *lines, ""] if lines else []
+    return {"Data as they were taken": lines} if lines else {}

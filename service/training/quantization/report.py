@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from service.model_store.model_card import measured_card
 from service.model_store.model_toml import Int8Table, ProvenanceTable
 from service.model_store.store import StoredModel
 from service.modeling.config import ModelConfig
@@ -21,36 +22,27 @@ def card(stored: StoredModel, table: Int8Table, provenance: ProvenanceTable, *, 
         for precision, ap in table.ap.items()
     ]
     kept = ", ".join(f"`{layer}`" for layer in table.kept_float)
-    return "\n".join(
-        [
-            f"# {stored.name}, in int8",
-            "",
-            f"{stored.key} with {_parts(table)} in int8, for the CPU. {config.architecture}, {config.backbone.name}, "
-            f"{config.roi.op}. Finds {', '.join(config.labels)}.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| data | {provenance.data or 'not stated'} |",
-            f"| licence | {provenance.licence or 'not stated'} |",
-            f"| attribution | {provenance.attribution or 'not stated'} |",
-            f"| calibrated on | {table.pictures} pictures, sha256 of their hashes `{table.pictures_sha256[:16]}…` |",
-            f"| back in float32 | {kept or 'nothing but the last layers'} |",
-            f"| verified when loaded | {_tolerated(config, table)} |",
-            f"| made by | {', '.join(f'{name} {number}' for name, number in provenance.software.items())} |",
-            "",
-            f"## AP on {val_pictures} validation pictures, percent",
-            "",
-            f"| precision | {' | '.join(kinds)} |",
-            "|---|" + "---|" * len(kinds),
-            *rows,
-            "",
-            "## Command",
-            "",
-            "```",
-            str(provenance.command),
-            "```",
-            "",
-        ]
+    return measured_card(
+        f"{stored.name}, in int8",
+        f"{stored.key} with {_parts(table)} in int8, for the CPU. {config.architecture}, {config.backbone.name}, "
+        f"{config.roi.op}. Finds {', '.join(config.labels)}.",
+        {
+            "data": provenance.data or "not stated",
+            "licence": provenance.licence or "not stated",
+            "attribution": provenance.attribution or "not stated",
+            "calibrated on": f"{table.pictures} pictures, sha256 of their hashes `{table.pictures_sha256[:16]}…`",
+            "back in float32": kept or "nothing but the last layers",
+            "verified when loaded": _tolerated(config, table),
+            "made by": ", ".join(f"{name} {number}" for name, number in provenance.software.items()),
+        },
+        {
+            f"AP on {val_pictures} validation pictures, percent": [
+                f"| precision | {' | '.join(kinds)} |",
+                "|---|" + "---|" * len(kinds),
+                *rows,
+            ]
+        },
+        command=str(provenance.command),
     )
 
 

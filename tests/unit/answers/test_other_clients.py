@@ -109,6 +109,16 @@ def test_tags_take_their_labels_above_their_thresholds() -> None:
     assert encoder_for(project(boxes)).left_out(detections) == 1
 
 
+def test_many_tags_make_more_parts() -> None:
+    boxes = replace(found(30), masks=None)
+    lengths = {
+        number: [len(part) for part in encoder_for(project(*[tag("rectanglelabels")] * number)).split(boxes)]
+        for number in (1, 20, 50)
+    }
+    assert lengths == {1: [30], 20: [12, 12, 6], 50: [5] * 6}
+    assert [len(part) for part in encoder_for(project(tag("rectanglelabels"))).split(boxes[:0])] == [0]
+
+
 def test_boxes_of_hugging_face_are_whole_pixels() -> None:
     detections = Detections(np.array([[0.9, 1, 31.99, 47]], np.float32), np.array([2]), np.array([0.8], np.float32))
     box = {"xmin": 0, "ymin": 1, "xmax": 31, "ymax": 47}
