@@ -5,6 +5,7 @@ imported before a command runs.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -83,6 +84,10 @@ def main() -> None:
     """Run the command line; an error of ours, or of the disk, is one line and status 1, not a traceback."""
     let_waiting_threads_sleep()
     import_nothing_from_here()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal lacks must not end a command, perhaps after hours.
+            stream.reconfigure(errors="replace")
     # All commands but `serve` configure no log; their warnings go here, which by default leaves out the fields.
     if logging.lastResort:
         logging.lastResort.setFormatter(TextFormatter())

@@ -39,7 +39,9 @@ def check(
         )
     datasets: list[CocoDataset] = []
     refusals: list[str] = []
-    for path in coco_files(source).values():
+    # What training reads by its name counts, though it may not look like COCO's.
+    ours = {split: path for split in ("train", "val") if (path := source / f"{split}.json").is_file()}
+    for path in (ours | coco_files(source)).values():
         try:
             names = chosen_labels(labels)
             datasets.append(

@@ -303,9 +303,9 @@ models_app.command("verify")(plain(verify_model))
 
 def _tell_stored(stored: StoredModel) -> None:
     model_toml = stored.model_toml
+    labels = f"{len(model_toml.labels)} label{'' if len(model_toml.labels) == 1 else 's'}"
     typer.echo(
-        f"stored {stored.key} in {stored.path}: {model_toml.architecture} on {model_toml.backbone.name}, "
-        f"{len(model_toml.labels)} labels"
+        f"stored {stored.key} in {stored.path}: {model_toml.architecture} on {model_toml.backbone.name}, {labels}"
     )
 
 

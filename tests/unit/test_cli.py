@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
@@ -98,6 +99,14 @@ def test_a_warning_has_its_fields_though_most_commands_configure_no_log(
     main()
     line = capsys.readouterr().err
     assert 'cannot keep a compiled part file=cache/a reason="No space left on device"' in line
+
+
+def test_a_character_that_the_terminal_lacks_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cli, "app", lambda **_: print("0.4 \N{EN DASH}"))
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    main()
+    assert out.buffer.getvalue() == b"0.4 ?\n"
 
 
 def test_a_new_option_has_a_metavar_whatever_its_type() -> None:

@@ -260,6 +260,15 @@ def test_check_ends_with_the_problems_of_every_split(tmp_path: Path) -> None:
     assert str(result.exception).count("no file gone.png") == 2
 
 
+def test_check_refuses_a_file_that_training_would_read_and_is_not_cocos(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "val.png")
+    (tmp_path / "val.json").write_text(coco("val.png"))
+    (tmp_path / "train.json").write_text("[]")
+    result = roiserve("data", "check", tmp_path)
+    assert result.exit_code == 1
+    assert f"{tmp_path}/train.json: expected COCO's keys images, annotations, categories" in str(result.exception)
+
+
 def test_pictures_in_two_splits_are_noted(tmp_path: Path) -> None:
     for split in ("train", "val"):
         picture(tmp_path / "images" / f"{split}.png")
