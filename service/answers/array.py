@@ -63,9 +63,9 @@ MASK_ENCODERS: Mapping[MaskFormat | Outlines, Callable[..., Sequence[object]]] =
 _PART_LIMITS: Mapping[MaskFormat | Outlines, tuple[int, int]] = {
     "png": (40_000, 64),
     "polygons": (20_000, 128),
-    "outlines": (10_000, 128),
-    "outlines and brush": (10_000, 128),
-    "outlines and bitmap": (10_000, 128),
+    "outlines": (20_000, 128),
+    "outlines and brush": (20_000, 128),
+    "outlines and bitmap": (20_000, 128),
 }
 _USUAL_PART_LIMITS = (40_000, 128)
 # Limit for all masks of an answer together, about a second of work: a thousand objects of 2000 x 2000 pixels each.
