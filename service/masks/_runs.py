@@ -286,7 +286,8 @@ def _append_runs(
                 high = _mix(mask[near, after], mask[far, after], x_weights[x])
                 is_above = low > above and high > above
                 if not is_above and not (low < below and high < below):
-                    # The probability is linear in between: only pixels next to the crossing are in doubt.
+                    # The probability is linear in between: only pixels next to the crossing are in doubt. Finding it
+                    # takes as long as trying some pixels.
                     first, last = begin, end
                     rise = high - low
                     span = y_weights[end - 1] - y_weights[begin]

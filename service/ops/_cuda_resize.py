@@ -1,4 +1,4 @@
-"""From pixels to a network's input on CUDA, in Triton: one launch for each image, where PyTorch's operators need eight
+"""From pixels to a network's input on CUDA, in Triton: one launch for each image, where PyTorch's operators need six
 and write the whole image in float32 four times. Triton comes with PyTorch on Linux; import this module only if Triton
 and a GPU are present. Nothing here synchronizes with the device.
 """

@@ -13,6 +13,7 @@ import struct
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, assert_never
 
 import numpy as np
@@ -121,8 +122,8 @@ class BlockingChannel:
                 self._socket.sendall(body)
 
     def send_soon(self, header: Header) -> None:
-        """Send a frame along with the next one, or some milliseconds later: each call of the system costs a thread its
-        turn.
+        """Send a frame along with the next one, or some milliseconds later. Sending releases Python's lock, and busy
+        threads take long to get it back.
         """
         head, _ = pack(header)
         with self._lock:
@@ -135,7 +136,8 @@ class BlockingChannel:
         with self._lock:
             self._will_flush = False
             if self._delayed:
-                self._socket.sendall(b"".join(self._delayed))
+                with suppress(OSError):  # the other end is closed, and `frames` has ended or is about to
+                    self._socket.sendall(b"".join(self._delayed))
                 self._delayed.clear()
 
     def frames(self) -> Iterator[tuple[Header, bytes]]:
